@@ -1,0 +1,256 @@
+"""lowbit.matmul and lowbit.lora_matmul: the public, differentiable functions.
+
+They check their arguments once, bring any batch shape to [M, K], resolve autocast and dropout's
+seed, and call the operations of ops.py. Everything below trusts what they pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .weight import QuantizedWeight, WeightArgs
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SEED_LIMIT = 2**63 - 1
+
+
+def matmul(x: torch.Tensor, w: QuantizedWeight | torch.Tensor, bias: torch.Tensor | None = None):
+    """Multiply by a frozen weight: y = x W^T + bias.
+
+    Args:
+        x: [..., K] fp32, fp16 or bf16, any strides; under autocast it is cast to the autocast
+            dtype.
+        w: QuantizedWeight [N, K], or a dense tensor [N, K] in x's dtype.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device or shape; the message
+            names it.
+
+    Notes:
+        fp32 accumulation, one rounding of the output, deterministic. Gradients flow to x and bias;
+        W gets none.
+
+    Example:
+        >>> q = lowbit.quantize(torch.randn(128, 256))
+        >>> lowbit.matmul(torch.randn(3, 256), q).shape
+        torch.Size([3, 128])
+    """
+    x = _autocast(x)
+    weight = _weight_args(x, w)
+    _check_bias(x, weight, bias)
+    y = torch.ops.lowbit.linear(_rows(x), *weight, bias)
+    return y.view(*x.shape[:-1], weight.N)
+
+
+def lora_matmul(
+    x: torch.Tensor,
+    w: QuantizedWeight | torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float | torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    adapter_index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply by a frozen weight plus a low-rank update: y = x W^T + bias + (drop(x) A^T *
+    scaling) B^T.
+
+    Args:
+        x: [..., K] fp32, fp16 or bf16, any strides; under autocast it is cast to the autocast
+            dtype.
+        w: QuantizedWeight [N, K], or a dense tensor [N, K] in x's dtype.
+        lora_A: [r, K] in x's dtype or fp32; with adapter_index [adapters, r, K].
+        lora_B: [N, r] in x's dtype or fp32; with adapter_index [adapters, N, r].
+        scaling: alpha / r, or a vector [r] (AdaLoRA's singular values times the scale); with
+            adapter_index also [adapters].
+        bias: [N] or None.
+        dropout_p: probability of dropping an element of x in the low-rank branch, 0 <= p < 1.
+        adapter_index: integer [M] or x.shape[:-1]; row m uses adapter adapter_index[m], -1 the base
+            weight only.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device or shape; the message
+            names it.
+
+    Notes:
+        fp32 accumulation, deterministic. Gradients flow to x, lora_A, lora_B, bias and a scaling
+        tensor; W gets none. fp32 adapters with 16-bit x are rounded for the products and get fp32
+        gradients. Dropout draws one seed from the device's torch generator and regenerates its
+        Philox mask in backward; nothing of size [M, K] is stored.
+
+    Source: LoRA (Hu et al. 2021) section 4.1; QLoRA (Dettmers et al. 2023) equation 5; AdaLoRA
+        (Zhang et al. 2023) equation 3 for the vector.
+
+    Example:
+        >>> q = lowbit.quantize(torch.randn(128, 256))
+        >>> A, B = torch.randn(8, 256), torch.zeros(128, 8)
+        >>> lowbit.lora_matmul(torch.randn(3, 256), q, A, B, scaling=2.0).shape
+        torch.Size([3, 128])
+    """
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    x = _autocast(x)
+    weight = _weight_args(x, w)
+    _check_bias(x, weight, bias)
+    rows = _rows(x)
+    if adapter_index is not None:
+        y = _mixed_adapters(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index)
+        return y.view(*x.shape[:-1], weight.N)
+    lora_A, lora_B = _adapter(x, weight, lora_A, lora_B)
+    vector, scalar = _scaling(x, scaling, lora_A.shape[0])
+    y, _ = torch.ops.lowbit.lora_linear(
+        rows, *weight, lora_A, lora_B, vector, scalar, bias, dropout_p, _seed(x, dropout_p)
+    )
+    return y.view(*x.shape[:-1], weight.N)
+
+
+def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index):
+    """Stack all adapters into one of rank adapters * r and mask z so that each row meets only its
+    own.
+
+    Costs adapters times the low-rank arithmetic, needs no sorting and no synchronization, and is
+    differentiable.
+    """
+    if lora_A.dim() != 3 or lora_B.dim() != 3 or lora_A.shape[0] != lora_B.shape[0]:
+        raise ValueError(
+            "with adapter_index, lora_A must be [adapters, r, K] and lora_B [adapters, N, r], got "
+            f"{list(lora_A.shape)} and {list(lora_B.shape)}; stack the adapters"
+        )
+    index = adapter_index.reshape(-1)
+    if index.is_floating_point() or index.numel() != x.shape[0]:
+        raise ValueError(
+            f"adapter_index must be an integer tensor with one entry per row, [{x.shape[0]}], got "
+            f"{adapter_index.dtype} {list(adapter_index.shape)}"
+        )
+    adapters, r = lora_A.shape[:2]
+    stacked_A, stacked_B = _adapter(
+        x, weight, lora_A.flatten(0, 1), lora_B.permute(1, 0, 2).reshape(lora_B.shape[1], -1)
+    )
+    scale = torch.as_tensor(scaling, dtype=torch.float32, device=x.device)
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.numel() != adapters):
+        raise ValueError(
+            f"with adapter_index, scaling must be a number or [{adapters}], got {list(scale.shape)}"
+        )
+    mine = index.unsqueeze(1) == torch.arange(adapters, device=x.device)  # [M, adapters]
+    per_row = (mine * scale).repeat_interleave(r, dim=1)
+    dropped = torch.ops.lowbit.dropout(x, dropout_p, _seed(x, dropout_p)) if dropout_p else x
+    z = (dropped @ stacked_A.to(x.dtype).t()) * per_row.to(x.dtype)
+    return torch.ops.lowbit.linear(x, *weight, bias) + z @ stacked_B.to(x.dtype).t()
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"x must be a float32, float16 or bfloat16 tensor, got {got}")
+    if _casts(x) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def _casts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device; asking about the meta device is an error in torch."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _weight_args(x: torch.Tensor, w) -> WeightArgs:
+    if isinstance(w, QuantizedWeight):
+        if len(w.shape) != 2:
+            raise ValueError(f"w must be a matrix [N, K], got a weight of shape {list(w.shape)}")
+        args = w.args()
+    elif isinstance(w, torch.Tensor):
+        args = _dense_args(x, w)
+    else:
+        raise TypeError(f"w must be a QuantizedWeight or a tensor [N, K], got {type(w).__name__}")
+    if args.qweight.device != x.device:
+        raise ValueError(
+            f"w must be on x's device {x.device}, got {args.qweight.device}; "
+            "move one of them with .to()"
+        )
+    if x.dim() == 0 or x.shape[-1] != args.K:
+        raise ValueError(f"x must be [..., K] with K = {args.K}, got {list(x.shape)}")
+    return args
+
+
+def _dense_args(x: torch.Tensor, w: torch.Tensor) -> WeightArgs:
+    if w.dim() != 2 or not w.is_floating_point():
+        raise ValueError(
+            "w must be a floating tensor [N, K] or a QuantizedWeight, got "
+            f"{w.dtype} {list(w.shape)}; "
+            "packed bytes need lowbit.QuantizedWeight around them"
+        )
+    if w.dtype != x.dtype:
+        if not _casts(x):
+            raise TypeError(f"w must have x's dtype {x.dtype}, got {w.dtype}; cast one of them")
+        w = w.to(x.dtype)
+    if not w.is_contiguous():
+        raise ValueError(f"w must be contiguous, got strides {w.stride()}; call .contiguous()")
+    return WeightArgs(w.detach(), None, None, None, None, None, w.shape[0], w.shape[1], 0, 0, True)
+
+
+def _check_bias(x: torch.Tensor, weight: WeightArgs, bias: torch.Tensor | None) -> None:
+    if bias is None:
+        return
+    if bias.shape != (weight.N,):
+        raise ValueError(f"bias must be [N] = [{weight.N}], got {list(bias.shape)}")
+    if bias.device != x.device:
+        raise ValueError(f"bias must be on x's device {x.device}, got {bias.device}")
+
+
+def _adapter(x, weight: WeightArgs, lora_A, lora_B) -> tuple[torch.Tensor, torch.Tensor]:
+    if lora_A.dim() != 2 or lora_A.shape[1] != weight.K or lora_A.shape[0] == 0:
+        raise ValueError(
+            f"lora_A must be [r, K] with K = {weight.K} and r >= 1, got {list(lora_A.shape)}"
+        )
+    if lora_B.shape != (weight.N, lora_A.shape[0]):
+        raise ValueError(
+            f"lora_B must be [N, r] = [{weight.N}, {lora_A.shape[0]}], got {list(lora_B.shape)}"
+        )
+    cast = _casts(x)
+    ready = []
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        if tensor.dtype not in (x.dtype, torch.float32):
+            if not cast:
+                raise TypeError(
+                    f"{name} must be {x.dtype} like x, or float32, got {tensor.dtype}; cast it"
+                )
+            tensor = tensor.to(x.dtype)
+        ready.append(tensor.contiguous())
+    return ready[0], ready[1]
+
+
+def _scaling(x, scaling, r: int) -> tuple[torch.Tensor | None, float]:
+    if not isinstance(scaling, torch.Tensor):
+        return None, float(scaling)
+    if scaling.numel() == 1 and scaling.dim() == 0:
+        scaling = scaling.expand(r)
+    if scaling.shape != (r,):
+        raise ValueError(
+            f"scaling must be a number or a tensor [r] = [{r}], got {list(scaling.shape)}"
+        )
+    if scaling.device != x.device:
+        raise ValueError(f"scaling must be on x's device {x.device}, got {scaling.device}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return scaling.to(wide).contiguous(), 1.0
+
+
+def _seed(x: torch.Tensor, dropout_p: float) -> torch.Tensor | None:
+    """One int64 from the device's generator: reproducible, replayed by checkpointing, capturable in
+    a CUDA graph.
+    """
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(-_SEED_LIMIT, _SEED_LIMIT, (1,), dtype=torch.int64, device=x.device)

@@ -1,0 +1,83 @@
+"""Comparisons that say what differs and where, and the error rule of the numerical tests."""
+
+import torch
+
+# One rounding step of the output: half a unit in the last place, relative.
+ROUNDING = {
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8 / 2,
+    torch.float64: 2.0**-53,
+}
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return t.contiguous().view(integer) if t.dim() else t.reshape(1).view(integer)
+
+
+def assert_bitwise_equal(
+    actual: torch.Tensor, expected: torch.Tensor, name: str = "tensor"
+) -> None:
+    """Same dtype, shape and bits; the message counts the differences and shows the first."""
+    assert actual.dtype == expected.dtype, (
+        f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
+    )
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {list(actual.shape)}, expected {list(expected.shape)}"
+    )
+    a, b = actual.detach().cpu(), expected.detach().cpu()
+    different = _bits(a) != _bits(b)
+    if different.any():
+        first = tuple(int(i) for i in different.nonzero()[0]) if a.dim() else ()
+        raise AssertionError(
+            f"{name}: {int(different.sum())} of {a.numel()} elements differ, first at {first}: "
+            f"got {a[first].item()!r}, expected {b[first].item()!r}"
+        )
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS(actual - expected) / RMS(expected) in float64."""
+    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    scale = b.square().mean().sqrt()
+    return float((a - b).square().mean().sqrt() / scale.clamp(min=1e-300))
+
+
+def assert_close_to_float64(
+    name: str, actual: torch.Tensor, expected: torch.Tensor, lowp: torch.Tensor, factor: float = 2.0
+) -> None:
+    """Error against float64 at most `factor` times that of plain torch in the same precision.
+
+    One rounding step of the output is allowed on top, since a result that is exact in fp32 still
+    has to be rounded once. The rule holds for the relative RMS and for the worst element (there
+    relative to the largest output).
+
+    Args:
+        name: what is compared, for the message ("y", "d_lora_B").
+        actual: the result under test.
+        expected: the same in float64, from the same quantized weight.
+        lowp: the same formula in plain torch in actual's precision.
+        factor: 2 for outputs, 3 for gradients.
+    """
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {list(actual.shape)}, expected {list(expected.shape)}"
+    )
+    a, e, low = (t.detach().double().cpu() for t in (actual, expected, lowp))
+    assert torch.isfinite(a).all(), (
+        f"{name}: {int((~torch.isfinite(a)).sum())} values are not finite"
+    )
+    if a.numel() == 0:
+        return
+    step = ROUNDING[actual.dtype]
+    rms, rms_low = relative_rms(a, e), relative_rms(low, e)
+    error = (a - e).abs()
+    where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+    top = float(e.abs().max())
+    worst, worst_low = float(error.max()), float((low - e).abs().max())
+    message = (
+        f"{name}: relative RMS error {rms:.3g} (plain torch {rms_low:.3g}), "
+        f"worst {worst:.3g} at {where} "
+        f"(plain torch {worst_low:.3g}, largest value {top:.3g})"
+    )
+    assert rms <= factor * rms_low + step, message
+    assert worst <= factor * worst_low + step * top, message

@@ -1,0 +1,383 @@
+"""lowbit.matmul and lowbit.lora_matmul on every device: values, every gradient, and the contract
+around them.
+"""
+
+import pytest
+import torch
+from helpers import assert_bitwise_equal, assert_close_to_float64
+
+import lowbit
+from lowbit import reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# M, N, K, r and why each is here.
+SHAPES = [
+    (1, 256, 256, 16),  # decode
+    (17, 48, 64, 4),  # odd M, one block per row, N no multiple of a tile
+    (65, 100, 192, 5),  # one over a tile, ragged N, odd rank
+    (33, 72, 100, 8),  # K is no multiple of the blocksize: short last block
+    (130, 64, 576, 16),  # the demo model's hidden size
+    (3, 7, 65, 1),  # odd K, rank 1
+]
+
+
+def _ids(shape):
+    return "M{}-N{}-K{}-r{}".format(*shape)
+
+
+def _problem(shape, dtype, device, *, bias=True, vector=False, double_quant=True, layout="rows"):
+    M, N, K, r = shape
+    tensors = {
+        "x": torch.randn(M, K),
+        "lora_A": torch.randn(r, K) / K**0.5,
+        "lora_B": torch.randn(N, r) / r**0.5,
+        "bias": torch.randn(N) if bias else None,
+        "dy": torch.randn(M, N),
+    }
+    out = {k: None if t is None else t.to(dtype).to(device) for k, t in tensors.items()}
+    out["w"] = lowbit.quantize(
+        (torch.randn(N, K) / K**0.5).to(device), double_quant=double_quant, layout=layout
+    ).to(dtype=dtype)
+    out["scaling"] = torch.rand(r, device=device) + 0.5 if vector else 2.0
+    return out
+
+
+def _run(p, dropout_p=0.0, w=None):
+    """Output and gradients of lora_matmul by name."""
+    names = ["x", "lora_A", "lora_B", "bias"]
+    leaves = {n: p[n].detach().clone().requires_grad_() for n in names if p[n] is not None}
+    scaling = p["scaling"]
+    if isinstance(scaling, torch.Tensor):
+        scaling = leaves["scaling"] = scaling.detach().clone().requires_grad_()
+    torch.manual_seed(7)
+    y = lowbit.lora_matmul(
+        leaves["x"], p["w"] if w is None else w, leaves["lora_A"], leaves["lora_B"], scaling,
+        bias=leaves.get("bias"), dropout_p=dropout_p,
+    )  # fmt: skip
+    y.backward(p["dy"].to(y.dtype))
+    return {"y": y.detach()} | {f"d_{n}": t.grad for n, t in leaves.items()}
+
+
+def _formula(p, dtype, keep=None):
+    """The same in plain torch of one dtype, from the dequantized weight."""
+    names = ["x", "lora_A", "lora_B", "bias"]
+    leaves = {n: p[n].detach().cpu().to(dtype).requires_grad_() for n in names if p[n] is not None}
+    scaling = p["scaling"]
+    if isinstance(scaling, torch.Tensor):
+        scaling = leaves["scaling"] = scaling.detach().cpu().to(dtype).requires_grad_()
+    with lowbit.dispatch.force("reference"):
+        weight = p["w"].cpu().dequantize(torch.float32).to(dtype)
+    dropped = leaves["x"] if keep is None else leaves["x"] * keep.to(dtype)
+    y = (
+        leaves["x"] @ weight.t()
+        + ((dropped @ leaves["lora_A"].t()) * scaling) @ leaves["lora_B"].t()
+    )
+    if "bias" in leaves:
+        y = y + leaves["bias"]
+    y.backward(p["dy"].cpu().to(dtype))
+    return {"y": y.detach()} | {f"d_{n}": t.grad for n, t in leaves.items()}
+
+
+def _compare(actual, expected, lowp):
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert_close_to_float64(
+            name, actual[name], expected[name], lowp[name], 2.0 if name == "y" else 3.0
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=_ids)
+def test_values_and_every_gradient(device, shape, dtype):
+    p = _problem(shape, dtype, device)
+    _compare(_run(p), _formula(p, torch.float64), _formula(p, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": False}, {"vector": True}, {"double_quant": False}, {"layout": "flat"}],
+    ids=["no bias", "vector scaling", "plain absmax", "flat blocks"],
+)
+def test_options(device, options, dtype):
+    p = _problem((33, 72, 100, 8), dtype, device, **options)
+    _compare(_run(p), _formula(p, torch.float64), _formula(p, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(17, 48, 64, 4), (65, 72, 100, 8)], ids=_ids)
+def test_dropout_matches_its_mask(device, shape, dtype):
+    """Given the mask, dropout is a product; the mask is the reference's Philox from the drawn
+    seed.
+    """
+    probability = 0.3
+    p = _problem(shape, dtype, device)
+    torch.manual_seed(7)
+    seed = torch.randint(-(2**63 - 1), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    keep = reference.dropout_mask(*p["x"].shape, probability, seed.cpu()) / (1 - probability)
+    actual = _run(p, dropout_p=probability)
+    _compare(actual, _formula(p, torch.float64, keep), _formula(p, dtype, keep))
+
+
+def test_dropout_keeps_the_right_share_and_scale(device):
+    x = torch.ones(512, 1024, device=device)
+    y = torch.ops.lowbit.dropout(x, 0.25, torch.tensor([99], device=device))
+    kept = (y != 0).float().mean().item()
+    assert abs(kept - 0.75) < 5 * (0.75 * 0.25 / x.numel()) ** 0.5
+    assert y.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert_bitwise_equal(y.cpu(), reference.dropout(x.cpu(), 0.25, torch.tensor([99])), "dropout")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fp32_adapters_with_16_bit_activations(device, dtype):
+    p = _problem((33, 72, 128, 8), dtype, device)
+    exact = _formula(p, torch.float64)
+    lowp = _formula(p, dtype)
+    for name in ("lora_A", "lora_B"):
+        p[name] = p[name].float()
+    actual = _run(p)
+    assert actual["d_lora_A"].dtype == actual["d_lora_B"].dtype == torch.float32
+    _compare(actual, exact, lowp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_hot_rows_read_the_weight_exactly(device, dtype):
+    """x = I makes y the dequantized weight: decode, layout and transposition are checked bit for
+    bit.
+    """
+    for layout in ("rows", "flat"):
+        w = lowbit.quantize(torch.randn(40, 100, device=device), layout=layout)
+        expected = w.dequantize(dtype)
+        y = lowbit.matmul(torch.eye(100, dtype=dtype, device=device), w)
+        assert_bitwise_equal(y.t().contiguous(), expected, f"y ({layout})")
+        dx = torch.ops.lowbit.linear_dx(torch.eye(40, dtype=dtype, device=device), *w.args())
+        assert_bitwise_equal(dx, expected, f"dx ({layout})")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_dense_weight_is_accepted(device, dtype):
+    p = _problem((17, 48, 64, 4), dtype, device)
+    dense = p["w"].dequantize(dtype)
+    _compare(_run(p, w=dense), _formula(p, torch.float64), _formula(p, dtype))
+    y = lowbit.matmul(p["x"], dense, p["bias"])
+    torch.testing.assert_close(y, torch.nn.functional.linear(p["x"], dense, p["bias"]))
+
+
+def test_rows_do_not_depend_on_their_neighbours(device):
+    p = _problem((40, 96, 256, 8), torch.bfloat16, device)
+    first = _run(p)["y"]
+    p["x"][1:] = torch.randn_like(p["x"][1:]) * 100
+    assert_bitwise_equal(_run(p)["y"][0], first[0], "row 0")
+
+
+def test_results_repeat_bit_for_bit(device):
+    p = _problem((65, 100, 192, 16), torch.bfloat16, device)
+    once, again = _run(p, 0.1), _run(p, 0.1)
+    for name in once:
+        assert_bitwise_equal(again[name], once[name], name)
+
+
+def test_batch_shapes_strides_and_empty_inputs(device):
+    p = _problem((24, 48, 64, 4), torch.float32, device)
+    args = (p["w"], p["lora_A"], p["lora_B"], 2.0)
+    flat = lowbit.lora_matmul(p["x"], *args)
+    batched = lowbit.lora_matmul(p["x"].view(2, 3, 4, 64), *args)
+    assert_bitwise_equal(batched.view(24, 48), flat, "batched")
+    strided = lowbit.lora_matmul(p["x"].t().contiguous().t(), *args)
+    assert_bitwise_equal(strided, flat, "strided")
+    assert lowbit.lora_matmul(p["x"][0], *args).shape == (48,)
+    empty = p["x"][:0].view(0, 5, 64).requires_grad_()
+    lora_A = p["lora_A"].clone().requires_grad_()
+    y = lowbit.lora_matmul(empty, p["w"], lora_A, p["lora_B"], 2.0)
+    y.sum().backward()
+    assert y.shape == (0, 5, 48)
+    assert empty.grad.shape == empty.shape
+    assert (lora_A.grad == 0).all()
+
+
+def test_only_what_is_needed_gets_a_gradient(device):
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    lora_B = p["lora_B"].requires_grad_()
+    y = lowbit.lora_matmul(p["x"], p["w"], p["lora_A"], lora_B, 2.0)
+    (grad,) = torch.autograd.grad(y.sum(), [lora_B])
+    assert grad.shape == lora_B.shape
+    assert p["x"].grad is None
+    assert p["lora_A"].grad is None
+
+
+def test_retain_graph_and_double_use(device):
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    x = p["x"].requires_grad_()
+    before = x.detach().clone()
+    y = lowbit.lora_matmul(x, p["w"], p["lora_A"], p["lora_B"], 2.0)
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    second = torch.autograd.grad(y.sum(), x)[0]
+    assert_bitwise_equal(second, first, "dx")
+    assert_bitwise_equal(x.detach(), before, "x")
+
+
+def test_gradients_of_the_definition_by_finite_differences():
+    w = lowbit.quantize(torch.randn(24, 70))
+    x = torch.randn(3, 70, dtype=torch.float64, requires_grad=True)
+    A, B = torch.randn(4, 70, dtype=torch.float64), torch.randn(24, 4, dtype=torch.float64)
+    s, bias = torch.rand(4, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
+    leaves = [x, *(t.requires_grad_() for t in (A, B, s, bias))]
+
+    def function(x, A, B, s, bias, dropout_p=0.0):
+        torch.manual_seed(3)
+        return lowbit.lora_matmul(x, w, A, B, s, bias=bias, dropout_p=dropout_p)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *a: function(*a, 0.3), leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x: lowbit.matmul(x, w), (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(device, dtype):
+    if (
+        device.type == "cpu"
+        and dtype == torch.float16
+        and not torch.amp.is_autocast_available("cpu")
+    ):
+        pytest.skip("no CPU autocast to fp16 in this torch")
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    x = p["x"].requires_grad_()
+    lora_A = p["lora_A"].requires_grad_()
+    with torch.autocast(device.type, dtype=dtype):
+        y = lowbit.lora_matmul(x, p["w"], lora_A, p["lora_B"], 2.0, bias=p["bias"])
+        assert y.dtype == dtype
+    y.float().sum().backward()
+    assert x.grad.dtype == lora_A.grad.dtype == torch.float32
+    direct = lowbit.lora_matmul(x.to(dtype), p["w"], lora_A, p["lora_B"], 2.0, bias=p["bias"])
+    assert_bitwise_equal(y, direct, "y")
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_replays_dropout(device, use_reentrant):
+    p = _problem((9, 48, 64, 4), torch.float32, device)
+    plain = _run(p, 0.4)
+    leaves = {n: p[n].detach().clone().requires_grad_() for n in ("x", "lora_A", "lora_B", "bias")}
+    torch.manual_seed(7)
+    y = torch.utils.checkpoint.checkpoint(
+        lambda x, A, B, b: lowbit.lora_matmul(x, p["w"], A, B, 2.0, bias=b, dropout_p=0.4),
+        *leaves.values(),
+        use_reentrant=use_reentrant,
+    )
+    y.backward(p["dy"])
+    assert_bitwise_equal(y.detach(), plain["y"], "y")
+    for name, leaf in leaves.items():
+        assert_bitwise_equal(leaf.grad, plain[f"d_{name}"], f"d_{name}")
+
+
+def test_saved_tensor_hooks_see_the_weight(device):
+    """Offloading hooks must be able to move everything backward needs."""
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        lowbit.lora_matmul(p["x"].requires_grad_(), p["w"], p["lora_A"], p["lora_B"], 2.0)
+    assert any(t.data_ptr() == p["w"].qweight.data_ptr() for t in packed)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_compiles_without_graph_breaks(device, dropout_p):
+    p = _problem((9, 48, 64, 4), torch.float32, device)
+
+    def step(x, A, B):
+        return lowbit.lora_matmul(x, p["w"], A, B, 2.0, bias=p["bias"], dropout_p=dropout_p).relu()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    leaves = [p[n].detach().clone().requires_grad_() for n in ("x", "lora_A", "lora_B")]
+    torch.manual_seed(1)
+    y = compiled(*leaves)
+    grads = torch.autograd.grad(y.sum(), leaves)
+    torch.manual_seed(1)
+    eager = step(*leaves)
+    if dropout_p == 0.0:
+        assert_bitwise_equal(y, eager, "y")
+        for name, a, b in zip("xAB", grads, torch.autograd.grad(eager.sum(), leaves), strict=True):
+            assert_bitwise_equal(a, b, f"d_{name}")
+    assert y.shape == eager.shape
+
+
+@pytest.mark.parametrize("scaling", [2.0, "vector"])
+def test_mixed_adapters_equal_one_call_per_adapter(device, scaling):
+    p = _problem((12, 48, 64, 4), torch.float32, device)
+    A, B = torch.randn(3, 4, 64, device=device), torch.randn(3, 48, 4, device=device)
+    scales = torch.tensor([0.5, 1.0, 2.0], device=device) if scaling == "vector" else scaling
+    index = torch.tensor([0, 1, 2, -1] * 3, device=device, dtype=torch.int32)
+    leaves = [t.requires_grad_() for t in (p["x"], A, B)]
+    y = lowbit.lora_matmul(p["x"], p["w"], A, B, scales, bias=p["bias"], adapter_index=index)
+    grads = torch.autograd.grad(y, leaves, p["dy"])
+    expected = []
+    for m, i in enumerate(index.tolist()):
+        s = float(scales[i]) if scaling == "vector" else scaling
+        row = p["x"][m : m + 1]
+        base = lowbit.matmul(row, p["w"], p["bias"])
+        expected.append(base if i < 0 else base + s * (row @ A[i].t()) @ B[i].t())
+    expected = torch.cat(expected)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for name, a, b in zip(
+        "xAB", grads, torch.autograd.grad(expected, leaves, p["dy"]), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3, msg=lambda m, n=name: f"d_{n}: {m}")
+
+
+def _bad(p, **changes):
+    call = {n: p[n] for n in ("x", "w", "lora_A", "lora_B", "scaling", "bias")} | changes
+    return lowbit.lora_matmul(**call)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"x": torch.ones(3, 64, dtype=torch.int32)},
+            TypeError,
+            "x must be a float32.* got torch.int32",
+        ),
+        (
+            {"x": torch.randn(3, 63)},
+            ValueError,
+            r"x must be \[\.\.\., K\] with K = 64, got \[3, 63\]",
+        ),
+        ({"w": torch.ones(48, 32, dtype=torch.uint8)}, ValueError, "w must be a floating tensor"),
+        ({"w": "nf4"}, TypeError, "w must be a QuantizedWeight or a tensor"),
+        ({"w": torch.randn(48, 64).half()}, TypeError, "w must have x's dtype torch.float32"),
+        ({"w": torch.randn(64, 48).t()}, ValueError, "w must be contiguous"),
+        ({"lora_A": torch.randn(4, 63)}, ValueError, r"lora_A must be \[r, K\] with K = 64"),
+        ({"lora_A": torch.randn(0, 64)}, ValueError, "r >= 1"),
+        (
+            {"lora_B": torch.randn(4, 48)},
+            ValueError,
+            r"lora_B must be \[N, r\] = \[48, 4\], got \[4, 48\]",
+        ),
+        (
+            {"lora_A": torch.randn(4, 64).half()},
+            TypeError,
+            "lora_A must be torch.float32 like x, or float32",
+        ),
+        (
+            {"scaling": torch.ones(3)},
+            ValueError,
+            r"scaling must be a number or a tensor \[r\] = \[4\]",
+        ),
+        ({"bias": torch.ones(47)}, ValueError, r"bias must be \[N\] = \[48\], got \[47\]"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"adapter_index": torch.zeros(5)}, ValueError, "with adapter_index, lora_A must be"),
+        (
+            {"w": lowbit.quantize(torch.randn(2, 24, 64))},
+            ValueError,
+            r"w must be a matrix \[N, K\]",
+        ),
+        (
+            {"x": torch.randn(3, 64, device="meta")},
+            ValueError,
+            "w must be on x's device meta, got cpu",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(changes, error, message):
+    p = _problem((5, 48, 64, 4), torch.float32, torch.device("cpu"))
+    with pytest.raises(error, match=message):
+        _bad(p, **changes)

@@ -1,0 +1,123 @@
+"""Every registered operation against torch's own checker, and the dispatch table."""
+
+import pytest
+import torch
+
+import lowbit
+from lowbit import codebooks, dispatch, ops
+
+X, R = (5, 128), 4
+
+
+@pytest.fixture(autouse=True)
+def _free_choice(monkeypatch):
+    """These tests are about the choice itself, whatever the run forces."""
+    monkeypatch.delenv("LOWBIT_BACKEND", raising=False)
+
+
+def _samples(device):
+    """Arguments for every operation: plain, double-quantized and dense weights, with what needs a
+    gradient.
+    """
+    weight = torch.randn(48, 128, device=device)
+    packed, plain = lowbit.quantize(weight), lowbit.quantize(weight, double_quant=False)
+    dense = lowbit.functional._dense_args(weight, weight)
+    bounds, order = (t.to(device) for t in codebooks.thresholds(lowbit.codebook("nf4")))
+    nested = lowbit.nested_codebook().to(device)
+
+    def leaf(*shape):
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    seed = torch.tensor([5], device=device)
+    for w in (packed.args(), plain.args(), dense):
+        yield "linear", (leaf(*X), *w, leaf(48))
+        yield "linear_dx", (leaf(5, 48), *w)
+        adapter = (leaf(R, 128), leaf(48, R))
+        yield "lora_linear", (leaf(*X), *w, *adapter, None, 2.0, None, 0.0, None)
+        yield "lora_linear", (leaf(*X), *w, *adapter, leaf(R), 1.0, leaf(48), 0.25, seed)
+        plain_adapter = tuple(t.detach() for t in adapter)
+        x, z, dy = (torch.randn(s, device=device) for s in (X, (5, R), (5, 48)))
+        yield (
+            "lora_linear_backward",
+            (
+                dy,
+                x,
+                z,
+                *w,
+                *plain_adapter,
+                torch.rand(R, device=device),
+                2.0,
+                0.25,
+                seed,
+                *[True] * 5,
+            ),
+        )
+        yield (
+            "lora_linear_backward",
+            (dy, x, z, *w, *plain_adapter, None, 2.0, 0.0, None, *[False] * 5),
+        )
+    yield "dequantize_4bit", (*packed.args(), torch.bfloat16)
+    yield "dequantize_4bit", (*plain.args(), torch.float32)
+    yield "quantize_4bit", (weight, bounds, order, nested, 64, 256, True)
+    yield "quantize_4bit", (weight[:, :65].contiguous(), bounds, order, None, 64, 256, False)
+    yield "dropout", (leaf(*X), 0.5, seed)
+
+
+def test_opcheck_of_every_operation(device):
+    seen = set()
+    for name, args in _samples(device):
+        seen.add(name)
+        results = torch.library.opcheck(
+            getattr(torch.ops.lowbit, name).default, args, raise_exception=False
+        )
+        failed = {test: result for test, result in results.items() if result != "SUCCESS"}
+        assert not failed, f"lowbit::{name}: {failed}"
+    assert seen == set(ops.SCHEMAS) == set(dispatch.OPERATIONS)
+
+
+def test_force_is_scoped_and_checked():
+    assert dispatch.forced() is None
+    with dispatch.force("reference"):
+        assert dispatch.choose("linear", torch.device("cpu"), torch.float32).backend == "reference"
+    assert dispatch.forced() is None
+    with (
+        pytest.raises(
+            ValueError, match="backend must be one of cuda, triton, cpu, reference, got 'gpu'"
+        ),
+        dispatch.force("gpu"),
+    ):
+        pass
+
+
+def test_environment_forces_a_backend(monkeypatch):
+    monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+    assert dispatch.choose("linear", torch.device("cpu"), torch.float32).reason == "forced"
+    monkeypatch.setenv("LOWBIT_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"LOWBIT_BACKEND must be one of .* got 'fast'"):
+        dispatch.choose("linear", torch.device("cpu"), torch.float32)
+
+
+def test_a_forced_backend_that_is_missing_says_why(monkeypatch):
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: "not compiled here")
+    with (
+        dispatch.force("cuda"),
+        pytest.raises(
+            RuntimeError, match="backend 'cuda' was forced but cannot run here: not compiled here"
+        ),
+    ):
+        lowbit.matmul(torch.randn(2, 64), lowbit.quantize(torch.randn(8, 64)))
+
+
+def test_the_reference_serves_every_operation_and_float64():
+    for operation in dispatch.OPERATIONS:
+        row = dispatch.choose(operation, torch.device("cpu"), torch.float64)
+        assert row.backend == "reference"
+    with pytest.raises(TypeError, match=r"lowbit::linear does not support torch.int8 on cpu"):
+        dispatch.choose("linear", torch.device("cpu"), torch.int8)
+
+
+def test_every_row_of_the_table_names_known_things():
+    for row in dispatch.TABLE:
+        assert set(row.operations) <= set(dispatch.OPERATIONS)
+        assert row.backend in dispatch.BACKENDS
+        assert row.reason
