@@ -22,7 +22,8 @@ from . import dispatch
 
 _WEIGHT = (
     "Tensor qweight, Tensor? absmax, Tensor? codebook, Tensor? nested_absmax, "
-    "Tensor? nested_codebook, Tensor? nested_offset, int N, int K, int blocksize, int nested_blocksize, bool row_blocks"
+    "Tensor? nested_codebook, Tensor? nested_offset, "
+    "int N, int K, int blocksize, int nested_blocksize, bool row_blocks"
 )
 _ADAPTER = "Tensor lora_A, Tensor lora_B, Tensor? lora_scaling, float scaling"
 _WEIGHT_COUNT = 11
@@ -53,7 +54,6 @@ _library = torch.library.Library("lowbit", "DEF")
 
 
 # ---- fake implementations: shapes and dtypes only
-# --------------------------------------------------------------------
 
 
 def _quantize_4bit_fake(
@@ -118,7 +118,6 @@ _FAKES = {
 
 
 # ---- implementations
-# -------------------------------------------------------------------------------------------------
 
 
 def _implementation(name: str):
@@ -143,7 +142,6 @@ for _name, _schema in SCHEMAS.items():
 
 
 # ---- autograd
-# --------------------------------------------------------------------------------------------------------
 
 
 def _save_weight(ctx, weight: tuple, *others) -> None:
