@@ -1,0 +1,48 @@
+// Products with a frozen weight and an optional low-rank branch, on raw pointers; gemm.h does the arithmetic.
+#pragma once
+
+#include "dropout.h"
+#include "gemm.h"
+
+namespace lowbit::cpu {
+
+// The low-rank branch of both directions: t = A thin [M, r], then (t * scale) low [M, columns] is added to the main product.
+//     forward    thin = lora_A^T, low = lora_B^T, t = z rounded to the activation's type, dropout on A
+//     backward   thin = lora_B,   low = lora_A,   t = u in fp32,                          dropout on the low-rank product
+struct LowRank {
+    Operand thin, low;
+    int64_t r;
+    const float* scale;              // [r]
+    const DropoutArgs* dropout;      // null: none
+    bool dropout_on_input;           // else on the low-rank product
+    void* rounded;                   // t in the activation's type [M, r], which is then what is used further on; or null
+    float* exact;                    // t in fp32 [M, r], or null
+};
+
+// out [M, columns] = A [M, K] main + low rank + bias. With out null only the low-rank factor t is computed.
+struct FusedProduct {
+    const void* a;
+    Dtype type;  // of a and out
+    int64_t M;
+    Operand main;
+    const LowRank* low_rank;  // or null
+    const void* bias;         // [columns] of bias_type, or null
+    Dtype bias_type;
+    void* out;
+};
+void run_fused_product(const FusedProduct& args);
+
+// y [M, N] = x [M, K] W^T + bias
+void linear(const void* x, Dtype type, int64_t M, const WeightView& w, const void* bias,
+            Dtype bias_type, void* y);
+// dx [M, K] = dy [M, N] W
+void linear_dx(const void* dy, Dtype type, int64_t M, const WeightView& w, void* dx);
+
+// Same values as the view, as row-aligned blocks where the two layouts coincide: what the fast decoders read.
+WeightView row_aligned(const WeightView& w);
+
+// A dense matrix [rows, columns] as an operand.
+Operand dense_operand(const void* data, Dtype type, Dtype rounding, int64_t rows, int64_t columns,
+                      bool transposed);
+
+}  // namespace lowbit::cpu
