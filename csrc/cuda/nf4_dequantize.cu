@@ -1,0 +1,414 @@
+// 4-bit dequantization of a window of a weight, any 16-entry codebook, scales plain or
+// double-quantized.
+//
+//     out[i, c] = RN_T(codebook[q[n, k]] * absmax[block(n, k)]),  n = row0 + i, k = column0 + c
+//     absmax    = RN(RN(nested_codebook[a] * nested_absmax) + nested_offset)   when a = absmax is
+//     8-bit
+//
+// Weight: see weight.h. out [rows, columns] contiguous, T = bf16, fp16 or fp32. One fp32 product
+// and one rounding to nearest even per element, so every path gives the same bits.
+//
+// Three kernels, one launch each, chosen by the window's alignment:
+//   blocks   16-bit T, everything a multiple of 64: a thread owns 64 codes (32 bytes) and looks
+//   them up by PRMT in a
+//            table of 16 scaled values that it builds in registers; about 3.3 instructions per
+//            weight.
+//   vectors  multiples of 8 codes (4 for fp32): a thread decodes as many codes as fill one 16-byte
+//   store, codebook in
+//            shared memory, one scale per store.
+//   scalars  whatever is left: odd columns, windows that start at an odd code, unaligned pointers.
+//
+// Bound by memory: 0.5 + 1/64 bytes read (blocksize 64, double-quantized) and sizeof(T) written per
+// weight, 2.516 for bf16. H100 moves 2.95 TB/s, so 5.2 weights per clock and SM: no path is near
+// its issue limit, what counts is that all accesses are full sectors. Storing straight from the
+// owner of a block is not (3.2-3.8 times slower, measured on an H100, 2026-11): `blocks` therefore
+// transposes through shared memory.
+//
+// Callers have checked sizes, dtypes and devices. PRMT on byte planes follows CUTLASS'
+// lookup_table_convert.
+
+#include <type_traits>
+
+#include "common.cuh"
+#include "nf4_dequantize.h"
+
+namespace lowbit::cuda {
+namespace {
+
+// Where row i of the window starts, all linear in i. A code's position is counted in nibbles of
+// qweight; its block is block + ((offset + c) >> blocksize_log2).
+struct Source {
+    int64_t nibble0, nibble_stride;
+    int64_t block0, block_stride;
+    int64_t offset0, offset_stride;
+    int64_t rows, columns;
+};
+
+Source make_source(const WeightView& w, const DequantizeWindow& window) {
+    Source s{};
+    s.rows = window.rows;
+    s.columns = window.columns;
+    s.nibble_stride = w.flat ? w.K : 2 * ceil_div(w.K, 2);
+    s.nibble0 = window.row0 * s.nibble_stride + window.column0;
+    if (w.flat) {
+        s.offset0 = s.nibble0;
+        s.offset_stride = s.nibble_stride;
+    } else {
+        s.block_stride = ceil_div(w.K, int64_t{1} << w.blocksize_log2);
+        s.block0 = window.row0 * s.block_stride;
+        s.offset0 = window.column0;
+    }
+    if (w.flat && window.columns == w.K) {  // consecutive rows join into one
+        s.columns *= s.rows;
+        s.rows = 1;
+    }
+    return s;
+}
+
+// ---- blocks -------------------------------------------------------------------------------------
+
+constexpr int kUnit = 64;            // codes per thread
+constexpr int kBlocksThreads = 128;  // small CTAs end together better than large ones
+constexpr int kBlocksPerSm = 10;
+
+struct Codebook {
+    float value[16];
+};
+
+// From memory on purpose: constants would sit in uniform registers, copied back before each use (+1
+// instruction per weight).
+__device__ __forceinline__ Codebook load_codebook(const float* codebook) {
+    Codebook c;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float4 v = __ldg(reinterpret_cast<const float4*>(codebook) + i);
+        c.value[4 * i] = v.x, c.value[4 * i + 1] = v.y, c.value[4 * i + 2] = v.z,
+                    c.value[4 * i + 3] = v.w;
+    }
+    return c;
+}
+
+// The 16 values of one block in T, split into planes of low and of high bytes, 4 codes per word.
+struct ScaledTable {
+    uint32_t low[4];
+    uint32_t high[4];
+};
+
+template <typename T>
+__device__ __forceinline__ ScaledTable scale_codebook(const Codebook& c, float scale) {
+    ScaledTable t;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float* v = c.value + 4 * i;
+        const uint32_t first = pack_pair(__fmul_rn(v[0], scale), __fmul_rn(v[1], scale), T{});
+        const uint32_t second = pack_pair(__fmul_rn(v[2], scale), __fmul_rn(v[3], scale), T{});
+        t.low[i] = prmt(first, second, 0x6420);
+        t.high[i] = prmt(first, second, 0x7531);
+    }
+    return t;
+}
+
+// Bytes of four codes from one plane: three bits of a code select within each half, the fourth
+// between the halves.
+__device__ __forceinline__ uint32_t
+look_up(const uint32_t (&plane)[4], uint32_t select, uint32_t half) {
+    return prmt(prmt(plane[0], plane[1], select), prmt(plane[2], plane[3], select), half);
+}
+
+// Eight codes of a word (little endian, first code in the high nibble of byte 0) to eight 16-bit
+// values.
+__device__ __forceinline__ uint4 decode_word(const ScaledTable& t, uint32_t word) {
+    uint32_t select = word & 0x77777777u;
+    uint32_t half = ((word & 0x88888888u) | 0x64206420u) >>
+                    1;  // nibble i: i, plus 4 where bit 3 of code i is set
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t low = look_up(t.low, select, half);
+        const uint32_t high = look_up(t.high, select, half);
+        out[i] =
+            prmt(low, high, 0x4051);  // nibbles of a byte are swapped: code 1 is the first value
+        out[i + 1] = prmt(low, high, 0x6273);
+        select >>= 16;
+        half >>= 16;
+    }
+    return {out[0], out[1], out[2], out[3]};
+}
+
+struct Unit {
+    uint4 packed[2];
+    float scale[2];  // of its two halves: they differ when blocksize is 32
+};
+
+template <bool kNested, bool kTwoScales>
+__device__ __forceinline__ Unit load_unit(const WeightView& w, const Source& s, uint32_t unit) {
+    const uint32_t per_row = static_cast<uint32_t>(s.columns / kUnit);
+    const uint32_t row = unit / per_row;
+    const int64_t code = static_cast<int64_t>(unit - row * per_row) * kUnit;
+    const int64_t byte = (s.nibble0 + row * s.nibble_stride + code) >> 1;
+    const uint4* packed = reinterpret_cast<const uint4*>(w.qweight + byte);
+    Unit u;
+    u.packed[0] = load_streaming(packed);
+    u.packed[1] = load_streaming(packed + 1);
+    const int64_t offset = s.offset0 + row * s.offset_stride + code;
+    const int64_t block = s.block0 + row * s.block_stride + (offset >> w.blocksize_log2);
+    u.scale[0] = block_scale<kNested>(w, block);
+    u.scale[1] = kTwoScales ? block_scale<kNested>(w, block + 1) : u.scale[0];
+    return u;
+}
+
+// One warp turns 32 units into 4 KiB of contiguous output. Shared memory: 4 KiB per warp, 16 KiB in
+// all; chunk c of lane l lies at c ^ (l % 8), so both the row-wise stores and the column-wise loads
+// of 8 lanes touch all 32 banks.
+template <typename T, bool kNested, bool kTwoScales>
+__global__ void __launch_bounds__(kBlocksThreads, kBlocksPerSm) dequantize_blocks_kernel(
+    const WeightView w,    // scales and codes
+    const Source s,        // columns, nibbles and offsets are multiples of 64
+    const uint32_t units,  // rows * columns / 64
+    uint4* out             // [rows * columns / 8]
+) {
+    __shared__ uint4 smem[kBlocksThreads / kWarpSize][kWarpSize * 8];
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const uint32_t first =
+        blockIdx.x * kBlocksThreads + threadIdx.x - lane;  // the warp's first unit
+    if (first >= units)
+        return;  // nothing below spans warps
+    const uint32_t left = units - first;
+    uint4* tile = smem[threadIdx.x / kWarpSize];
+
+    const Unit u = load_unit<kNested, kTwoScales>(w, s, first + min(lane, left - 1));
+    const Codebook codebook = load_codebook(w.codebook);
+    uint4* chunks = tile + lane * 8;
+    ScaledTable table = scale_codebook<T>(codebook, u.scale[0]);
+    chunks[0 ^ (lane % 8)] = decode_word(table, u.packed[0].x);
+    chunks[1 ^ (lane % 8)] = decode_word(table, u.packed[0].y);
+    chunks[2 ^ (lane % 8)] = decode_word(table, u.packed[0].z);
+    chunks[3 ^ (lane % 8)] = decode_word(table, u.packed[0].w);
+    if (kTwoScales)
+        table = scale_codebook<T>(codebook, u.scale[1]);
+    chunks[4 ^ (lane % 8)] = decode_word(table, u.packed[1].x);
+    chunks[5 ^ (lane % 8)] = decode_word(table, u.packed[1].y);
+    chunks[6 ^ (lane % 8)] = decode_word(table, u.packed[1].z);
+    chunks[7 ^ (lane % 8)] = decode_word(table, u.packed[1].w);
+    __syncwarp();
+
+    out += static_cast<int64_t>(first) * 8 + lane;
+#pragma unroll
+    for (uint32_t j = 0; j < 8; j++) {
+        const uint32_t unit = j * 4 + lane / 8;
+        const uint32_t chunk = (lane ^ unit) % 8;
+        if (unit < left)
+            out[j * kWarpSize] = tile[unit * 8 + chunk];
+    }
+}
+
+// ---- vectors ------------------------------------------------------------------------------------
+
+constexpr int kVectorsThreads = 256;
+constexpr int kVectorsPerThread = 4;  // independent loads in flight
+
+template <typename T>
+constexpr int kVectorWidth = 16 / sizeof(T);
+
+template <typename T>
+using PackedVector = std::conditional_t<sizeof(T) == 2, uint32_t, uint16_t>;
+
+// Values of codes 2b and 2b + 1; 4-byte entries make a nibble shifted left by two a byte offset.
+__device__ __forceinline__ float2
+decode_byte(const float* smem_codebook, uint32_t packed, int b, float scale) {
+    const uint32_t first = b == 0 ? packed >> 2 : packed >> (8 * b + 2);
+    const uint32_t second = b == 0 ? packed << 2 : packed >> (8 * b - 2);
+    const char* base = reinterpret_cast<const char*>(smem_codebook);
+    return {
+        __fmul_rn(*reinterpret_cast<const float*>(base + (first & 0x3c)), scale),
+        __fmul_rn(*reinterpret_cast<const float*>(base + (second & 0x3c)), scale)};
+}
+
+template <typename T>
+__device__ __forceinline__ uint4
+decode_vector(const float* smem_codebook, uint32_t packed, float scale) {
+    uint32_t out[4];
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int b = 0; b < 4; b++) {
+            const float2 v = decode_byte(smem_codebook, packed, b, scale);
+            out[b] = pack_pair(v.x, v.y, T{});
+        }
+    } else {
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            const float2 v = decode_byte(smem_codebook, packed, b, scale);
+            out[2 * b] = __float_as_uint(v.x);
+            out[2 * b + 1] = __float_as_uint(v.y);
+        }
+    }
+    return {out[0], out[1], out[2], out[3]};
+}
+
+// The 16 words of the codebook lie in 16 banks: any 32 lookups are conflict-free.
+template <typename T, bool kNested, bool kOneRow>
+__global__ void __launch_bounds__(kVectorsThreads) dequantize_vectors_kernel(
+    const WeightView w,      // scales and codes
+    const Source s,          // columns, nibbles and offsets are multiples of the vector width
+    const uint32_t vectors,  // rows * columns / width
+    uint4* out               // [vectors]
+) {
+    constexpr int kWidth = kVectorWidth<T>;
+    __shared__ float smem_codebook[16];
+    if (threadIdx.x < 16)
+        smem_codebook[threadIdx.x] = w.codebook[threadIdx.x];
+    __syncthreads();
+
+    const uint32_t per_row = kOneRow ? 0 : static_cast<uint32_t>(s.columns / kWidth);
+    const uint32_t first = blockIdx.x * (kVectorsThreads * kVectorsPerThread) + threadIdx.x;
+    uint32_t packed[kVectorsPerThread];
+    float scale[kVectorsPerThread];
+#pragma unroll
+    for (int j = 0; j < kVectorsPerThread; j++) {
+        const uint32_t vector =
+            min(first + j * kVectorsThreads, vectors - 1);  // no branch between the loads
+        const uint32_t row = kOneRow ? 0 : vector / per_row;
+        const int64_t code = static_cast<int64_t>(vector - row * per_row) * kWidth;
+        const int64_t byte = (s.nibble0 + row * s.nibble_stride + code) >> 1;
+        packed[j] = __ldg(reinterpret_cast<const PackedVector<T>*>(w.qweight + byte));
+        const int64_t offset = s.offset0 + row * s.offset_stride + code;
+        scale[j] =
+            block_scale<kNested>(w, s.block0 + row * s.block_stride + (offset >> w.blocksize_log2));
+    }
+#pragma unroll
+    for (int j = 0; j < kVectorsPerThread; j++) {
+        const uint32_t vector = first + j * kVectorsThreads;
+        if (vector < vectors)
+            out[vector] = decode_vector<T>(smem_codebook, packed[j], scale[j]);
+    }
+}
+
+// ---- scalars ------------------------------------------------------------------------------------
+
+constexpr int kScalarsThreads = 256;
+constexpr int kBytesPerThread = 8;
+constexpr int kBytesPerCta = kScalarsThreads * kBytesPerThread;
+
+// A CTA walks kBytesPerCta bytes of one row of the window; a row that starts at an odd code enters
+// its first byte in the middle.
+template <typename T, bool kNested>
+__global__ void __launch_bounds__(kScalarsThreads) dequantize_scalars_kernel(
+    const WeightView w,            // scales and codes
+    const Source s,                // any
+    const int64_t chunks_per_row,  // CTAs per row of the window
+    T* out                         // [rows, columns]
+) {
+    __shared__ float smem_codebook[16];
+    if (threadIdx.x < 16)
+        smem_codebook[threadIdx.x] = w.codebook[threadIdx.x];
+    __syncthreads();
+
+    const int64_t row = blockIdx.x / chunks_per_row;
+    const int64_t chunk = blockIdx.x - row * chunks_per_row;
+    const int64_t nibble = s.nibble0 + row * s.nibble_stride;
+    const int odd = static_cast<int>(nibble & 1);
+    const uint8_t* bytes = w.qweight + (nibble >> 1);
+    const int64_t offset = s.offset0 + row * s.offset_stride;
+    const int64_t block = s.block0 + row * s.block_stride;
+    out += row * s.columns;
+#pragma unroll
+    for (int j = 0; j < kBytesPerThread; j++) {
+        const int64_t byte = chunk * kBytesPerCta + j * kScalarsThreads + threadIdx.x;
+        const int64_t column = 2 * byte - odd;  // of the high nibble
+        if (column >= s.columns)
+            break;
+        const int64_t inside = max(column, int64_t{0});
+        // Blocks are even, so both codes of a byte share one.
+        const int64_t own_block = block + ((offset + inside) >> w.blocksize_log2);
+        const float scale = block_scale<kNested>(w, own_block);
+        const float2 v = decode_byte(smem_codebook, __ldg(bytes + byte), 0, scale);
+        if (column >= 0)
+            out[column] = from_float<T>(v.x);
+        if (column + 1 < s.columns)
+            out[column + 1] = from_float<T>(v.y);
+    }
+}
+
+// ---- choice -------------------------------------------------------------------------------------
+
+bool aligned(const void* p, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// Whether runs of `width` codes never straddle a row, and can be counted in 32 bits.
+bool tiles(const Source& s, int64_t width) {
+    return s.columns % width == 0 && s.nibble0 % width == 0 && s.offset0 % width == 0 &&
+           (s.rows == 1 || (s.nibble_stride % width == 0 && s.offset_stride % width == 0)) &&
+           s.rows * s.columns / width < (int64_t{1} << 32) - (1 << 16);
+}
+
+template <typename T, bool kNested>
+void launch_blocks(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
+    const auto units = static_cast<uint32_t>(s.rows * s.columns / kUnit);
+    const auto grid = static_cast<unsigned>(ceil_div(units, kBlocksThreads));
+    const auto kernel = w.blocksize_log2 == 5 ? dequantize_blocks_kernel<T, kNested, true>
+                                              : dequantize_blocks_kernel<T, kNested, false>;
+    kernel<<<grid, kBlocksThreads, 0, stream>>>(w, s, units, reinterpret_cast<uint4*>(out));
+}
+
+template <typename T, bool kNested>
+void launch_vectors(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
+    const auto vectors = static_cast<uint32_t>(s.rows * s.columns / kVectorWidth<T>);
+    const auto grid = static_cast<unsigned>(ceil_div(vectors, kVectorsThreads * kVectorsPerThread));
+    const auto kernel = s.rows == 1 ? dequantize_vectors_kernel<T, kNested, true>
+                                    : dequantize_vectors_kernel<T, kNested, false>;
+    kernel<<<grid, kVectorsThreads, 0, stream>>>(w, s, vectors, reinterpret_cast<uint4*>(out));
+}
+
+template <typename T, bool kNested>
+cudaError_t launch(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
+    const bool out_aligned = aligned(out, 16);
+    if (sizeof(T) == 2 && tiles(s, kUnit) && out_aligned && aligned(w.qweight, 16) &&
+        aligned(w.codebook, 16)) {
+        if constexpr (sizeof(T) == 2)
+            launch_blocks<T, kNested>(w, s, out, stream);
+    } else if (
+        tiles(s, kVectorWidth<T>) && out_aligned && aligned(w.qweight, sizeof(PackedVector<T>))) {
+        launch_vectors<T, kNested>(w, s, out, stream);
+    } else {
+        const int64_t chunks_per_row = ceil_div(s.columns / 2 + 1, kBytesPerCta);
+        const int64_t grid = s.rows * chunks_per_row;
+        if (grid > INT32_MAX)
+            return cudaErrorInvalidConfiguration;
+        dequantize_scalars_kernel<T, kNested>
+            <<<static_cast<unsigned>(grid), kScalarsThreads, 0, stream>>>(
+                w, s, chunks_per_row, out);
+    }
+    return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch(const WeightView& w, const Source& s, void* out, cudaStream_t stream) {
+    T* typed = static_cast<T*>(out);
+    return w.absmax == nullptr ? launch<T, true>(w, s, typed, stream)
+                               : launch<T, false>(w, s, typed, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_dequantize_4bit(
+    const WeightView& weight,
+    const DequantizeWindow& window,
+    Dtype dtype,
+    void* out,
+    cudaStream_t stream) {
+    if (window.rows == 0 || window.columns == 0)
+        return cudaSuccess;
+    const Source source = make_source(weight, window);
+    switch (dtype) {
+    case Dtype::kBFloat16:
+        return launch<__nv_bfloat16>(weight, source, out, stream);
+    case Dtype::kFloat16:
+        return launch<__half>(weight, source, out, stream);
+    case Dtype::kFloat32:
+        return launch<float>(weight, source, out, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,172 @@
+"""The compiled CUDA backend: `torch.ops.lowbit_cuda.*` of `_C_cuda.so`, cuBLAS for the products.
+
+Quantize and dequantize are one launch each. A product dequantizes a panel of the weight, at most
+PANEL_BYTES, multiplies with it through torch.mm and goes on to the next: nothing of the weight's
+size is ever written. y takes panels of whole rows and dx panels of whole columns, so that every
+output element comes out of one product with fp32 accumulation and is rounded once; the low-rank
+term is added by a second product.
+
+The panel comes from torch's caching allocator and goes back to it after the call. That is what
+makes it safe: the allocator reuses the block on the same stream only, per device, and inside a
+graph's own pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from .. import _library, dispatch, reference  # noqa: F401  _library loads _C_cuda.so
+
+_ops = torch.ops.lowbit_cuda
+_WEIGHT_COUNT = 11
+
+# Large enough for cuBLAS to fill the card, small enough that the panel is still in L2 (50 MB on an
+# H100) when it is read.
+PANEL_BYTES = 16 << 20
+# Panels of fewer columns would leave the fast kernel, which decodes 64 at a time, and tensor cores.
+MIN_PANEL_COLUMNS = 64
+
+
+def quantize_4bit(
+    weight, thresholds, order, nested_codebook, blocksize, nested_blocksize, row_blocks
+):
+    return _ops.quantize_4bit(
+        weight, thresholds, order, nested_codebook, blocksize, nested_blocksize, row_blocks
+    )
+
+
+def dequantize_4bit(*weight_and_dtype):
+    *weight, dtype = weight_and_dtype
+    if _is_dense(weight):
+        return weight[0].to(dtype)
+    return _ops.dequantize_4bit(*weight, dtype)
+
+
+def dropout(x, p, seed):
+    """Triton's kernel if there is one: plain torch makes about a hundred passes over x."""
+    if dispatch.unavailable("triton") is None:
+        from .. import kernels
+
+        return kernels.dropout_fwd(x, p, seed)
+    return reference.dropout(x, p, seed)
+
+
+# ---- panels
+
+
+def _is_dense(weight) -> bool:
+    return weight[1] is None
+
+
+def _panel_length(total: int, other: int, element_size: int, least: int = 1) -> int:
+    """Rows (or columns) of a panel: all, or the largest power of two that fits PANEL_BYTES."""
+    fitting = PANEL_BYTES // (other * element_size)
+    if total <= max(fitting, least):
+        return total
+    return max(least, 1 << max(fitting.bit_length() - 1, 0))
+
+
+def _row_panels(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (rows, W[rows]) over all of N; the panel's memory is reused from one to the next."""
+    qweight, N, K = weight[0], weight[6], weight[7]
+    length = _panel_length(N, K, dtype.itemsize)
+    buffer = torch.empty((length, K), dtype=dtype, device=qweight.device)
+    for begin in range(0, N, length):
+        panel = buffer[: min(length, N - begin)]
+        _ops.dequantize_4bit_out(*weight, begin, panel)
+        yield slice(begin, begin + panel.shape[0]), panel
+
+
+def _column_panels(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (columns, W[:, columns]) over all of K."""
+    qweight, N, K = weight[0], weight[6], weight[7]
+    length = _panel_length(K, N, dtype.itemsize, MIN_PANEL_COLUMNS)
+    buffer = torch.empty(N * length, dtype=dtype, device=qweight.device)
+    for begin in range(0, K, length):
+        columns = min(length, K - begin)
+        panel = buffer[: N * columns].view(N, columns)
+        _ops.dequantize_4bit_out(*weight, 0, panel, begin)
+        yield slice(begin, begin + columns), panel
+
+
+# ---- products
+
+
+def linear(x, *weight_and_bias):
+    *weight, bias = weight_and_bias
+    bias = None if bias is None else bias.to(x.dtype)
+    if _is_dense(weight):
+        return F.linear(x, weight[0].to(x.dtype), bias)
+    y = x.new_empty((x.shape[0], weight[6]))
+    for rows, panel in _row_panels(weight, x.dtype):
+        if bias is None:
+            torch.mm(x, panel.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, panel.t(), out=y[:, rows])
+    return y
+
+
+def linear_dx(dy, *weight):
+    if _is_dense(weight):
+        return dy @ weight[0].to(dy.dtype)
+    dx = dy.new_empty((dy.shape[0], weight[7]))
+    for columns, panel in _column_panels(weight, dy.dtype):
+        torch.mm(dy, panel, out=dx[:, columns])
+    return dx
+
+
+def lora_linear(x, *rest):
+    weight, rest = rest[:_WEIGHT_COUNT], rest[_WEIGHT_COUNT:]
+    lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, seed = rest
+    dropped = dropout(x, dropout_p, seed) if dropout_p > 0 else x
+    z = dropped @ lora_A.to(x.dtype).t()
+    del dropped  # [M, K]: free before y is made
+    y = linear(x, *weight, bias)
+    lora_B = lora_B.to(x.dtype)
+    if lora_scaling is None:
+        y.addmm_(z, lora_B.t(), alpha=scaling)
+    else:
+        y.addmm_((z * (lora_scaling * scaling)).to(x.dtype), lora_B.t())
+    return y, z
+
+
+def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b without rounding the fp32 accumulator."""
+    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def lora_linear_backward(dy, x, z, *rest):
+    weight, rest = rest[:_WEIGHT_COUNT], rest[_WEIGHT_COUNT:]
+    lora_A, lora_B, lora_scaling, scaling, dropout_p, seed, *needs = rest
+    need_dx, need_d_lora_A, need_d_lora_B, need_d_bias, need_d_scaling = needs
+    s = scaling if lora_scaling is None else lora_scaling * scaling
+    dx, d_bias = dy.new_empty(0), dy.new_empty(0)
+    d_lora_A, d_lora_B = lora_A.new_empty(0), lora_B.new_empty(0)
+    d_scaling = dy.new_empty(0, dtype=torch.float32)
+    if need_dx or need_d_lora_A or need_d_scaling:
+        u = _mm_fp32(dy, lora_B.to(dy.dtype))  # [M, r]
+        scaled = (u * s).to(dy.dtype)
+    if need_dx:
+        dx = linear_dx(dy, *weight)
+        _add_low_rank(dx, scaled, lora_A.to(dy.dtype), dropout_p, seed)
+    if need_d_lora_A:
+        dropped = dropout(x, dropout_p, seed) if dropout_p > 0 else x
+        d_lora_A = _mm_fp32(scaled.t(), dropped).to(lora_A.dtype)
+    if need_d_lora_B:
+        d_lora_B = (_mm_fp32(dy.t(), z) * s).to(lora_B.dtype)
+    if need_d_bias:
+        d_bias = dy.sum(dim=0, dtype=torch.float32).to(dy.dtype)
+    if need_d_scaling:
+        d_scaling = (u * z).sum(dim=0) * scaling
+    return dx, d_lora_A, d_lora_B, d_bias, d_scaling
+
+
+def _add_low_rank(dx, scaled, lora_A, dropout_p, seed) -> None:
+    """dx += drop'(scaled lora_A), the mask of the forward pass regenerated from its seed."""
+    if dropout_p > 0:
+        dx += dropout(scaled @ lora_A, dropout_p, seed)
+    else:
+        dx.addmm_(scaled, lora_A)
