@@ -1,0 +1,173 @@
+"""Finding and replacing layers of a model: what prepare, checkpoint and adapters share."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .nn import Linear4bit, QLoRALinear
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
+    """All Linear4bit and QLoRALinear layers by name; a shared one under its first name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, QLoRALinear]:
+    """All QLoRALinear layers by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QLoRALinear)}
+    if not layers:
+        raise ValueError("model has no lowbit adapter; make one with lowbit.prepare(model, r=...)")
+    return layers
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that can be replaced.
+
+    Plain nn.Linear, lowbit's Linear4bit and quantized layers of bitsandbytes. Subclasses with a
+    forward of their own are not: replacing them would change what they compute. Nor is the output
+        projection of
+    nn.MultiheadAttention, which reads the weight without calling the layer.
+    """
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    if type(module).forward is nn.Linear.forward or isinstance(module, Linear4bit):
+        return True
+    return getattr(module.weight, "quant_state", None) is not None
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of all replaceable linear layers; a layer used in several places has several names."""
+    return [n for n, m in model.named_modules(remove_duplicate=False) if is_linear(m)]
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names of linear layers whose weight is also the parameter of another module."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(id(param), set()).add(id(module))
+    return {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear) and len(owners.get(id(module.weight), ())) > 1
+    }
+
+
+def output_names(model: nn.Module) -> set[str]:
+    """Names of the output embeddings: what the model reports, and any layer called lm_head."""
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        output = getter() if callable(getter) else None
+    except NotImplementedError:
+        output = None
+    return {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear)
+        and (module is output or name.rpartition(".")[2] == "lm_head")
+    }
+
+
+def matches(name: str, pattern: str) -> bool:
+    """PEFT's rule for one entry of a list: the whole name, or its last parts."""
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def select(names: Sequence[str], patterns: str | Iterable[str], argument: str, model) -> list[str]:
+    """Return the names that a user's patterns mean.
+
+    Args:
+        names: candidates.
+        patterns: list of names or name endings; or a string, matched as a whole as a regular
+            expression.
+        argument: what to call it in messages.
+        model: to explain what else a pattern may have meant.
+
+    Raises:
+        ValueError: a pattern matches nothing; the message lists close names.
+    """
+    if isinstance(patterns, str):
+        try:
+            expression = re.compile(patterns)
+        except re.error as error:
+            raise ValueError(f"{argument} is no valid regular expression: {error}") from None
+        found = [n for n in names if expression.fullmatch(n) or matches(n, patterns)]
+        if not found:
+            raise _no_match(names, patterns, argument, model)
+        return found
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in names if matches(name, pattern)]
+        if not found:
+            raise _no_match(names, pattern, argument, model)
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def _no_match(names: Sequence[str], pattern: str, argument: str, model: nn.Module) -> ValueError:
+    others = [
+        f"{name} is of type {type(module).__name__}, which is not supported"
+        for name, module in model.named_modules()
+        if matches(name, pattern)
+    ]
+    endings = {name.rpartition(".")[2]: None for name in names}
+    close = difflib.get_close_matches(pattern, [*endings, *names], n=4, cutoff=0.5)
+    hint = others[0] if others else f"close names: {', '.join(close or list(endings)[:8])}"
+    return ValueError(f"{argument}: no linear layer is called {pattern!r}; {hint}")
+
+
+def replace(model: nn.Module, names: Sequence[str], build: Callable[[nn.Module], nn.Module]):
+    """Replace one layer, found under all of `names`, by build(layer); return the model.
+
+    The old layer is referenced by nothing of ours when this returns. A model that is itself the
+    layer (name "") comes back as the new layer.
+    """
+    layer = model.get_submodule(names[0])
+    new = build(layer)
+    del layer
+    for name in names:
+        if name == "":
+            return new
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def replace_all(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Replace layers by what `new` maps them to, under all their names; return the model."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            model = replace(model, [name], lambda old: new[old])
+    return model
+
+
+def group_shared(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Names grouped by the layer they mean, in order; most groups have one name."""
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        groups.setdefault(id(model.get_submodule(name)), []).append(name)
+    return list(groups.values())
+
+
+def train_adapters_only(model: nn.Module) -> None:
+    """Freeze everything but lora_A and lora_B."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, QLoRALinear):
+            module.lora_A.requires_grad_(True)
+            module.lora_B.requires_grad_(True)
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that does not depend on a memory-mapped file or on the caller's tensor."""
+    return tensor.detach().clone()

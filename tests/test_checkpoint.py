@@ -1,0 +1,326 @@
+"""lowbit.save and lowbit.load: every bit comes back, nothing half-written or half-loaded stays."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from helpers import assert_bitwise_equal
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lowbit import adapters
+from lowbit.checkpoint import load, save
+from lowbit.nn import Linear4bit, QLoRALinear
+from lowbit.prepare import prepare
+from lowbit.state import CheckpointError
+
+TOKENS = torch.arange(8).view(2, 4)
+
+
+class Toy(nn.Module):
+    """Tied head, a buffer that is saved and one that is not, a layer with ragged rows."""
+
+    def __init__(self, device=None, dtype=None):
+        super().__init__()
+        options = {"device": device, "dtype": dtype}
+        self.embed = nn.Embedding(20, 100, **options)
+        self.first = nn.Linear(100, 64, **options)
+        self.second = nn.Linear(64, 100, bias=False, **options)
+        self.norm = nn.LayerNorm(100, **options)
+        self.lm_head = nn.Linear(100, 20, bias=False, **options)
+        self.lm_head.weight = self.embed.weight
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("scratch", torch.ones(2), persistent=False)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.lm_head(self.norm(x + self.second(torch.tanh(self.first(x)))))
+
+
+def prepared(dtype=torch.float32, **options):
+    """A prepared model in which nothing has its initial value."""
+    model = Toy(dtype=dtype)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.normal_(std=0.3)
+        model.steps.fill_(17)
+    model = prepare(model, **{"r": 4, "alpha": 8, "dropout": 0.1, **options})
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_B" in name:
+                tensor.normal_()
+    return model
+
+
+def assert_same_state(actual, expected):
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert list(actual) == list(expected)
+    for key in expected:
+        assert_bitwise_equal(actual[key], expected[key], key)
+
+
+@pytest.mark.parametrize("onto", ["meta", "plain", "prepared", "other rank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(tmp_path, onto, dtype):
+    model = prepared(dtype, lora_dtype=torch.float32)
+    assert save(model, tmp_path / "saved") == tmp_path / "saved"
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == [
+        "lowbit_config.json",
+        "model.safetensors",
+    ]
+    target = Toy(device="meta" if onto == "meta" else None)
+    if onto in ("prepared", "other rank"):
+        target = prepare(target, r=4 if onto == "prepared" else 2, blocksize=32)
+    loaded = load(target, tmp_path / "saved")
+    assert_same_state(loaded, model)
+    assert loaded.lm_head.weight is loaded.embed.weight
+    assert loaded.training
+    layer = loaded.first
+    assert (layer.r, layer.alpha, layer.dropout, layer.scaling) == (4, 8, 0.1, 2.0)
+    trained = {n for n, p in loaded.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
+    x = TOKENS
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+@pytest.mark.gpu
+def test_load_onto_a_device(tmp_path):
+    model = prepared()
+    save(model.cuda(), tmp_path)
+    loaded = load(Toy(device="meta"), tmp_path, device="cuda")
+    assert all(t.is_cuda for t in [*loaded.parameters(), *loaded.buffers()])
+    assert_same_state(loaded.cpu(), model.cpu())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 0},
+        {"target_modules": ["first"]},
+        {"quant_type": "fp4", "blocksize": 32},
+        {"double_quant": False},
+        {"double_quant_type": "fp8"},
+        {"quant_type": "nf3"},
+        {"layout": "flat"},
+        {"use_rslora": True},
+    ],
+    ids=str,
+)
+def test_every_format_comes_back(tmp_path, options):
+    model = prepared(**options)
+    save(model, tmp_path)
+    loaded = load(Toy(device="meta"), tmp_path)
+    assert_same_state(loaded, model)
+    for name, module in model.named_modules():
+        twin = loaded.get_submodule(name)
+        assert type(twin) is type(module)
+        if isinstance(module, QLoRALinear):
+            assert twin.scaling == module.scaling
+
+
+def test_file_is_plain_safetensors_in_bitsandbytes_keys(tmp_path):
+    save(prepared(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["second.weight"].dtype == torch.uint8
+    assert "second.weight.quant_state.bitsandbytes__nf4" in stored
+    assert "first.weight.quant_state.lowbit__nf4" in stored  # K = 100 has ragged rows
+    assert ("lm_head.weight" in stored) + ("embed.weight" in stored) == 1  # tied, stored once
+
+
+def test_loaded_model_does_not_depend_on_the_file(tmp_path):
+    model = prepared()
+    save(model, tmp_path)
+    loaded = load(Toy(device="meta"), tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(2000)
+        file.write(b"\xff" * 20000)
+    assert_same_state(loaded, model)
+
+
+def test_merged_adapters_are_saved_unmerged(tmp_path):
+    model = prepared()
+    expected = copy.deepcopy(model)
+    adapters.merge_adapter(model)
+    save(model, tmp_path)
+    assert_same_state(load(Toy(device="meta"), tmp_path), expected)
+
+
+def test_shared_layer_stays_shared(tmp_path):
+    def build():
+        layer = nn.Linear(64, 64)
+        return nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})
+
+    model = prepare(build(), r=2)
+    save(model, tmp_path)
+    loaded = load(build(), tmp_path)
+    assert loaded["a"] is loaded["b"][0]
+    assert_same_state(loaded, model)
+
+
+def test_a_layer_alone(tmp_path):
+    layer = Linear4bit(64, 32)
+    save(layer, tmp_path)
+    assert_same_state(load(nn.Linear(64, 32), tmp_path), layer)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    folder = tmp_path / "saved"
+    save(prepared(), folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: 1 / 0)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(ZeroDivisionError):
+            save(prepared(), target)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]  # no temporary folder, no new one
+
+
+def test_save_replaces_its_files_and_keeps_others(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    save(prepared(), tmp_path)
+    second = prepared()
+    save(second, tmp_path)
+    assert_same_state(load(Toy(device="meta"), tmp_path), second)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    modes = {p.name: os.stat(p).st_mode for p in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["notes.txt"]
+
+
+def test_save_refuses(tmp_path):
+    with pytest.raises(ValueError, match="model has no quantized layer"):
+        save(nn.Linear(4, 4), tmp_path)
+    with pytest.raises(ValueError, match="is on the meta device and has no data"):
+        save(prepare(Toy(device="meta")), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        save(prepared(), tmp_path / "file")
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def change_tensor(key, change):
+    def apply(folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        if change is None:
+            del tensors[key]
+        else:
+            tensors[key] = change(tensors[key]).contiguous()
+        save_file(tensors, path)
+
+    return apply
+
+
+def change_config(change):
+    def apply(folder):
+        path = folder / "lowbit_config.json"
+        path.write_text(change(path.read_text()))
+
+    return apply
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+BLOB = "second.weight.quant_state.bitsandbytes__nf4"
+DAMAGES = {
+    "cut file": (cut, "is cut off"),
+    "short absmax": (change_tensor("first.weight.absmax", lambda t: t[1:]), "first.weight.absmax"),
+    "bad JSON": (change_tensor(BLOB, lambda t: t[1:]), BLOB),
+    "wrong dtype": (
+        change_tensor("second.weight.absmax", lambda t: t.half()),
+        "second.weight.absm",
+    ),
+    "no weight": (change_tensor("second.weight", None), "second.weight is missing"),
+    "no blob": (change_tensor(BLOB, None), "second.weight.quant_state"),
+    "no lora_A": (change_tensor("first.lora_A", None), "first.lora_A is missing"),
+    "wrong lora_B": (change_tensor("first.lora_B", lambda t: t[1:]), "first.lora_B must be"),
+    "no norm": (change_tensor("norm.weight", None), "norm.weight is missing"),
+    "wrong norm": (change_tensor("norm.weight", lambda t: t[1:]), "norm.weight has shape"),
+    "no bias": (change_tensor("first.bias", None), "first.bias is in only one"),
+    "config no JSON": (change_config(lambda t: t[:-9]), "lowbit_config.json is damaged"),
+    "config list": (change_config(lambda t: "[]"), "lowbit_config.json is damaged"),
+    "config version": (change_config(lambda t: t.replace('sion": 1', 'sion": 9')), "version 9"),
+    "config options": (change_config(lambda t: t.replace('"r": 4', '"q": 4')), "layer first"),
+    "config layer": (change_config(lambda t: t.replace('"first"', '"third"')), "third is a 4-bit"),
+    "config dropout": (change_config(lambda t: t.replace("0.1", "1.5")), "dropout must lie in"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+@pytest.mark.parametrize("onto", ["plain", "prepared"])
+def test_damaged_checkpoint_changes_nothing(tmp_path, case, onto):
+    damage, message = DAMAGES[case]
+    save(prepared(), tmp_path)
+    damage(tmp_path)
+    target = Toy() if onto == "plain" else prepared()
+    modules, before = list(target.modules()), copy.deepcopy(target)
+    with pytest.raises(CheckpointError, match=message):
+        load(target, tmp_path)
+    assert all(a is b for a, b in zip(target.modules(), modules, strict=True))
+    assert_same_state(target, before)
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    save(prepared(), tmp_path)
+    other = Toy()
+    other.second = nn.Linear(64, 90, bias=False)
+    with pytest.raises(CheckpointError, match=r"second\.weight has shape \[100, 64\]"):
+        load(other, tmp_path)
+    other = Toy()
+    other.extra = nn.Linear(8, 8)
+    with pytest.raises(CheckpointError, match=r"extra\.weight is missing"):
+        load(other, tmp_path)
+    other = Toy()
+    del other.norm
+    with pytest.raises(CheckpointError, match=r"norm\.\w+ is in the checkpoint but not in"):
+        load(other, tmp_path)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"lowbit_config\.json"):
+        load(Toy(), tmp_path)
+    save(prepared(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        load(Toy(), tmp_path)
+    with pytest.raises(ValueError, match="folder is missing"):
+        load(Toy())
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        load(tmp_path)
+
+
+# ---- transformers --------------------------------------------------------------------------------
+
+
+def test_llama_folder_is_complete(tmp_path):
+    """config.json and generation_config.json come along, so the folder alone is enough."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.generation_config.max_new_tokens = 7
+    model = prepare(model, r=4).eval()
+    save(model, tmp_path)
+    loaded = load(tmp_path)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert loaded.generation_config.max_new_tokens == 7
+    assert_same_state(loaded, model)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
