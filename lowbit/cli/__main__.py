@@ -1,0 +1,6 @@
+"""`python -m lowbit.cli` is the same as the `lowbit` script."""
+
+from . import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The typer application: one function per command, each importing what it needs when it runs."""
+
+import sys
+
+import typer
+
+from . import finetune as _finetune
+from . import generate as _generate
+from . import info as _info
+from . import merge as _merge
+from .options import paragraphs
+
+HELP = "4-bit QLoRA fine-tuning on any machine. Start with: lowbit finetune --demo"
+
+app = typer.Typer(
+    name="lowbit",
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _module, _function in (
+    (_info, _info.info),
+    (_finetune, _finetune.finetune),
+    (_generate, _generate.generate),
+    (_merge, _merge.merge),
+):
+    app.command(help=paragraphs(_module.HELP), epilog=_module.EXAMPLES)(_function)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .._version import __version__
+
+        print(f"lowbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Options of `lowbit` itself."""
+
+
+def run() -> None:
+    """Run the application; a Ctrl-C that no command handled still ends without a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("lowbit: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,284 @@
+"""The training loop of `lowbit finetune`: loss, accumulation, schedule, exact resume."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_bitwise_equal
+from safetensors.torch import load_file
+from tiny_model import make_llama, save_tiny_model
+from typer.testing import CliRunner
+
+from lowbit.cli import loss as loss_module
+from lowbit.cli.adapt import checkpoint_activations
+from lowbit.cli.app import app
+from lowbit.cli.encode import Encoded, collate
+from lowbit.cli.loss import AnswerLoss
+from lowbit.cli.report import TrainingProgress
+from lowbit.cli.settings import Settings
+from lowbit.cli.train import Trainer, learning_rate
+from lowbit.prepare import prepare
+
+CPU = torch.device("cpu")
+VOCABULARY = 120
+
+
+def random_examples(count: int, *, seed: int = 0) -> list[Encoded]:
+    """Token sequences of 4 to 20 tokens, the second half of each to be learned."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(4, 21, (1,), generator=generator))
+        ids = torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+        examples.append(Encoded(ids, [i >= length // 2 for i in range(length)]))
+    return examples
+
+
+def plain_loss(model, batch) -> torch.Tensor:
+    """The definition: summed cross-entropy of the model's own logits at the learned tokens."""
+    logits = model(input_ids=batch.ids).logits[:, :-1].float()
+    targets = torch.where(batch.learn, batch.ids, -100)[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+# ---- loss --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * VOCABULARY * 7, 1 << 26])
+def test_answer_loss_equals_cross_entropy(monkeypatch, chunk_bytes):
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_bytes)
+    model = prepare(make_llama(VOCABULARY), r=4)
+    torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
+    batch = collate(random_examples(6), 0)
+    answer_loss = AnswerLoss(model)
+    assert answer_loss.short
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss, expected = answer_loss(batch, CPU), plain_loss(model, batch)
+    got = torch.autograd.grad(loss / batch.answers, parameters)
+    wanted = torch.autograd.grad(expected / batch.answers, parameters)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6)
+
+
+def test_model_that_scales_its_logits_takes_the_long_way():
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        logits_scaling=4.0,
+        pad_token_id=0,
+    )
+    model = prepare(GraniteForCausalLM(config), r=2)
+    batch = collate(random_examples(3), 0)
+    answer_loss = AnswerLoss(model)
+    assert not answer_loss.short
+    expected = plain_loss(model, batch).item()
+    assert answer_loss(batch, CPU).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_padding_and_neighbours_do_not_change_the_loss():
+    model = prepare(make_llama(VOCABULARY), r=4)
+    examples = random_examples(5)
+    answer_loss = AnswerLoss(model)
+    together = answer_loss(collate(examples, 0), CPU).item()
+    alone = sum(answer_loss(collate([example], 0), CPU).item() for example in examples)
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+# ---- steps -------------------------------------------------------------------------------------
+
+
+def make_trainer(examples, **options) -> Trainer:
+    settings = Settings(learning_rate=1e-2, schedule="constant", warmup=0.0, **options)
+    torch.manual_seed(0)
+    model = prepare(make_llama(VOCABULARY), r=4, lora_dtype=torch.float32)
+    return Trainer(model, examples, examples[:3], settings, pad_id=0, device=CPU)
+
+
+def run_steps(trainer: Trainer) -> list[float]:
+    trainer.run(on_step=lambda step: None, save=lambda: None, should_stop=lambda: False)
+    return [step["loss"] for step in trainer.history.steps]
+
+
+def test_accumulation_equals_one_large_batch():
+    examples = random_examples(8)
+    large = run_steps(make_trainer(examples, batch=8, steps=3))
+    small = run_steps(make_trainer(examples, batch=2, accumulate=4, steps=3))
+    assert small == pytest.approx(large, rel=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_losses():
+    examples = random_examples(8)
+    usual = run_steps(make_trainer(examples, batch=4, steps=4))
+    trainer = make_trainer(examples, batch=4, steps=4)
+    checkpoint_activations(trainer.model)
+    assert run_steps(trainer) == pytest.approx(usual, rel=1e-6)
+
+
+def test_training_lowers_the_loss_and_counts_steps():
+    trainer = make_trainer(random_examples(10), batch=4, epochs=10.0)
+    before = trainer.evaluate()
+    losses = run_steps(trainer)
+    assert len(losses) == trainer.total == 30
+    assert trainer.evaluate() < 0.7 * before
+    assert trainer.history.held_out[0][0] == 0
+    assert trainer.history.held_out[-1][0] == 30
+
+
+def test_epochs_may_be_a_fraction_and_steps_override():
+    examples = random_examples(10)
+    assert make_trainer(examples, batch=4, epochs=0.5).total == 2
+    assert make_trainer(examples, batch=4, epochs=0.01).total == 1
+    assert make_trainer(examples, batch=4, steps=7).total == 7
+
+
+def test_schedules():
+    rates = {
+        name: [learning_rate(Settings(schedule=name, warmup=0.2), step, 10) for step in range(10)]
+        for name in ("constant", "linear", "cosine")
+    }
+    for values in rates.values():
+        assert 0 < values[0] < values[1] < values[2] == 2e-4  # two steps of warm-up, then the peak
+    assert rates["constant"][9] == 2e-4
+    assert rates["linear"][9] == pytest.approx(2e-4 / 8)
+    middle = 2e-4 * 0.5 * (1 + math.cos(math.pi * 0.5))
+    assert rates["cosine"][6] == pytest.approx(middle)
+
+
+def test_weight_decay_and_clipping_act():
+    examples = random_examples(4)
+    free = make_trainer(examples, batch=4, steps=2, clip=0.0)
+    clipped = make_trainer(examples, batch=4, steps=2, clip=1e-4)
+    assert run_steps(free)[0] == run_steps(clipped)[0]
+    norms = [step["gradient_norm"] for step in clipped.history.steps]
+    assert norms[0] > 1e-4  # the norm before clipping is reported
+    decayed = make_trainer(examples, batch=4, steps=2, weight_decay=50.0)
+    run_steps(decayed)
+    size = sum(p.norm() for p in decayed.parameters)
+    assert size < sum(p.norm() for p in free.parameters)
+
+
+# ---- resume ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("resume") / "tiny")
+
+
+@pytest.fixture
+def train(model_folder, tmp_path):
+    """Run `lowbit finetune` on ten pairs, with dropout, so that the generators' state matters."""
+    data = tmp_path / "data.jsonl"
+    pairs = [{"prompt": f"what is {i} red", "completion": f"stone {i * i}"} for i in range(10)]
+    data.write_text("\n".join(map(json.dumps, pairs)))
+
+    def call(*arguments: str):
+        options = "--rank 4 --dropout 0.2 --batch 2 --accumulate 2 --epochs 3 --lr 0.01 --show 1"
+        run = ["--model", model_folder, "--data", data, "--eval-fraction", "0.1"]
+        return CliRunner().invoke(
+            app, ["finetune", *map(str, run), *options.split(), *map(str, arguments)]
+        )
+
+    return call
+
+
+def resume(*arguments) -> object:
+    return CliRunner().invoke(app, ["finetune", "--resume", *map(str, arguments)])
+
+
+def test_resumed_run_repeats_the_uninterrupted_one(train, tmp_path):
+    whole = train("--output", tmp_path / "whole", "--save-every", 4)
+    assert whole.exit_code == 0, whole.stderr
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000004"
+    again = resume(checkpoint, "--output", tmp_path / "again")
+    assert again.exit_code == 0, again.stderr
+    logs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "again")]
+    for key in ("loss", "learning_rate", "gradient_norm", "epoch", "tokens"):
+        first, second = ([step[key] for step in log["steps"]] for log in logs)
+        assert first == second, key
+    assert logs[0]["held_out"] == logs[1]["held_out"]
+    assert logs[0]["answers"] == logs[1]["answers"]
+    adapters = [
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "again")
+    ]
+    for key, tensor in adapters[0].items():
+        assert_bitwise_equal(adapters[1][key], tensor, key)
+
+
+def test_interrupt_saves_a_checkpoint_that_resumes(train, tmp_path, monkeypatch):
+    whole = train("--output", tmp_path / "whole")
+    update = TrainingProgress.update
+
+    def interrupt_after_three(self, step, memory):
+        update(self, step, memory)
+        if step.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TrainingProgress, "update", interrupt_after_three)
+    stopped = train("--output", tmp_path / "part")
+    monkeypatch.undo()
+    assert stopped.exit_code == 130
+    assert (
+        "interrupted after step 3 of 9; continue with: lowbit finetune --resume" in stopped.stderr
+    )
+    assert not (tmp_path / "part").exists()
+    assert [path.name for path in (tmp_path / "part.unfinished").iterdir()] == ["checkpoints"]
+
+    again = train("--output", tmp_path / "part")
+    assert again.exit_code == 2
+    assert "holds an unfinished run" in again.stderr
+
+    finished = resume(tmp_path / "part.unfinished")
+    assert finished.exit_code == 0, finished.stderr
+    assert not (tmp_path / "part.unfinished").exists()
+    assert whole.exit_code == 0
+    first, second = (
+        json.loads((tmp_path / name / "run.json").read_text())["steps"]
+        for name in ("whole", "part")
+    )
+    assert [s["loss"] for s in first] == [s["loss"] for s in second]
+
+
+def test_resume_refuses_what_does_not_fit(train, tmp_path):
+    made = train("--output", tmp_path / "run", "--save-every", 4)
+    assert made.exit_code == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000008"
+    output = ("--output", tmp_path / "new")
+    cases = [
+        (resume(tmp_path / "nothing", *output), "is no folder"),
+        (resume(tmp_path, *output), "neither a checkpoint nor a run with checkpoints"),
+        (resume(checkpoint, *output, "--rank", 8), "was made with --rank 4, this run has 8"),
+        (resume(checkpoint, *output, "--steps", 8), "nothing is left to train"),
+        (resume(checkpoint), "exists and is not empty"),
+    ]
+    (tmp_path / "data.jsonl").write_text('{"text": "other"}\n{"text": "data"}\n')
+    cases.append((resume(checkpoint, *output), "was made with other data"))
+    (checkpoint / "trainer.pt").write_bytes(b"damaged")
+    cases.append((resume(checkpoint, *output), "cannot be read"))
+    (checkpoint / "adapter_config.json").unlink()
+    cases.append((resume(checkpoint, *output), "lacks adapter_config.json"))
+    for result, message in cases:
+        assert result.exit_code == 2, result.stderr
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new.unfinished").exists()
+
+
+def test_longer_training_from_the_last_checkpoint(train, tmp_path):
+    assert train("--output", tmp_path / "run", "--save-every", 4).exit_code == 0
+    longer = resume(tmp_path / "run", "--output", tmp_path / "longer", "--epochs", 4)
+    assert longer.exit_code == 0, longer.stderr
+    assert len(json.loads((tmp_path / "longer" / "run.json").read_text())["steps"]) == 12
