@@ -4,14 +4,14 @@
     python bench/bench_quantize.py --device cpu --all-isa --layer q8b gate8b --json out.json
 
 Rows: `quantize` and `dequantize` call the public functions (NF4, double quantization unless
---plain), so Python and the search for NaN are in the time. `copy` writes the 16-bit weight to memory
-that is already there: the floor of moving it. `clone` does so into fresh memory, as any function
-that returns a new tensor must.
+--plain), so Python and the search for NaN are in the time. `copy` writes the weight to memory that
+is already there: the floor of moving it. `clone` does so into fresh memory, as any function that
+returns a new tensor must.
 
 GB/s counts the bytes the mathematics needs: a quantized weight is N * K / 2 bytes of codes and its
 scales; quantize reads the weight and writes that, dequantize the reverse, dropout, copy and clone
-read and write the tensor once. %peak is this rate over that of `copy` in the same run. `vs dense` is
-the time of `clone` over the time of the row: above 1 is faster than duplicating the weight.
+read and write the tensor once. %peak is this rate over that of `copy` in the same run. `vs dense`
+is the time of `clone` over the time of the row: above 1 is faster than duplicating the weight.
 """
 
 from __future__ import annotations
@@ -214,14 +214,14 @@ def bench_case(N, K, dtype, device, options, args) -> list[Row]:
 
 def geometric_means(rows: list[Row]) -> None:
     """Speed of every implementation of lowbit over clone and over the peer, over all cases."""
-    times = {(row.op, row.N, row.K, row.dtype, row.impl): row.us for row in rows}
+    times = {((row.op, row.N, row.K, row.dtype), row.impl): row.us for row in rows}
     ours = [row for row in rows if row.impl.startswith("lowbit")]
     for op, impl in dict.fromkeys((row.op, row.impl) for row in ours):
         for peer in ("clone", "bitsandbytes", "torch"):
             logs = [
-                math.log(times[*key[:4], peer] / us)
-                for key, us in times.items()
-                if key[0] == op and key[4] == impl and (*key[:4], peer) in times
+                math.log(times[case, peer] / us)
+                for (case, name), us in times.items()
+                if case[0] == op and name == impl and (case, peer) in times
             ]
             if logs:
                 mean = math.exp(sum(logs) / len(logs))

@@ -14,6 +14,8 @@ import math
 
 import torch
 
+# Tables are made on the CPU whatever torch.device context is in force: they are cached.
+
 # QLoRA, appendix E: sixteen NormalFloat values; `normal_float(4)` derives them and a test shows
 # equality.
 _NF4 = (
@@ -73,19 +75,20 @@ def normal_float(bits: int) -> torch.Tensor:
     # Seven decimals and single precision, as the published NF4 constants were made; exact
     # arithmetic would move them by up to 8 ulp.
     offset = round((1 - 1 / (2 * levels) + 1 - 1 / (2 * levels - 2)) / 2, 7)
-    positive = ndtri(torch.linspace(offset, 0.5, levels // 2 + 1)[:-1].numpy())
-    negative = -ndtri(torch.linspace(offset, 0.5, levels // 2)[:-1].numpy())
+    positive = ndtri(torch.linspace(offset, 0.5, levels // 2 + 1, device="cpu")[:-1].numpy())
+    negative = -ndtri(torch.linspace(offset, 0.5, levels // 2, device="cpu")[:-1].numpy())
     halves = [torch.from_numpy(half).double() for half in (positive, negative)]
-    values = torch.cat([*halves, torch.zeros(1, dtype=torch.float64)]).sort().values
+    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
+    values = torch.cat([*halves, zero]).sort().values
     return (values / values.max()).float()
 
 
 @functools.cache
 def _table(name: str) -> torch.Tensor:
     if name == "nf4":
-        return torch.tensor(_NF4, dtype=torch.float32)
+        return torch.tensor(_NF4, dtype=torch.float32, device="cpu")
     if name == "fp4":
-        magnitudes = torch.tensor(_FP4_MAGNITUDES, dtype=torch.float32)
+        magnitudes = torch.tensor(_FP4_MAGNITUDES, dtype=torch.float32, device="cpu")
         return torch.cat([magnitudes, -magnitudes])
     if name in ("nf3", "nf2"):
         values = normal_float(int(name[2]))
@@ -138,14 +141,18 @@ def thresholds(
 
 @functools.cache
 def _fp4_thresholds() -> tuple[torch.Tensor, torch.Tensor]:
-    boundaries = torch.tensor(_FP4_BOUNDARIES, dtype=torch.float32)
-    below = torch.tensor(-math.inf)
+    boundaries = torch.tensor(_FP4_BOUNDARIES, dtype=torch.float32, device="cpu")
+    below = torch.tensor(-math.inf, device="cpu")
     # |x| > t and x < 0 must be `not x >= -t`: step the mirrored boundary down one ulp to turn >
     # into >=.
     negative = torch.nextafter(-boundaries.flip(0), below)
-    zero = torch.nextafter(torch.zeros(1), below)  # x < 0 is -0 (code 8), x >= 0 is +0
+    zero = torch.nextafter(
+        torch.zeros(1, device="cpu"), below
+    )  # x < 0 is -0 (code 8), x >= 0 is +0
     order = [code + 8 for code in reversed(_FP4_BY_MAGNITUDE)] + list(_FP4_BY_MAGNITUDE)
-    return torch.cat([negative, zero, boundaries]), torch.tensor(order, dtype=torch.uint8)
+    return torch.cat([negative, zero, boundaries]), torch.tensor(
+        order, dtype=torch.uint8, device="cpu"
+    )
 
 
 @functools.cache
@@ -153,20 +160,20 @@ def _dynamic_map() -> torch.Tensor:
     values = [0.0, 1.0]
     exponent_bits = 7
     for i in range(exponent_bits):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
         means = (edges[:-1] + edges[1:]) / 2.0
         scale = 10.0 ** (i - exponent_bits + 1)
         values += (scale * means).tolist()
         values += (-scale * means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 @functools.cache
 def _fp8_map() -> torch.Tensor:
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
     values = torch.unique(every[every.isfinite()])  # 253 values: both zeros are one
-    values = values / values.max()
-    return torch.cat([values, values[-1:].expand(256 - values.numel())])
+    # Three codes are left. Values above 1 keep the table strictly ascending and are never chosen.
+    return torch.cat([values / values.max(), torch.tensor([2.0, 3.0, 4.0], device="cpu")])
 
 
 def nested_codebook(name: str = "dynamic") -> torch.Tensor:

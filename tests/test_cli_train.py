@@ -251,6 +251,22 @@ def test_interrupt_saves_a_checkpoint_that_resumes(train, tmp_path, monkeypatch)
     assert [s["loss"] for s in first] == [s["loss"] for s in second]
 
 
+def test_failure_after_a_checkpoint_says_how_to_go_on(train, tmp_path, monkeypatch):
+    step = Trainer._one_step
+
+    def exhausted_at_six(self, group):
+        if self.step == 6:
+            raise MemoryError
+        return step(self, group)
+
+    monkeypatch.setattr(Trainer, "_one_step", exhausted_at_six)
+    failed = train("--output", tmp_path / "run", "--save-every", 4)
+    assert failed.exit_code == 2
+    assert "out of memory" in failed.stderr
+    assert f"continue with: lowbit finetune --resume {tmp_path / 'run.unfinished'}" in failed.stderr
+    assert [path.name for path in (tmp_path / "run.unfinished").rglob("step-*")] == ["step-000004"]
+
+
 def test_resume_refuses_what_does_not_fit(train, tmp_path):
     made = train("--output", tmp_path / "run", "--save-every", 4)
     assert made.exit_code == 0

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels: quantize and dequantize, bit for bit as lowbit/reference.py on the CPU.
+"""The compiled CUDA kernels: quantize and dequantize, bit for bit as the reference on the CPU.
 
 One exception: the offset of a double quantization is a mean, whose last bits depend on the order of
 summation. It is compared with the rounded fp64 mean, and the codes with those that the reference
@@ -132,7 +132,7 @@ def test_every_nested_blocksize(nested, nested_blocksize):
 CUSTOM = {
     "unsorted": [0.3, -1, 0, 1, -0.5, 0.5, 0.2, -0.25, 0.8, -0.8, 0.1, -0.1, 0.9, -0.9, 0.6, -0.7],
     "repeated": [0, 1, 1, 1, -0.5, -0.5, 0.2, 0.2, 0.2, -1, -1, -0.0, 0, 0.7, 0.7, 0.7],
-    "close": [0, 1, -1, 1e-3, 2e-3, 3e-3, 0.5, 0.501, -0.5, -0.501, 0.9, 0.901, 0.2, -0.2, 0.8, 0.7],
+    "close": [0, 1, -1, 1e-3, 2e-3, 3e-3, 0.5, 0.501, -0.5, -0.501, .9, .901, 0.2, -0.2, 0.8, 0.7],
 }  # fmt: skip
 
 

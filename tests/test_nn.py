@@ -492,6 +492,51 @@ def test_state_dict_of_codebooks_shares_nothing():
         assert first[key].data_ptr() != second[key].data_ptr()
 
 
+# ---- sharding ------------------------------------------------------------------------------------
+
+
+def _sharded(rank, store):
+    """One of two processes: FSDP2 computes, saves and loads what the plain model does."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import state_dict as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    mesh = dist.init_device_mesh("cpu", (2,))
+
+    def build(seed, shard):
+        torch.manual_seed(seed)
+        model = nn.Sequential(qlora(), nn.ReLU(), Linear4bit(N, 33, blocksize=32))
+        for part in (model[0], model[2], model) if shard else ():
+            fully_shard(part, mesh=mesh)
+        return model
+
+    plain, model, other = build(0, False), build(0, True), build(1, True)
+    x = torch.randn(6, K)
+    expected = plain(x)
+    assert torch.equal(model(x), expected)
+    expected.sum().backward()
+    model(x).sum().backward()
+    torch.testing.assert_close(model[0].lora_A.grad.full_tensor(), plain[0].lora_A.grad)
+    whole = dcp.StateDictOptions(full_state_dict=True)
+    gathered = dcp.get_model_state_dict(model, options=whole)
+    for key, value in plain.state_dict().items():
+        assert_bitwise_equal(gathered.pop(key), value, key)
+    assert not gathered
+    dcp.set_model_state_dict(other, plain.state_dict(), options=whole)
+    assert torch.equal(other(x), expected)
+    again = build(2, True)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), expected)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_fsdp2_and_distributed_state_dicts(tmp_path):
+    torch.multiprocessing.spawn(_sharded, (str(tmp_path / "store"),), nprocs=2)
+
+
 # ---- merging -------------------------------------------------------------------------------------
 
 

@@ -288,6 +288,23 @@ def test_streamed_weights_are_held_one_at_a_time():
     assert max(held) == 0
 
 
+@pytest.mark.gpu
+def test_gpu_memory_peaks_one_layer_above_the_final_size():
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(8))).bfloat16()
+    backend = lowbit.dispatch.choose("quantize_4bit", torch.device("cuda"), torch.bfloat16).backend
+    if backend == "reference":
+        pytest.skip("the reference in plain torch needs large temporaries")
+    prepare(nn.Sequential(nn.Linear(64, 64)), r=2, device="cuda")  # tables and workspaces
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    prepare(model, r=2, device="cuda")
+    final = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    layer = 2048 * 2048 * 2
+    assert final < 8 * layer * 0.3
+    assert peak < final + 1.3 * layer  # the scales before their own quantization are 3 %
+
+
 # ---- the meta device and weights -----------------------------------------------------------------
 
 

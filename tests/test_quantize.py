@@ -201,8 +201,9 @@ def test_wrong_weights_are_named():
         lowbit.quantize(torch.ones(4, dtype=torch.int64))
     with pytest.raises(TypeError, match="got list"):
         lowbit.quantize([1.0])
-    with pytest.raises(ValueError, match="at least one dimension"):
-        lowbit.quantize(torch.tensor(1.0))
+    for nothing in (torch.tensor(1.0), torch.empty(0, 64), torch.empty(4, 0)):
+        with pytest.raises(ValueError, match=r"weight must be a tensor \[\.\.\., K\] with elements"):
+            lowbit.quantize(nothing)
     with pytest.raises(TypeError, match="qw must be a QuantizedWeight"):
         lowbit.dequantize(torch.ones(4))
     with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16"):

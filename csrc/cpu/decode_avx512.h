@@ -224,7 +224,7 @@ struct Bf16Words : Avx512Rows {
     }
 
     static void pair(const float* even, const float* odd, uint32_t* words) {
-        _mm512_store_si512(words, pair_words(_mm512_load_ps(even), _mm512_load_ps(odd)));
+        _mm512_store_si512(words, pair_words(_mm512_loadu_ps(even), _mm512_loadu_ps(odd)));
     }
 
     static __m512 multiply_add(__m512 sum, const uint32_t* a, const uint32_t* b) {

@@ -13,8 +13,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
 #include "common.h"
 #include "dropout.h"
@@ -45,8 +43,8 @@ struct GemmKernels {
 
     // dst[0 .. words) = n elements of type `type`, then zeros.
     void (*pack_row)(const void* src, Dtype type, int64_t n, int words, uint32_t* dst);
-    // Panels for columns [column, column + 16 * panels) and reduction steps [begin, end), then zeros up to `words`. column is a
-    // multiple of 32, begin of 64. Columns outside the matrix come out as zeros. dst has room for an even number of panels.
+    // Panels for columns [column, column + 16 * panels) and reduction steps [begin, end), then zeros up to `words`. column and
+    // begin are multiples of 32. Columns outside the matrix come out as zeros. dst has room for an even number of panels.
     void (*pack_b)(const Operand& b, int64_t column, int panels, int64_t begin, int64_t end,
                    int words, uint32_t* dst);
     // C [rows, 16 * panels] = (first ? 0 : C) + A B. C has row stride ldc floats and room for an even number of panels.
@@ -56,7 +54,9 @@ struct GemmKernels {
     void (*multiply_4bit)(const uint32_t* a, int64_t rows, const WeightView& w, int64_t column,
                           int panels, int64_t begin, int64_t end, float* c, int64_t ldc,
                           bool first);
-    // out[i] = c[i] + bias[i], rounded to `type`; bias may be null.
+    // dst[i] = src[i] in fp32.
+    void (*load_row)(const void* src, Dtype type, int64_t n, float* dst);
+    // out[i] = c[i] + bias[i], rounded to `type`; bias may be null, else n is at most 256.
     void (*store_row)(const float* c, const float* bias, int64_t n, Dtype type, void* out);
 };
 
@@ -69,30 +69,31 @@ extern const GemmKernels kGemmAmx;
 // The kernels for activations of this type on the current instruction set; `exact` asks for fp32 arithmetic whatever the type.
 const GemmKernels& gemm_kernels(Dtype type, bool exact = false);
 
-// Uninitialized memory on a cache line boundary, freed at the end of the scope.
+// Uninitialized memory on a cache line boundary, freed at the end of the scope. Comes from an arena that the calling thread keeps
+// (kArenaBytes, touched as needed), or from the heap when that is full: fresh pages cost more than many of the products here.
+// Buffers of one thread must be destroyed in reverse order of construction, as scopes and members are.
+constexpr int64_t kArenaBytes = 32 << 20;
+void* take_workspace(int64_t bytes);
+void return_workspace(void* data);
+
 template <typename T>
 class Buffer {
   public:
-    explicit Buffer(int64_t count) {
-        const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-        if (bytes > 0) {
-            data_ = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
-            if (data_ == nullptr) throw std::bad_alloc();
-        }
-    }
-    ~Buffer() { std::free(data_); }
+    explicit Buffer(int64_t count)
+        : data_(static_cast<T*>(take_workspace(count * static_cast<int64_t>(sizeof(T))))) {}
+    ~Buffer() { return_workspace(data_); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
     T* get() const { return data_; }
 
   private:
-    T* data_ = nullptr;
+    T* data_;
 };
 
 // How a reduction of `size` elements is cut into chunks.
 struct Chunks {
     int64_t size;
-    int64_t step;   // elements per chunk, a multiple of 64
+    int64_t step;   // elements per chunk, a multiple of 32
     int64_t count;
     int pack, word_multiple;
 

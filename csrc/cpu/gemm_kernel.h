@@ -31,22 +31,22 @@ inline int64_t min64(int64_t a, int64_t b) {
 // ---- rows of elements ------------------------------------------------------------------------------------------------
 
 template <class Isa>
-void load_fp32(const void* src, Dtype type, int64_t offset, int64_t n, float* dst) {
+void load_row(const void* src, Dtype type, int64_t n, float* dst) {
     switch (type) {
         case Dtype::kFloat32:
-            return Isa::to_fp32(static_cast<const float*>(src) + offset, n, dst);
+            std::memcpy(dst, src, n * sizeof(float));
+            return;
         case Dtype::kBFloat16:
-            return Isa::to_fp32(static_cast<const bf16_t*>(src) + offset, n, dst);
+            return Isa::to_fp32(static_cast<const bf16_t*>(src), n, dst);
         case Dtype::kFloat16:
-            return Isa::to_fp32(static_cast<const fp16_t*>(src) + offset, n, dst);
+            return Isa::to_fp32(static_cast<const fp16_t*>(src), n, dst);
     }
 }
 
 // The same, with each value rounded to `rounding`. n <= max(kMaxColumns, kMaxSteps).
 template <class Isa>
-void load_rounded(const void* src, Dtype type, Dtype rounding, int64_t offset, int64_t n,
-                  float* dst) {
-    load_fp32<Isa>(src, type, offset, n, dst);
+void load_rounded(const void* src, Dtype type, Dtype rounding, int64_t n, float* dst) {
+    load_row<Isa>(src, type, n, dst);
     if (rounding == type || rounding == Dtype::kFloat32) return;
     uint16_t rounded[kMaxSteps];
     if (rounding == Dtype::kBFloat16) {
@@ -65,7 +65,7 @@ void pack_row(const void* src, Dtype type, int64_t n, int words, uint32_t* dst) 
     const int64_t space = int64_t{words} * Isa::kPack;
     if constexpr (Isa::kPack == 1) {
         float* const out = reinterpret_cast<float*>(dst);
-        load_fp32<Isa>(src, type, 0, n, out);
+        load_row<Isa>(src, type, n, out);
         std::memset(out + n, 0, (space - n) * sizeof(float));
     } else {
         bf16_t* const out = reinterpret_cast<bf16_t*>(dst);
@@ -73,7 +73,7 @@ void pack_row(const void* src, Dtype type, int64_t n, int words, uint32_t* dst) 
             std::memcpy(out, src, n * sizeof(bf16_t));
         } else {
             float values[kMaxSteps];
-            load_fp32<Isa>(src, type, 0, n, values);
+            load_row<Isa>(src, type, n, values);
             Isa::from_fp32(values, n, out);
         }
         std::memset(out + n, 0, (space - n) * sizeof(bf16_t));
@@ -127,13 +127,15 @@ template <class Isa>
 void pack_dense_transposed(const Operand& b, int64_t column, int panels, int64_t begin,
                            int64_t steps, uint32_t* dst) {
     const WeightView& w = b.matrix;
+    const int64_t size = w.dense_dtype == Dtype::kFloat32 ? 4 : 2;
     alignas(64) float rows[kPanel * kMaxSteps];
     for (int p = 0; p < panels; ++p, column += kPanel, dst += kPanelStride) {
         for (int64_t j = 0; j < kPanel; ++j) {
             float* const row = rows + j * kMaxSteps;
             if (column + j < w.N) {
-                load_rounded<Isa>(w.dense, w.dense_dtype, b.rounding, (column + j) * w.K + begin,
-                                  steps, row);
+                const int64_t offset = ((column + j) * w.K + begin) * size;
+                load_rounded<Isa>(static_cast<const char*>(w.dense) + offset, w.dense_dtype,
+                                  b.rounding, steps, row);
             } else {
                 std::memset(row, 0, steps * sizeof(float));
             }
@@ -144,34 +146,48 @@ void pack_dense_transposed(const Operand& b, int64_t column, int panels, int64_t
     }
 }
 
-// B = matrix for a dense matrix: a stored row holds one reduction step of all columns.
+// B = matrix for a dense matrix: a stored row holds one reduction step of all columns. One such row, dropped, rounded and in fp32, is
+// either where it lies in memory or in `copy`, with zeros up to `width`.
+template <class Isa>
+const float* dense_step(const Operand& b, int64_t step, int64_t column, int64_t real, int64_t width,
+                        float* copy) {
+    const WeightView& w = b.matrix;
+    const int64_t offset = step * w.K + column;
+    const void* src = static_cast<const char*>(w.dense) +
+                      offset * (w.dense_dtype == Dtype::kFloat32 ? 4 : 2);
+    if (b.dropout == nullptr && w.dense_dtype == Dtype::kFloat32 &&
+        b.rounding == Dtype::kFloat32 && real == width) {
+        return static_cast<const float*>(src);
+    }
+    alignas(64) char dropped[kMaxColumns * sizeof(float)];
+    if (b.dropout != nullptr && real > 0) {
+        dropout_range(src, w.dense_dtype, offset, real, *b.dropout, dropped);
+        src = dropped;
+    }
+    load_rounded<Isa>(src, w.dense_dtype, b.rounding, real, copy);
+    std::memset(copy + real, 0, (width - real) * sizeof(float));
+    return copy;
+}
+
 template <class Isa>
 void pack_dense_natural(const Operand& b, int64_t column, int panels, int64_t begin,
                         int64_t steps, uint32_t* dst) {
-    const WeightView& w = b.matrix;
     const int64_t width = int64_t{panels} * kPanel;
-    const int64_t real = min64(width, w.K - column);
-    const int64_t size = w.dense_dtype == Dtype::kFloat32 ? 4 : 2;
-    alignas(64) float rows[Isa::kPack][kMaxColumns];
-    alignas(64) char dropped[kMaxColumns * sizeof(float)];
+    const int64_t real = min64(width, b.matrix.K - column);
+    alignas(64) float copies[2][kMaxColumns];
     for (int64_t i = 0; i < steps; i += Isa::kPack) {
-        for (int64_t h = 0; h < Isa::kPack; ++h) {
-            const int64_t loaded = i + h < steps ? real : 0;
-            const int64_t offset = (begin + i + h) * w.K + column;
-            const void* src = static_cast<const char*>(w.dense) + offset * size;
-            if (b.dropout != nullptr && loaded > 0) {
-                dropout_range(src, w.dense_dtype, offset, loaded, *b.dropout, dropped);
-                src = dropped;
-            }
-            load_rounded<Isa>(src, w.dense_dtype, b.rounding, 0, loaded, rows[h]);
-            std::memset(rows[h] + loaded, 0, (width - loaded) * sizeof(float));
-        }
+        const float* const row = dense_step<Isa>(b, begin + i, column, real, width, copies[0]);
         uint32_t* out = dst + i / Isa::kPack * kPanel;
-        for (int64_t j = 0; j < width; j += kPanel, out += kPanelStride) {
-            if constexpr (Isa::kPack == 1) {
-                std::memcpy(out, rows[0] + j, kPanel * sizeof(float));
-            } else {
-                Isa::pair(rows[0] + j, rows[1] + j, out);
+        if constexpr (Isa::kPack == 1) {
+            for (int64_t j = 0; j < width; j += kPanel, out += kPanelStride) {
+                std::memcpy(out, row + j, kPanel * sizeof(float));
+            }
+        } else {
+            const bool last = i + 1 == steps;
+            const float* const next =
+                dense_step<Isa>(b, begin + i + !last, column, last ? 0 : real, width, copies[1]);
+            for (int64_t j = 0; j < width; j += kPanel, out += kPanelStride) {
+                Isa::pair(row + j, next + j, out);
             }
         }
     }
@@ -253,6 +269,7 @@ constexpr GemmKernels kernel_set() {
     k.pack_row = pack_row<Isa>;
     k.pack_b = pack_b<Isa>;
     k.multiply = multiply<Isa>;
+    k.load_row = load_row<Isa>;
     k.store_row = store_row<Isa>;
     return k;
 }

@@ -47,9 +47,10 @@ class Fused {
     void thin_by_chunks(int64_t row, int64_t rows, bool dropped);
     void thin_by_rows(int64_t rows);
     void add_thin(int64_t chunk, int64_t row, int64_t rows, float* sum);
-    void finish_thin(int64_t row, int64_t rows);
+    void finish_row(int64_t i);
+    void finish_thin(int64_t rows);
     void low_rank_factor(int64_t row, int64_t rows);
-    void main_product(int64_t row, int64_t rows);
+    void main_product(int64_t rows);
     void drop_tile(float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column,
                    int64_t columns) const;
     void store_tile(const float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column,
@@ -171,51 +172,48 @@ void Fused::thin_by_chunks(int64_t row, int64_t rows, bool dropped) {
 }
 
 void Fused::thin_by_rows(int64_t rows) {
-    parallel_for(0, ceil_div(rows, kThinRows), 1, [&](int64_t first, int64_t last) {
-        Buffer<float> sum(kThinRows * thin_width_);
+    const int64_t parts = ceil_div(rows, kThinRows), size = kThinRows * thin_width_;
+    Buffer<float> sums(parts * size);
+    parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t part = first; part < last; ++part) {
             const int64_t row = part * kThinRows, count = min64(kThinRows, rows - row);
+            float* const sum = sums.get() + first * size;  // one for each thread is enough
             float* const t = t_.get() + row * thin_width_;
             std::memset(t, 0, count * thin_width_ * sizeof(float));
             for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
-                add_thin(chunk, row, count, sum.get());
-                for (int64_t i = 0; i < count * thin_width_; ++i) t[i] += sum.get()[i];
+                add_thin(chunk, row, count, sum);
+                for (int64_t i = 0; i < count * thin_width_; ++i) t[i] += sum[i];
             }
         }
     });
 }
 
-// Hands t out and packs t * scale as reduction steps of the main product.
-void Fused::finish_thin(int64_t row, int64_t rows) {
-    const int64_t padded = round_up(rows, kernels_.row_multiple);
-    const int64_t size = element_size(args_.type);
-    for (int64_t i = 0; i < rows; ++i) {
-        float* const t = t_.get() + i * thin_width_;
-        const int64_t offset = (row + i) * r_;
-        if (low_->exact != nullptr) std::memcpy(low_->exact + offset, t, r_ * sizeof(float));
+// Row i of the block: hands t out, then packs t * scale as reduction steps of the main product.
+void Fused::finish_row(int64_t i) {
+    float* const t = t_.get() + i * thin_width_;
+    const int64_t m = block_start_ + i;
+    if (m >= args_.M) {
+        std::memset(t, 0, r_ * sizeof(float));
+    } else {
+        if (low_->exact != nullptr) std::memcpy(low_->exact + m * r_, t, r_ * sizeof(float));
         if (low_->rounded != nullptr) {
-            char* const out = static_cast<char*>(low_->rounded) + offset * size;
-            for (int64_t j = 0; j < r_; ++j) {
-                if (args_.type == Dtype::kFloat32) {
-                    reinterpret_cast<float*>(out)[j] = t[j];
-                } else if (args_.type == Dtype::kBFloat16) {
-                    t[j] = to_float(reinterpret_cast<bf16_t*>(out)[j] = to_bf16(t[j]));
-                } else {
-                    t[j] = to_float(reinterpret_cast<fp16_t*>(out)[j] = to_fp16(t[j]));
-                }
-            }
+            char* const out = static_cast<char*>(low_->rounded) + m * r_ * element_size(args_.type);
+            kernels_.store_row(t, nullptr, r_, args_.type, out);
+            kernels_.load_row(out, args_.type, r_, t);
         }
         for (int64_t j = 0; j < r_; ++j) t[j] *= low_->scale[j];
     }
-    std::memset(t_.get() + rows * thin_width_, 0, (padded - rows) * thin_width_ * sizeof(float));
     for (int64_t chunk = 0; chunk < low_chunks_.count; ++chunk) {
         const int64_t begin = low_chunks_.begin(chunk), n = low_chunks_.end(chunk) - begin;
-        for (int64_t i = 0; i < padded; ++i) {
-            kernels_.pack_row(t_.get() + i * thin_width_ + begin, Dtype::kFloat32, n,
-                              low_chunks_.words(chunk),
-                              low_a_.get() + (chunk * row_space_ + i) * kChunk);
-        }
+        kernels_.pack_row(t + begin, Dtype::kFloat32, n, low_chunks_.words(chunk),
+                          low_a_.get() + (chunk * row_space_ + i) * kChunk);
     }
+}
+
+void Fused::finish_thin(int64_t rows) {
+    parallel_for(0, round_up(rows, kernels_.row_multiple), 64, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) finish_row(i);
+    });
 }
 
 // Leaves A packed without dropout.
@@ -232,7 +230,7 @@ void Fused::low_rank_factor(int64_t row, int64_t rows) {
         pack_block(0, rows, dropped);
         thin_by_rows(rows);
     }
-    finish_thin(row, rows);
+    finish_thin(rows);
     if (dropped) pack_block(0, rows, false);
 }
 
@@ -251,21 +249,9 @@ void Fused::store_tile(const float* c, int64_t ldc, int64_t row, int64_t rows, i
                        int64_t columns) const {
     float bias[256];
     if (args_.bias != nullptr) {
-        const int64_t size = element_size(args_.bias_type);
-        const char* const src = static_cast<const char*>(args_.bias) + column * size;
-        for (int64_t j = 0; j < columns; ++j) {
-            switch (args_.bias_type) {
-                case Dtype::kFloat32:
-                    bias[j] = reinterpret_cast<const float*>(src)[j];
-                    break;
-                case Dtype::kBFloat16:
-                    bias[j] = to_float(reinterpret_cast<const bf16_t*>(src)[j]);
-                    break;
-                case Dtype::kFloat16:
-                    bias[j] = to_float(reinterpret_cast<const fp16_t*>(src)[j]);
-                    break;
-            }
-        }
+        const auto* const src = static_cast<const char*>(args_.bias);
+        kernels_.load_row(src + column * element_size(args_.bias_type), args_.bias_type, columns,
+                          bias);
     }
     const int64_t size = element_size(args_.type);
     for (int64_t i = 0; i < rows; ++i) {
@@ -275,8 +261,7 @@ void Fused::store_tile(const float* c, int64_t ldc, int64_t row, int64_t rows, i
     }
 }
 
-void Fused::main_product(int64_t row, int64_t rows) {
-    (void)row;
+void Fused::main_product(int64_t rows) {
     const Part parts[2] = {
         {low_ != nullptr ? &low_->low : nullptr, low_chunks_, {low_a_.get(), rows, row_space_}},
         {&args_.main, chunks_, {a_.get(), rows, row_space_}}};
@@ -311,7 +296,7 @@ void Fused::run() {
         } else {
             pack_block(0, rows, false);
         }
-        if (args_.out != nullptr) main_product(row, rows);
+        if (args_.out != nullptr) main_product(rows);
     }
 }
 

@@ -13,34 +13,8 @@
 namespace lowbit::cpu {
 namespace {
 
-int64_t min64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 int64_t element_size(Dtype type) {
     return type == Dtype::kFloat32 ? 4 : 2;
-}
-
-float element(const void* data, Dtype type, int64_t i) {
-    switch (type) {
-        case Dtype::kFloat32:
-            return static_cast<const float*>(data)[i];
-        case Dtype::kBFloat16:
-            return to_float(static_cast<const bf16_t*>(data)[i]);
-        default:
-            return to_float(static_cast<const fp16_t*>(data)[i]);
-    }
-}
-
-void set_element(void* data, Dtype type, int64_t i, float value) {
-    switch (type) {
-        case Dtype::kFloat32:
-            return store_float(static_cast<float*>(data) + i, value);
-        case Dtype::kBFloat16:
-            return store_float(static_cast<bf16_t*>(data) + i, value);
-        case Dtype::kFloat16:
-            return store_float(static_cast<fp16_t*>(data) + i, value);
-    }
 }
 
 // C [rows, columns] = thin^T activation, rows = r thin columns and, on request, one of ones: the sum over m.
@@ -57,15 +31,17 @@ struct RowReduction {
           chunks(M, kernels),
           packed(chunks.count * rows * kChunk) {}
 
-    // thin(m, j) gives element j of row m.
-    template <typename Thin>
-    void pack(const Thin& thin) {
+    // Row j of A = column j of thin [M, r], times scale[j] where there is a scale. Rows from r on are ones.
+    void pack(const float* thin, int64_t r, const float* scale) {
         parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
             for (int64_t chunk = first; chunk < last; ++chunk) {
                 float* const out = reinterpret_cast<float*>(packed.get()) + chunk * rows * kChunk;
-                for (int64_t m = chunks.begin(chunk); m < chunks.end(chunk); ++m) {
-                    for (int64_t j = 0; j < rows; ++j) {
-                        out[j * kChunk + m - chunks.begin(chunk)] = thin(m, j);
+                const int64_t begin = chunks.begin(chunk), n = chunks.end(chunk) - begin;
+                for (int64_t j = 0; j < rows; ++j) {
+                    const float* const column = thin + begin * r + j;
+                    for (int64_t i = 0; i < n; ++i) {
+                        const float value = j < r ? column[i * r] : 1.0f;
+                        out[j * kChunk + i] = scale != nullptr ? value * scale[j] : value;
                     }
                 }
             }
@@ -86,6 +62,7 @@ struct RowReduction {
 };
 
 struct GradientStore {
+    const GemmKernels& kernels;
     int64_t r, columns;
     const float* scale;
     void* d_lora_A;  // [r, columns]
@@ -94,30 +71,39 @@ struct GradientStore {
     Dtype adapter_type, bias_type;
 };
 
+char* at(void* data, Dtype type, int64_t i) {
+    return static_cast<char*>(data) + i * element_size(type);
+}
+
 void store_d_lora_A(const void* context, float* c, int64_t ldc, int64_t row, int64_t rows,
                     int64_t column, int64_t columns) {
     const auto& s = *static_cast<const GradientStore*>(context);
     for (int64_t j = 0; j < rows; ++j) {
-        for (int64_t k = 0; k < columns; ++k) {
-            set_element(s.d_lora_A, s.adapter_type, (row + j) * s.columns + column + k,
-                        c[j * ldc + k]);
-        }
+        s.kernels.store_row(c + j * ldc, nullptr, columns, s.adapter_type,
+                            at(s.d_lora_A, s.adapter_type, (row + j) * s.columns + column));
     }
 }
 
-// Tile row r, if there is one, is the sum over m.
+// Row r of the sum, if there is one, is the sum over m.
 void store_d_lora_B(const void* context, float* c, int64_t ldc, int64_t row, int64_t rows,
                     int64_t column, int64_t columns) {
     const auto& s = *static_cast<const GradientStore*>(context);
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t j = row + i;
-        for (int64_t n = 0; n < columns; ++n) {
-            const float value = c[i * ldc + n];
-            if (j == s.r) {
-                set_element(s.d_bias, s.bias_type, column + n, value);
-            } else if (s.d_lora_B != nullptr) {
-                set_element(s.d_lora_B, s.adapter_type, (column + n) * s.r + j, value * s.scale[j]);
+    if (s.d_bias != nullptr && row + rows > s.r) {
+        s.kernels.store_row(c + (s.r - row) * ldc, nullptr, columns, s.bias_type,
+                            at(s.d_bias, s.bias_type, column));
+        --rows;
+    }
+    if (s.d_lora_B == nullptr) return;
+    constexpr int64_t kPiece = 64;
+    float values[kPiece];
+    for (int64_t n = 0; n < columns; ++n) {
+        for (int64_t j = 0; j < rows; j += kPiece) {
+            const int64_t count = rows - j < kPiece ? rows - j : kPiece;
+            for (int64_t i = 0; i < count; ++i) {
+                values[i] = c[(j + i) * ldc + n] * s.scale[row + j + i];
             }
+            s.kernels.store_row(values, nullptr, count, s.adapter_type,
+                                at(s.d_lora_B, s.adapter_type, (column + n) * s.r + row + j));
         }
     }
 }
@@ -171,53 +157,58 @@ void input_gradient(const void* dy, Dtype type, int64_t M, const LoraArgs& lora,
     run_fused_product(args);
 }
 
-void scaling_gradient(const float* u, const void* z, Dtype type, int64_t M, int64_t r,
-                      float scaling, float* out) {
+void scaling_gradient(const float* u, const float* z, int64_t M, int64_t r, float scaling,
+                      float* out) {
     for (int64_t j = 0; j < r; ++j) {
         double sum = 0.0;
-        for (int64_t m = 0; m < M; ++m) sum += double{u[m * r + j]} * element(z, type, m * r + j);
+        for (int64_t m = 0; m < M; ++m) sum += double{u[m * r + j]} * z[m * r + j];
         out[j] = static_cast<float>(sum * scaling);
     }
+}
+
+// d_lora_A = (u * scale)^T dropped(x)
+void gradient_A(const GemmKernels& kernels, const void* x, Dtype type, int64_t M,
+                const LoraArgs& lora, const float* u, void* d_lora_A) {
+    const int64_t K = lora.weight.K;
+    RowReduction reduction(kernels, M, lora.r);
+    reduction.pack(u, lora.r, lora.scale);
+    Operand dropped_x = dense_operand(x, type, type, M, K, false);
+    dropped_x.dropout = lora.dropout;
+    const GradientStore store{kernels, lora.r,           K,   lora.scale, d_lora_A, nullptr,
+                              nullptr, lora.lora_A_type, type};
+    reduction.run(dropped_x, K, {store_d_lora_A, &store});
+}
+
+// d_lora_B = scale * dy^T z and d_bias = sum_m dy; one of the two may be null.
+void gradient_B(const GemmKernels& kernels, const void* dy, Dtype type, int64_t M,
+                const LoraArgs& lora, const float* z, void* d_lora_B, void* d_bias) {
+    const int64_t N = lora.weight.N;
+    RowReduction reduction(kernels, M, lora.r + (d_bias != nullptr ? 1 : 0));
+    reduction.pack(z, lora.r, nullptr);
+    const GradientStore store{kernels, lora.r,           N,   lora.scale, nullptr, d_lora_B,
+                              d_bias,  lora.lora_B_type, type};
+    reduction.run(dense_operand(dy, type, type, M, N, false), N, {store_d_lora_B, &store});
 }
 
 }  // namespace
 
 void lora_linear_backward(const void* dy, const void* x, const void* z, Dtype type, int64_t M,
                           const LoraArgs& lora, float scaling, const LoraGradients& gradients) {
-    const int64_t N = lora.weight.N, K = lora.weight.K, r = lora.r;
     const GemmKernels& exact = gemm_kernels(type, true);
-    Buffer<float> u(M * r);
+    Buffer<float> u(M * lora.r), z_fp32(M * lora.r);
+    exact.load_row(z, type, M * lora.r, z_fp32.get());
     if (gradients.dx != nullptr || gradients.d_lora_A != nullptr ||
         gradients.d_lora_scaling != nullptr) {
         input_gradient(dy, type, M, lora, u.get(), gradients.dx);
     }
     if (gradients.d_lora_scaling != nullptr) {
-        scaling_gradient(u.get(), z, type, M, r, scaling, gradients.d_lora_scaling);
+        scaling_gradient(u.get(), z_fp32.get(), M, lora.r, scaling, gradients.d_lora_scaling);
     }
     if (gradients.d_lora_A != nullptr) {
-        RowReduction reduction(exact, M, r);
-        reduction.pack([&](int64_t m, int64_t j) { return u.get()[m * r + j] * lora.scale[j]; });
-        GradientStore store{};
-        store.columns = K;
-        store.d_lora_A = gradients.d_lora_A;
-        store.adapter_type = lora.lora_A_type;
-        Operand dropped_x = dense_operand(x, type, type, M, K, false);
-        dropped_x.dropout = lora.dropout;
-        reduction.run(dropped_x, K, {store_d_lora_A, &store});
+        gradient_A(exact, x, type, M, lora, u.get(), gradients.d_lora_A);
     }
     if (gradients.d_lora_B != nullptr || gradients.d_bias != nullptr) {
-        RowReduction reduction(exact, M, r + (gradients.d_bias != nullptr ? 1 : 0));
-        reduction.pack(
-            [&](int64_t m, int64_t j) { return j == r ? 1.0f : element(z, type, m * r + j); });
-        GradientStore store{};
-        store.r = r;
-        store.columns = N;
-        store.scale = lora.scale;
-        store.d_lora_B = gradients.d_lora_B;
-        store.d_bias = gradients.d_bias;
-        store.adapter_type = lora.lora_B_type;
-        store.bias_type = type;
-        reduction.run(dense_operand(dy, type, type, M, N, false), N, {store_d_lora_B, &store});
+        gradient_B(exact, dy, type, M, lora, z_fp32.get(), gradients.d_lora_B, gradients.d_bias);
     }
 }
 

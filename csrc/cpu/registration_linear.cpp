@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "lora_linear.h"
+#include "memory.h"
 
 namespace lowbit::cpu {
 namespace {
@@ -33,6 +34,13 @@ void check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, const cha
     STD_TORCH_CHECK(M == rows, argument, " must be [", rows, ", ", columns, "], got ", M, " rows");
 }
 
+// For the large results; the kernels write all of it.
+Tensor new_result(std::vector<int64_t> sizes, ScalarType type) {
+    Tensor result = new_cpu_tensor(std::move(sizes), type);
+    prefer_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+    return result;
+}
+
 struct Bias {
     const void* data = nullptr;
     Dtype type = Dtype::kFloat32;
@@ -49,7 +57,7 @@ Tensor linear_op(Tensor x, LOWBIT_WEIGHT_PARAMETERS, OptionalTensor bias) {
     const WeightView w = LOWBIT_WEIGHT_VIEW;
     const int64_t M = check_activation(x, K, "x");
     const Bias b = checked_bias(bias, N);
-    Tensor y = new_cpu_tensor({M, N}, x.scalar_type());
+    Tensor y = new_result({M, N}, x.scalar_type());
     linear(x.const_data_ptr(), dtype_of(x, "x"), M, w, b.data, b.type, y.mutable_data_ptr());
     return y;
 }
@@ -57,7 +65,7 @@ Tensor linear_op(Tensor x, LOWBIT_WEIGHT_PARAMETERS, OptionalTensor bias) {
 Tensor linear_dx_op(Tensor dy, LOWBIT_WEIGHT_PARAMETERS) {
     const WeightView w = LOWBIT_WEIGHT_VIEW;
     const int64_t M = check_activation(dy, N, "dy");
-    Tensor dx = new_cpu_tensor({M, K}, dy.scalar_type());
+    Tensor dx = new_result({M, K}, dy.scalar_type());
     linear_dx(dy.const_data_ptr(), dtype_of(dy, "dy"), M, w, dx.mutable_data_ptr());
     return dx;
 }
@@ -107,7 +115,7 @@ std::tuple<Tensor, Tensor> lora_linear_op(Tensor x, LOWBIT_WEIGHT_PARAMETERS, Te
                           seed);
     const int64_t M = check_activation(x, K, "x");
     const Bias b = checked_bias(bias, N);
-    Tensor y = new_cpu_tensor({M, N}, x.scalar_type());
+    Tensor y = new_result({M, N}, x.scalar_type());
     Tensor z = new_cpu_tensor({M, adapter.args.r}, x.scalar_type());
     lora_linear(x.const_data_ptr(), dtype_of(x, "x"), M, adapter.args, b.data, b.type,
                 y.mutable_data_ptr(), z.mutable_data_ptr());
@@ -132,7 +140,7 @@ Gradients lora_linear_backward_op(Tensor dy, Tensor x, Tensor z, LOWBIT_WEIGHT_P
     const auto wanted = [](bool need, std::vector<int64_t> sizes, ScalarType dtype) {
         return new_cpu_tensor(need ? sizes : std::vector<int64_t>{0}, dtype);
     };
-    Tensor dx = wanted(need_dx, {M, K}, type);
+    Tensor dx = need_dx ? new_result({M, K}, type) : new_cpu_tensor({0}, type);
     Tensor d_lora_A = wanted(need_d_lora_A, {r, K}, lora_A.scalar_type());
     Tensor d_lora_B = wanted(need_d_lora_B, {N, r}, lora_B.scalar_type());
     Tensor d_bias = wanted(need_d_bias, {N}, type);

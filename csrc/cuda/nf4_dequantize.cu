@@ -1,28 +1,24 @@
-// 4-bit dequantization of a window of a weight, any 16-entry codebook, scales plain or
-// double-quantized.
+// 4-bit dequantization of a window of a weight, any 16-entry codebook, scales plain or nested.
 //
 //     out[i, c] = RN_T(codebook[q[n, k]] * absmax[block(n, k)]),  n = row0 + i, k = column0 + c
-//     absmax    = RN(RN(nested_codebook[a] * nested_absmax) + nested_offset)   when a = absmax is
-//     8-bit
+//     nested:     absmax = RN(RN(nested_codebook[absmax_8bit] * nested_absmax) + nested_offset)
 //
 // Weight: see weight.h. out [rows, columns] contiguous, T = bf16, fp16 or fp32. One fp32 product
 // and one rounding to nearest even per element, so every path gives the same bits.
 //
 // Three kernels, one launch each, chosen by the window's alignment:
 //   blocks   16-bit T, everything a multiple of 64: a thread owns 64 codes (32 bytes) and looks
-//   them up by PRMT in a
-//            table of 16 scaled values that it builds in registers; about 3.3 instructions per
-//            weight.
-//   vectors  multiples of 8 codes (4 for fp32): a thread decodes as many codes as fill one 16-byte
-//   store, codebook in
-//            shared memory, one scale per store.
-//   scalars  whatever is left: odd columns, windows that start at an odd code, unaligned pointers.
+//            them up by PRMT in a table of 16 scaled values that it builds in registers;
+//            6.4 instructions per weight in all, 4.7 of them decode
+//   vectors  multiples of 8 codes (4 for fp32): a thread decodes as many codes as fill a 16-byte
+//            store, codebook in shared memory, one scale per store; 10 to 16 instructions
+//   scalars  the rest: odd columns, windows that start at an odd code, unaligned pointers
 //
-// Bound by memory: 0.5 + 1/64 bytes read (blocksize 64, double-quantized) and sizeof(T) written per
-// weight, 2.516 for bf16. H100 moves 2.95 TB/s, so 5.2 weights per clock and SM: no path is near
-// its issue limit, what counts is that all accesses are full sectors. Storing straight from the
-// owner of a block is not (3.2-3.8 times slower, measured on an H100, 2026-11): `blocks` therefore
-// transposes through shared memory.
+// Bound by memory: 0.5 + 1/64 bytes read (blocksize 64, nested) and sizeof(T) written per weight,
+// 2.516 for bf16. An H100 moves 2.95 TB/s, 5.2 weights per clock and SM, and issues 128
+// lane-instructions: what counts is not their number but that all accesses are full sectors.
+// Storing straight from the owner of a block is 3.2-3.8 times slower (H100, 2026-11), hence the
+// transpose through shared memory.
 //
 // Callers have checked sizes, dtypes and devices. PRMT on byte planes follows CUTLASS'
 // lookup_table_convert.
@@ -69,7 +65,7 @@ Source make_source(const WeightView& w, const DequantizeWindow& window) {
 
 constexpr int kUnit = 64;            // codes per thread
 constexpr int kBlocksThreads = 128;  // small CTAs end together better than large ones
-constexpr int kBlocksPerSm = 10;
+constexpr int kBlocksPerSm = 10;     // 48 registers; left alone ptxas takes 32, and loads in series
 
 struct Codebook {
     float value[16];

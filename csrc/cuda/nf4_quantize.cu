@@ -38,8 +38,6 @@ constexpr int kWarps = kThreads / kWarpSize;
 
 // ---- elements -----------------------------------------------------------------------------------
 
-// ---- elements -----------------------------------------------------------------------------------
-
 // kWidth neighbouring elements, still in their own type.
 template <typename T, int kWidth>
 struct Elements;

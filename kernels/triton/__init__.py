@@ -1,6 +1,7 @@
 """Triton kernels of lowbit: one module per operation, plain tensors in and out, no checks.
 
-Installed as `lowbit.kernels`. Use lowbit's public functions; lowbit/backends/triton.py maps operations to these.
+Installed as `lowbit.kernels`. Use lowbit's public functions; lowbit/backends/triton.py maps
+operations to these.
 """
 
 from .common import INTERPRETED

@@ -1,19 +1,20 @@
-"""Pieces that every Triton kernel of lowbit shares: reading 4-bit weights, nested scales, the dropout mask.
+"""What every Triton kernel of lowbit shares: 4-bit weights, nested scales, the dropout mask.
 
     W[n, k] = RN_dtype(codebook[q[n, k]] * absmax[block(n, k)])
-    absmax  = nested_codebook[code] * nested_absmax[block / NESTED_BLOCKSIZE] + nested_offset      (double-quantized)
+    absmax  = nested_codebook[code] * nested_absmax[block / NESTED_BLOCKSIZE] + nested_offset
     keep[m, c] = uniform(Philox(seed, (m * C + c) / 4), word (m * C + c) % 4) >= p
 
-qweight uint8, element 2i in the high nibble of byte i; absmax fp32 or uint8 codes; codebook fp32 [16]. Row-aligned
-weights restart bytes and blocks with each row; flat ones number them over the whole weight, across rows. A weight
-without a codebook is dense: qweight is then the [N, K] float tensor itself.
+qweight uint8, element 2i in the high nibble of byte i; absmax fp32 or uint8 codes; codebook fp32
+[16]. Row-aligned weights restart bytes and blocks with each row; flat ones number them over the
+whole weight, across rows. A weight without a codebook is dense: qweight is then the [N, K] float
+tensor itself.
 
-Every promised bit needs the product and the sum of the nested scale rounded separately, and no product joined to a
-later addition. Triton contracts both into one FMA by default, so each launch passes LAUNCH_OPTIONS. The matrix product
-does not suffer: tl.dot names its fused operations itself.
+The product and the sum of a nested scale must be rounded separately, and no product may be joined
+to a later addition. Triton contracts such pairs into one FMA by default, so every launch passes
+LAUNCH_OPTIONS. The matrix products do not suffer: tl.dot names its fused operations itself.
 
-Under TRITON_INTERPRET=1 the same code runs on CPU tensors. The interpreter of triton 3.8 rounds fp32 -> bf16 toward
-zero and multiplies bf16 tiles as integers, so bf16 can be judged on a GPU only.
+Under TRITON_INTERPRET=1 the same code runs on CPU tensors. The interpreter of triton 3.8 rounds
+fp32 -> bf16 toward zero and multiplies bf16 tiles as integers, so bf16 can be judged on a GPU only.
 """
 
 from __future__ import annotations
@@ -21,15 +22,35 @@ from __future__ import annotations
 import contextlib
 
 import torch
+
 import triton
 import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
 LAUNCH_OPTIONS = {"enable_fp_fusion": False}
 
-# Low-rank tiles: tl.dot needs at least 16 columns; above 64 the rank is walked in steps to bound registers.
+# Low-rank tiles: tl.dot needs at least 16 columns, and wider ones than 64 would spill registers.
 MIN_BLOCK_R = 16
 MAX_BLOCK_R = 64
+
+
+@triton.jit
+def add_product(acc, lost, a, b):
+    """(acc + a @ b, what rounding lost), all fp32.
+
+    fp32 operands add tile by tile with Kahan's correction: one running sum over thousands of terms
+    would err several times more than cuBLAS, which cuts the contraction up. The subtraction also
+    keeps Triton from folding the sum back into the product. 16-bit operands need none of it, since
+    their own rounding dominates; `lost` then stays the constant it came in as.
+    """
+    if a.dtype == tl.float32:
+        part = tl.dot(a, b, input_precision="ieee") - lost
+        total = acc + part
+        lost = (total - acc) - part
+        acc = total
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc, lost
 
 
 @triton.jit
@@ -55,9 +76,9 @@ def load_absmax(
 def unpack(packed):
     """Codes int32 [..., 2n] of packed bytes [..., n].
 
-    The nibbles are brought side by side before anything else is done with them, not as the last step: triton 3.6
-    moves a reshape that feeds tl.dot directly into the shared-memory operand and then rejects the layout it made
-    ("Illegal shared layout", sm_90 with 64 rows and more).
+    The nibbles are brought side by side before anything else is done with them, not as the last
+    step: triton 3.6 moves a reshape that feeds tl.dot directly into the shared-memory operand and
+    then rejects the layout it made ("Illegal shared layout", sm_90 with 64 rows and more).
     """
     return tl.interleave(packed >> 4, packed & 15).to(tl.int32)
 
@@ -67,8 +88,12 @@ def lookup(
     table_ptr,  # [16]
     code,  # int32 tile
 ):
-    """table[code]. tl.gather keeps the table in shared memory, 16 words in 16 banks: one conflict-free read per element
-    at any code pattern. Loads through table_ptr + code take 64-bit addresses and twice the instructions (SASS, sm_90)."""
+    """table[code].
+
+    tl.gather keeps the table in shared memory, 16 words in 16 banks: one read without conflicts per
+    element, whatever the codes. Loading from table_ptr + code instead takes 64-bit addresses and a
+    third more instructions for the whole product (SASS counted for sm_90, triton 3.6).
+    """
     table = tl.load(table_ptr + tl.arange(0, 16))
     return tl.reshape(tl.gather(table, tl.ravel(code), 0), code.shape)
 
@@ -92,8 +117,9 @@ def load_row_tile(
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Tile [BLOCK_N, BLOCK_K] of a row-aligned weight. Each byte is read once and gives two neighbours in k."""
-    # Columns of the tile that share a scale: BLOCKSIZE of them, or all when a block is wider than the tile.
+    """Tile [BLOCK_N, BLOCK_K] of a row-aligned weight; each byte is read once."""
+    # Columns of the tile that share a scale: BLOCKSIZE of them, or all when a block is wider than
+    # the tile.
     GROUP: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BLOCK_K else BLOCK_K
     mask_n = offs_n[:, None] < N
     offs_byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
@@ -135,10 +161,11 @@ def load_flat_tile(
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The same tile of a flat weight whose blocks cross rows: nibble and block are found element by element."""
+    """The same tile of a flat weight: nibble and block are found element by element."""
     offs_k = k0 + tl.arange(0, BLOCK_K)[None, :]
     mask = (offs_n[:, None] < N) & (offs_k < K)
-    # A row starts anywhere in a byte and a block. 64-bit numbers stay in one column; inside a row 32 bits suffice.
+    # A row starts anywhere in a byte and a block. 64-bit numbers stay in one column; inside a row
+    # 32 bits suffice.
     start = offs_n[:, None] * K
     nibble = (start % 2).to(tl.int32) + offs_k
     within_block = (start % BLOCKSIZE).to(tl.int32) + offs_k
@@ -177,7 +204,10 @@ def load_weight_tile(
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """W[offs_n, k0 : k0 + BLOCK_K] in DTYPE. Outside [N, K] the values are finite, so zeros opposite them suffice."""
+    """W[offs_n, k0 : k0 + BLOCK_K] in DTYPE.
+
+    Outside [N, K] the values are meaningless but finite, so zeros in the other operand suffice.
+    """
     if codebook_ptr is None:
         offs_k = k0 + tl.arange(0, BLOCK_K)[None, :]
         mask = (offs_n[:, None] < N) & (offs_k < K)
@@ -246,7 +276,7 @@ def philox_words(seed, counter):
 
 @triton.jit
 def is_kept(word, p):
-    """Whether the element that drew this uint32 word survives dropout. The 24-bit uniform number is exact in fp32."""
+    """Whether the element that drew this uint32 word survives. Exact: the number has 24 bits."""
     return (word >> 8).to(tl.float32) * (2.0**-24) >= p
 
 
@@ -277,37 +307,37 @@ def dropout_keep(
 
 
 def weight_arguments(weight) -> dict:
-    """Kernel arguments for the eleven-tuple by which the operations take a weight (lowbit/weight.py)."""
+    """Kernel arguments for the eleven arguments by which operations take a weight."""
     qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K, *rest = weight
     blocksize, nested_blocksize, row_blocks = rest
     nested = nested_absmax is not None and nested_absmax.numel() > 0
     dense = absmax is None
-    return dict(
-        qweight_ptr=qweight,
-        absmax_ptr=absmax,
-        codebook_ptr=None if dense else codebook,
-        nested_absmax_ptr=nested_absmax if nested else None,
-        nested_codebook_ptr=nested_codebook if nested else None,
-        nested_offset_ptr=nested_offset if nested else None,
-        N=N,
-        K=K,
-        bytes_per_row=-(-K // 2),
-        blocks_per_row=0 if dense else -(-K // blocksize),
-        BLOCKSIZE=0 if dense else blocksize,
-        NESTED_BLOCKSIZE=nested_blocksize if nested else 0,
-        FLAT=not dense and not row_blocks and K % blocksize != 0,
-    )
+    return {
+        "qweight_ptr": qweight,
+        "absmax_ptr": absmax,
+        "codebook_ptr": None if dense else codebook,
+        "nested_absmax_ptr": nested_absmax if nested else None,
+        "nested_codebook_ptr": nested_codebook if nested else None,
+        "nested_offset_ptr": nested_offset if nested else None,
+        "N": N,
+        "K": K,
+        "bytes_per_row": -(-K // 2),
+        "blocks_per_row": 0 if dense else -(-K // blocksize),
+        "BLOCKSIZE": 0 if dense else blocksize,
+        "NESTED_BLOCKSIZE": nested_blocksize if nested else 0,
+        "FLAT": not dense and not row_blocks and K % blocksize != 0,
+    }
 
 
 def dropout_arguments(p: float, seed: torch.Tensor | None, columns: int) -> dict:
     """Kernel arguments for dropout on a matrix with that many columns; p = 0 compiles it away."""
     active = p > 0
-    return dict(
-        seed_ptr=seed if active else None,
-        p=float(p),
-        keep_scale=1.0 / (1.0 - p),
-        ALIGNED=columns % 4 == 0,
-    )
+    return {
+        "seed_ptr": seed if active else None,
+        "p": float(p),
+        "keep_scale": 1.0 / (1.0 - p),
+        "ALIGNED": columns % 4 == 0,
+    }
 
 
 def block_r(r: int) -> int:
@@ -316,5 +346,5 @@ def block_r(r: int) -> int:
 
 
 def device_guard(tensor: torch.Tensor):
-    """Make the tensor's GPU current: Triton launches on the current device and its current stream."""
+    """Make the tensor's GPU current: Triton launches on the current device and stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

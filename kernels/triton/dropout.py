@@ -2,11 +2,12 @@
 
     y[i] = RN_dtype(x[i] * (1 / (1 - p)))  if  (word(i) >> 8) * 2^-24 >= p  else 0
 
-x, y bf16, fp16 or fp32, contiguous; i is the flat index. word(i) is word i % 4 of Philox4x32-10 with key = the halves
-of the int64 seed and counter = (low, high half of i / 4, 0, 0); so the backward pass regenerates the mask from the seed.
+x, y bf16, fp16 or fp32, contiguous; i is the flat index. word(i) is word i % 4 of Philox4x32-10
+with key = the halves of the int64 seed and counter = (low, high half of i / 4, 0, 0), so a backward
+pass regenerates the mask from the seed.
 The product is fp32 and rounded once, on store: bit-identical to lowbit/reference.py.
-One program owns TILE elements, i.e. TILE / 4 Philox blocks. Bound by bytes (2 or 4 read and as many written) with about
-30 integer operations per element.
+One program owns TILE elements, i.e. TILE / 4 Philox blocks.
+Bound by bytes (2 or 4 read and as many written), with some 30 integer operations per element.
 Callers have checked dtypes, 0 <= p < 1, and that the seed is int64 on x's device.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -14,6 +15,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -50,6 +52,14 @@ def dropout_fwd(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         return y
     with device_guard(x):
         dropout_kernel[(triton.cdiv(x.numel(), TILE),)](
-            x, seed, y, x.numel(), float(p), 1.0 / (1.0 - p), BLOCK=TILE, num_warps=4, **LAUNCH_OPTIONS
+            x,
+            seed,
+            y,
+            x.numel(),
+            float(p),
+            1.0 / (1.0 - p),
+            BLOCK=TILE,
+            num_warps=4,
+            **LAUNCH_OPTIONS,
         )
     return y

@@ -1,33 +1,48 @@
-"""The skinny products of the low-rank branch, with dropout regenerated and sums split deterministically.
+"""The skinny products of the low-rank branch, forward and backward.
 
-    z[m, j] = sum_k drop(x)[m, k] * lora_A[j, k]                u[m, j] = sum_n dy[m, n] * lora_B[n, j]
-    d_lora_A[j, k] = s[j] * sum_m u[m, j] * drop(x)[m, k]       d_lora_B[n, j] = s[j] * sum_m dy[m, n] * z[m, j]
-    d_bias[n] = sum_m dy[m, n]                                  d_lora_scaling[j] = scaling * sum_m u[m, j] * z[m, j]
+    z[m, j] = sum_k drop(x)[m, k] * lora_A[j, k]
+    u[m, j] = sum_n dy[m, n] * lora_B[n, j]
+    d_lora_A[j, k] = s[j] * sum_m u[m, j] * drop(x)[m, k]
+    d_lora_B[n, j] = s[j] * sum_m dy[m, n] * z[m, j]
+    d_bias[n] = sum_m dy[m, n]
+    d_lora_scaling[j] = scaling * sum_m u[m, j] * z[m, j]
 
-x [M, K] and dy [M, N] bf16, fp16 or fp32, row-major; lora_A [r, K], lora_B [N, r] in any float dtype, rounded to x's
-before use; z [M, r] in x's dtype; u [M, r] fp32, rounded to dy's dtype where it enters a product. drop(x) is rounded to
-x's dtype. Accumulates in fp32 and rounds once, on store, to the dtype of the result.
-Two kernels: `project` contracts over the features (one program per BLOCK_M rows and slice of the features),
-`reduce_tokens` over the rows (one program per BLOCK_C features and slice of the rows). Where the output alone has too
-few tiles to fill a GPU the contraction is cut into slices, each slice writes its fp32 partial result to a workspace
-[slices, output], and `sum_slices` adds them in order: no atomics, same bits every time.
-Bound by one read of x or dy at any M. Workspace: slices * r * (K or N or M) fp32, a few MB at most.
+x [M, K] and dy [M, N] bf16, fp16 or fp32, row-major; lora_A [r, K], lora_B [N, r] in any float
+dtype, rounded to x's before use; z [M, r] in x's dtype; u [M, r] fp32, rounded to dy's dtype where
+it enters a product; drop(x) regenerates its mask and is rounded to x's dtype.
+Accumulates in fp32 and rounds once, on store, to the dtype of the result.
+`project` contracts over features, one program per BLOCK_M rows; `reduce_tokens` over rows, one
+program per BLOCK_C features. Where that makes too few programs for a GPU the contraction is cut
+into slices: each writes its fp32 partial result to a workspace [slices, output], and `sum_slices`
+adds them in order. No atomics, the same bits every time.
+Bound by one read of x or dy at any M. Workspace: slices * r * (M, K or N) fp32, a few MB at most.
 Callers have checked dtypes, devices, shapes and contiguity.
-Source: the one pass over dy for two results and the split sums follow LoRAFusion (Zhu et al. 2025), without its atomics.
+Source: dy read once for two results and sums split over rows are LoRAFusion's (Zhu et al. 2025),
+which adds the parts with atomics.
 """
 
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
 
-from .common import LAUNCH_OPTIONS, block_r, device_guard, dropout_arguments, dropout_keep, load_scaling
+from .common import (
+    LAUNCH_OPTIONS,
+    add_product,
+    block_r,
+    device_guard,
+    dropout_arguments,
+    dropout_keep,
+    load_scaling,
+)
 
 # Programs to aim for: two per SM of the largest current GPUs (132 SMs).
 TARGET_PROGRAMS = 264
-# Tiles along the features and the rows: 128-byte lines of bf16, and few enough values per thread that regenerating the
-# dropout mask does not spill. A slice is at least MIN_STEPS tiles long, or the partial sums cost more than they save.
+# Tiles along the features and the rows: 128-byte lines of bf16, and few enough values per thread
+# that regenerating the dropout mask does not spill. A slice is at least MIN_STEPS tiles long, or
+# the partial sums cost more than they save.
 BLOCK_C = 64
 BLOCK_M = 64
 MIN_STEPS = 4
@@ -81,13 +96,14 @@ def project_kernel(
     pid_slice = tl.program_id(2)
     start = pid_slice * slice_length
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    lost = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for c0 in range(start, min(start + slice_length, C), BLOCK_C):
         a = load_features(a_ptr, seed_ptr, offs_m, c0, M, C, p, keep_scale, BLOCK_C, ALIGNED)
         offs_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
         mask_l = (offs_c[:, None] < C) & (offs_j[None, :] < r)
         offs_l = offs_c[:, None] * stride_c + offs_j[None, :].to(tl.int64) * stride_j
         lora = tl.load(lora_ptr + offs_l, mask=mask_l, other=0.0)
-        acc = tl.dot(a, lora.to(dtype), acc, input_precision="ieee")
+        acc, lost = add_product(acc, lost, a, lora.to(dtype))
     offs_out = (pid_slice.to(tl.int64) * M + offs_m[:, None]) * r + offs_j[None, :]
     mask_out = (offs_m[:, None] < M) & (offs_j[None, :] < r)
     tl.store(out_ptr + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask_out)
@@ -122,13 +138,14 @@ def reduce_tokens_kernel(
     pid_slice = tl.program_id(2).to(tl.int64)
     start = tl.program_id(2) * slice_length
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    lost = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     column_sum = tl.zeros((BLOCK_C,), tl.float32)
     for m0 in range(start, min(start + slice_length, M), BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
         a = load_features(a_ptr, seed_ptr, offs_m, c0, M, C, p, keep_scale, BLOCK_C, ALIGNED)
         mask_t = (offs_m[:, None] < M) & (offs_j[None, :] < r)
         t = tl.load(t_ptr + offs_m[:, None] * r + offs_j[None, :], mask=mask_t, other=0.0)
-        acc = tl.dot(tl.trans(t.to(dtype)), a, acc, input_precision="ieee")
+        acc, lost = add_product(acc, lost, tl.trans(t.to(dtype)), a)
         if column_sum_ptr is not None:
             column_sum += tl.sum(a.to(tl.float32), axis=0)
     acc = acc * load_scaling(lora_scaling_ptr, scaling, offs_j, r)[:, None]
@@ -186,7 +203,7 @@ def sum_slices_kernel(
 
 
 def plan_slices(tiles: int, length: int, step: int) -> tuple[int, int]:
-    """(number of slices, length of each) that fill the GPU when the output alone has only `tiles` programs."""
+    """(number of slices, length of each) that give a GPU enough programs."""
     steps = max(1, triton.cdiv(length, step))
     wanted = max(1, min(TARGET_PROGRAMS // tiles, steps // MIN_STEPS))
     steps_per_slice = triton.cdiv(steps, wanted)
@@ -194,7 +211,7 @@ def plan_slices(tiles: int, length: int, step: int) -> tuple[int, int]:
 
 
 def slice_buffer(out: torch.Tensor | None, slices: int) -> torch.Tensor | None:
-    """Where the slices write: straight to the result if there is one, otherwise a workspace [slices, *out.shape]."""
+    """Where slices write: a single one into the result, several into a workspace [slices, ...]."""
     if out is None or slices == 1:
         return out
     return torch.empty((slices, *out.shape), dtype=torch.float32, device=out.device)
@@ -246,7 +263,9 @@ def project(a, lora, feature_dim, out_dtype, p=0.0, seed=None) -> torch.Tensor:
     return out
 
 
-def reduce_tokens(t, a, out, rank_dim, lora_scaling, scaling, p=0.0, seed=None, column_sum=None) -> None:
+def reduce_tokens(
+    t, a, out, rank_dim, lora_scaling, scaling, p=0.0, seed=None, column_sum=None
+) -> None:
     """Fill out ([r, C] if rank_dim is 0, [C, r] if 1) with s[j] * sum_m t[m, j] * drop(a)[m, c].
 
     column_sum [C], if given, receives sum_m a[m, c] from the same pass.
@@ -293,7 +312,17 @@ def scaling_grad(u, z, scaling) -> torch.Tensor:
     with device_guard(u):
         partial = slice_buffer(out, slices)
         scaling_grad_kernel[(tiles_r, slices)](
-            u, z, partial, M, r, length, float(scaling), BLOCK_M=BLOCK_M, BLOCK_R=width, num_warps=4, **LAUNCH_OPTIONS
+            u,
+            z,
+            partial,
+            M,
+            r,
+            length,
+            float(scaling),
+            BLOCK_M=BLOCK_M,
+            BLOCK_R=width,
+            num_warps=4,
+            **LAUNCH_OPTIONS,
         )
         sum_slices(partial, out)
     return out

@@ -2,9 +2,10 @@
 
     y[i] = RN_dtype(codebook[q[i]] * absmax[i / BLOCKSIZE])
 
-qweight uint8, element 2i of a row in the high nibble of byte i; absmax fp32 [blocks], or uint8 codes with nested
-scales; codebook fp32 [16] in any order. Rows hold `columns` elements, ceil(columns / 2) bytes and blocks_per_row
-blocks, the last of which may be short. A flat weight is one row of N * K elements. y [N, K] bf16, fp16 or fp32.
+qweight uint8, element 2i of a row in the high nibble of byte i; absmax fp32 [blocks], or uint8
+codes with nested scales; codebook fp32 [16] in any order; y [N, K] bf16, fp16 or fp32.
+Rows hold `columns` elements, ceil(columns / 2) bytes and blocks_per_row blocks, the last of which
+may be short. A flat weight is one row of N * K elements.
 The product is fp32 and rounded once, on store: bit-identical to lowbit/reference.py.
 One program owns BLOCKS blocks, numbered over the whole weight, as a tile [BLOCKS, BLOCKSIZE].
 Bound by bytes: 0.5 read and 2 or 4 written per element.
@@ -14,6 +15,7 @@ Callers have checked dtypes, devices and that qweight and absmax have the right 
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
 

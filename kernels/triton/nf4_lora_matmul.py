@@ -1,19 +1,21 @@
-"""4-bit dequantize + matmul with the low-rank term in the same accumulator, and its gradient for x.
+"""4-bit dequantize + matmul with the low-rank term in the same accumulator, and the gradient for x.
 
     y[m, n]  = sum_k x[m, k] * W[n, k]  +  sum_j (z[m, j] * s[j]) * lora_B[n, j]  +  bias[n]
     dx[m, k] = sum_n dy[m, n] * W[n, k]  +  drop'(sum_j (u[m, j] * s[j]) * lora_A[j, k])
     W[n, k]  = RN_dtype(codebook[q[n, k]] * absmax[block(n, k)]),  s[j] = scaling * lora_scaling[j]
 
-x, dy, y, dx bf16, fp16 or fp32, row-major; W as in common.py (4-bit row-aligned or flat, or a dense float [N, K]);
-z [M, r] in x's dtype, u [M, r] fp32, lora_A [r, K] and lora_B [N, r] in any float dtype, rounded to x's before use, as
-are z * s and u * s. Accumulates in fp32 (fp32 operands are multiplied in IEEE fp32, never TF32) and rounds once, on store.
-One program owns a BLOCK_M x BLOCK_N tile of y, or BLOCK_M x BLOCK_K of dx, and walks the contraction; each weight is
-decoded once per BLOCK_M rows. No split of the contraction, so every output is summed in one fixed order.
-Bound by the decode's table lookups for small M (weight bytes would be the floor up to M of about 64), by tensor cores
-and shared-memory round trips of the decoded tile above; expect a quarter of dense 16-bit speed at M >= 1024.
-The low-rank term goes first: then dropout can mask it in the accumulator before the main product lands on top.
+x, dy, y, dx bf16, fp16 or fp32, row-major; W as in common.py: 4-bit row-aligned or flat, or a dense
+float [N, K]; z [M, r] in x's dtype, u [M, r] fp32; lora_A [r, K] and lora_B [N, r] in any float
+dtype, rounded to x's before use, as are z * s and u * s; bias [N] in any float dtype.
+Accumulates in fp32 and rounds once, on store. fp32 operands are multiplied in fp32, never TF32.
+One program owns a BLOCK_M x BLOCK_N tile of y, or BLOCK_M x BLOCK_K of dx, and walks the whole
+contraction: every output is a sum in one fixed order. A weight is decoded once per BLOCK_M rows.
+The low-rank term goes first: dropout can then mask it in the accumulator before the main product
+lands on top.
+Bound for small M by the decode's table lookups (weight bytes would be the floor up to M of about
+64), above by tensor cores and the shared-memory round trip of the decoded tile.
 Callers have checked dtypes, devices, shapes and contiguity.
-Source: the algebra of one accumulator for both terms is LoRAFusion's (Zhu et al. 2025), the dropout by seed is ours.
+Source: one accumulator for both terms is the algebra of LoRAFusion (Zhu et al. 2025).
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
 import triton
 import triton.language as tl
 
 from .common import (
     LAUNCH_OPTIONS,
+    add_product,
     block_r,
     device_guard,
     dropout_arguments,
@@ -35,7 +39,7 @@ from .common import (
     weight_arguments,
 )
 
-# Tiles per group: programs that run together share GROUP rows of x tiles and one sweep of weights in L2.
+# Row tiles that sweep the columns together, so that their weights are read from L2 but once.
 GROUP = 8
 
 
@@ -49,10 +53,15 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (largest M, config). 16 rows are the least tl.dot takes; below 17 rows narrow tiles give N = 4096 one program per SM.
-# fp32 products run on the FMA units out of registers, so their tiles stay small. A flat weight computes an address per
-# element; pipelining that needs more registers and shared memory than it is worth. Not yet tuned by measurement.
-CONFIGS_16BIT = ((16, Config(16, 32, 128, 4, 4)), (64, Config(64, 64, 64, 4, 3)), (None, Config(128, 128, 64, 8, 3)))
+# (largest M, config). 16 rows are the least tl.dot takes; below 17 rows narrow tiles give N = 4096
+# one program per SM. fp32 products run on the FMA units out of registers, so their tiles stay
+# small. A flat weight computes an address per element; pipelining that needs more registers and
+# shared memory than it is worth. Not yet tuned by measurement.
+CONFIGS_16BIT = (
+    (16, Config(16, 32, 128, 4, 4)),
+    (64, Config(64, 64, 64, 4, 3)),
+    (None, Config(128, 128, 64, 8, 3)),
+)
 CONFIGS_32BIT = ((16, Config(16, 32, 32, 4, 2)), (None, Config(64, 32, 32, 8, 2)))
 CONFIGS_FLAT = ((16, Config(16, 32, 32, 4, 1)), (None, Config(64, 32, 32, 4, 1)))
 
@@ -98,7 +107,9 @@ def low_rank_term(
     for j0 in range(0, r, BLOCK_R):
         offs_j = j0 + tl.arange(0, BLOCK_R)
         mask_t = (offs_m[:, None] < M) & (offs_j[None, :] < r)
-        t = tl.load(t_ptr + offs_m[:, None] * r + offs_j[None, :], mask=mask_t, other=0.0).to(tl.float32)
+        t = tl.load(t_ptr + offs_m[:, None] * r + offs_j[None, :], mask=mask_t, other=0.0).to(
+            tl.float32
+        )
         t = t * load_scaling(lora_scaling_ptr, scaling, offs_j, r)[None, :]
         mask_l = (offs_j[:, None] < r) & (offs_c[None, :] < C)
         offs_l = offs_j[:, None].to(tl.int64) * stride_j + offs_c[None, :] * stride_c
@@ -161,6 +172,7 @@ def matmul_kernel(
         )
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    lost = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_x = (offs_m[:, None] < M) & (offs_k[None, :] < K)
@@ -185,7 +197,7 @@ def matmul_kernel(
             BLOCK_K,
             dtype,
         )  # [BLOCK_N, BLOCK_K]
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+        acc, lost = add_product(acc, lost, x, tl.trans(weight))
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -254,6 +266,7 @@ def matmul_dx_kernel(
             acc = tl.where(keep, acc * keep_scale, 0.0)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    lost = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for n0 in range(0, N, BLOCK_N):
         offs_n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
         mask_dy = (offs_m[:, None] < M) & (offs_n[None, :] < N)
@@ -278,12 +291,14 @@ def matmul_dx_kernel(
             BLOCK_K,
             dtype,
         )  # [BLOCK_N, BLOCK_K]
-        acc = tl.dot(dy, weight, acc, input_precision="ieee")
+        acc, lost = add_product(acc, lost, dy, weight)
     mask_dx = (offs_m[:, None] < M) & (offs_k[None, :] < K)
     tl.store(dx_ptr + offs_m[:, None] * K + offs_k[None, :], acc.to(dtype), mask=mask_dx)
 
 
-def matmul_fwd(x, weight, bias=None, z=None, lora_B=None, lora_scaling=None, scaling=1.0) -> torch.Tensor:
+def matmul_fwd(
+    x, weight, bias=None, z=None, lora_B=None, lora_scaling=None, scaling=1.0
+) -> torch.Tensor:
     """y [M, N] in x's dtype; z None leaves the low-rank term out."""
     arguments = weight_arguments(weight)
     M, N = x.shape[0], arguments["N"]
@@ -317,7 +332,9 @@ def matmul_fwd(x, weight, bias=None, z=None, lora_B=None, lora_scaling=None, sca
     return y
 
 
-def matmul_dx(dy, weight, u=None, lora_A=None, lora_scaling=None, scaling=1.0, p=0.0, seed=None) -> torch.Tensor:
+def matmul_dx(
+    dy, weight, u=None, lora_A=None, lora_scaling=None, scaling=1.0, p=0.0, seed=None
+) -> torch.Tensor:
     """dx [M, K] in dy's dtype; u None leaves the low-rank term out."""
     arguments = weight_arguments(weight)
     M, K = dy.shape[0], arguments["K"]

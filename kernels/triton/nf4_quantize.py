@@ -1,28 +1,35 @@
 """Dense tensor -> 4-bit weight, and 8-bit codes for its scales.
 
-    absmax[b] = max |w| over block b;   x = w * (1 / max(absmax, 1e-38));   q = order[#{j : x > thresholds[j]}]
-    code[b]   = #{j : x > nested_thresholds[j]},  x = (absmax[b] - offset) * (1 / max(nested_absmax, 1e-38))
+    absmax[b] = max |w| over block b
+    q         = order[#{j : x > thresholds[j]}]   with x = w * (1 / max(absmax, 1e-38))
+    code[b]   = #{j : x > nested_thresholds[j]}   with x = c * (1 / max(nested_absmax, 1e-38)),
+                c = absmax[b] - offset, nested_absmax = max |c| over nested_blocksize scales
 
 w [rows, columns] bf16, fp16 or fp32, row-major; thresholds fp32 [15] ascending; order uint8 [16];
-qweight uint8 [rows, ceil(columns / 2)], element 2i in the high nibble; absmax fp32 [rows, blocks_per_row]. A flat weight
-is one row. Short last blocks and the odd last nibble behave as if padded with zeros.
-All arithmetic is fp32; the reciprocal is correctly rounded, then multiplied: bit-identical to lowbit/reference.py.
-The maximum is taken over bit patterns, whose integer order is |w|'s with Inf and NaN on top, so those reach absmax.
-One program owns BLOCKS blocks; in the second kernel, one block of nested_blocksize scales.
-Bound by the bytes of w (2 or 4 read, 0.5 written per element) up to about 30 integer operations per element.
-The offset is torch's mean, which is deterministic. Callers have checked dtypes, devices and blocksizes.
+qweight uint8 [rows, ceil(columns / 2)], element 2i in the high nibble; absmax fp32
+[rows, blocks_per_row]. A flat weight is one row. Short last blocks and the last nibble of an odd
+row behave as if w were padded with zeros.
+All arithmetic is fp32; the reciprocal is correctly rounded, then multiplied: bit-identical to
+lowbit/reference.py. The maximum is taken over bit patterns, whose integer order is that of |w| with
+Inf and NaN on top, so those reach absmax.
+One program owns BLOCKS blocks of w; in the second kernel, one block of nested_blocksize scales.
+Bound by the bytes of w (2 or 4 read and 0.5 written per element), next by some 40 instructions per
+element.
+The offset is torch's mean, which is deterministic.
+Callers have checked dtypes, devices and blocksizes.
 """
 
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
 
 from .common import LAUNCH_OPTIONS, device_guard, lookup
 
 TILE = 2048  # elements per program, 8 per thread at 8 warps (twice that for blocksize 4096)
-# Smallest divisor: an all-zero block stays zero and 1 / absmax cannot overflow. As in lowbit/reference.py.
+# Smallest divisor, as in lowbit/reference.py: a zero block stays zero, 1 / absmax cannot overflow.
 ABSMAX_FLOOR = tl.constexpr(1e-38)
 NESTED_ENTRIES = tl.constexpr(256)
 
@@ -110,7 +117,7 @@ def quantize_absmax_kernel(
 
 
 def quantize_fwd(weight, thresholds, order, blocksize, row_blocks):
-    """(qweight uint8 [N, ceil(K/2)] or flat, absmax fp32 [blocks]) of a contiguous weight [N, K]."""
+    """(qweight uint8 [N, ceil(K/2)] or flat, absmax fp32 [blocks]) of a contiguous [N, K]."""
     N, K = weight.shape
     rows, columns = (N, K) if row_blocks else (1, N * K)
     bytes_per_row = -(-columns // 2)
@@ -142,11 +149,13 @@ def quantize_fwd(weight, thresholds, order, blocksize, row_blocks):
 
 
 def quantize_absmax_fwd(absmax, nested_thresholds, nested_blocksize):
-    """(codes uint8 [blocks], nested_absmax fp32, nested_offset fp32 scalar) of absmax fp32 [blocks]."""
+    """(codes uint8, nested_absmax fp32, nested_offset fp32 scalar) of absmax fp32 [blocks]."""
     blocks = absmax.numel()
     offset = absmax.mean() if blocks else absmax.new_zeros(())
     codes = torch.empty(blocks, dtype=torch.uint8, device=absmax.device)
-    nested_absmax = torch.empty(-(-blocks // nested_blocksize), dtype=torch.float32, device=absmax.device)
+    nested_absmax = torch.empty(
+        -(-blocks // nested_blocksize), dtype=torch.float32, device=absmax.device
+    )
     if blocks == 0:
         return codes, nested_absmax, offset
     with device_guard(absmax):

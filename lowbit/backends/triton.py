@@ -1,8 +1,10 @@
-"""The Triton backend: the kernels of kernels/triton under the operations' signatures (lowbit/ops.py).
+"""The Triton backend: the kernels of kernels/triton under the operations' signatures
+(lowbit/ops.py).
 
-Runs on CUDA devices, and on CPU tensors when Triton was imported under TRITON_INTERPRET=1. A dense weight (absmax None)
-without adapter is an ordinary matmul and goes to torch; with one it takes the same kernels as a 4-bit weight, since
-the low-rank term then joins the accumulator instead of rereading y.
+Runs on CUDA devices, and on CPU tensors when Triton was imported under TRITON_INTERPRET=1. A dense
+weight (absmax None) without adapter is an ordinary matmul and goes to torch; with one it takes the
+same kernels as a 4-bit weight, since the low-rank term then joins the accumulator instead of
+rereading y.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ _WEIGHT_COUNT = 11
 def _require_runnable(tensor: torch.Tensor) -> None:
     if not tensor.is_cuda and not kernels.INTERPRETED:
         raise ValueError(
-            f"the triton backend needs CUDA tensors, got one on {tensor.device}; move it, choose another backend with "
-            "LOWBIT_BACKEND, or set TRITON_INTERPRET=1 before triton is imported to interpret the kernels"
+            f"the triton backend needs CUDA tensors, got one on {tensor.device}; move it, choose "
+            "another backend with LOWBIT_BACKEND, or set TRITON_INTERPRET=1 before triton is "
+            "imported to interpret the kernels"
         )
 
 
@@ -28,7 +31,9 @@ def _is_dense(weight) -> bool:
     return weight[1] is None
 
 
-def quantize_4bit(weight, thresholds, order, nested_codebook, blocksize, nested_blocksize, row_blocks):
+def quantize_4bit(
+    weight, thresholds, order, nested_codebook, blocksize, nested_blocksize, row_blocks
+):
     _require_runnable(weight)
     qweight, absmax = kernels.quantize_fwd(weight, thresholds, order, blocksize, row_blocks)
     if nested_codebook is None:

@@ -5,11 +5,10 @@ Exit codes: 2 wrong input or too little memory, 130 interrupted, 1 a fault of lo
 """
 
 import contextlib
-import difflib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -17,20 +16,11 @@ EXIT_INTERNAL = 1
 
 
 class CliError(Exception):
-    """A mistake the user can correct; the message is the one sentence that is printed."""
+    """An end with one sentence for the user: a mistake that can be corrected, or an interrupt."""
 
-
-class StoppedError(Exception):
-    """Ctrl-C reached a place that could stop cleanly; the message says what was kept."""
-
-
-def suggest(name: str, known: Sequence[str], *, limit: int = 8) -> str:
-    """Say which known names are close to `name`, or list the first few of them."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return "did you mean " + " or ".join(close) + "?"
-    shown = ", ".join(known[:limit]) + (", ..." if len(known) > limit else "")
-    return f"known names: {shown}"
+    def __init__(self, sentence: str, code: int = EXIT_WRONG_INPUT) -> None:
+        super().__init__(sentence)
+        self.code = code
 
 
 def first_sentence(error: BaseException, *, limit: int = 300) -> str:
@@ -66,9 +56,7 @@ def raised_by_lowbit(error: BaseException) -> bool:
 def explain(error: BaseException) -> tuple[int, str]:
     """Translate an exception into (exit code, sentence)."""
     if isinstance(error, CliError):
-        return EXIT_WRONG_INPUT, str(error)
-    if isinstance(error, StoppedError):
-        return EXIT_INTERRUPTED, str(error)
+        return error.code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted; nothing was written"
     if is_out_of_memory(error):

@@ -109,14 +109,7 @@ def size_table(console: Console, sizes: dict[str, dict[str, float]]) -> None:
     """Parameters and bytes before and after quantization."""
     table = Table(title="Size of the base model", title_justify="left")
     table.add_column("")
-    for name in (
-        "parameters",
-        "before",
-        "bytes/parameter",
-        "after",
-        "bytes/parameter",
-        "bits/parameter",
-    ):
+    for name in ("parameters", "before", "after", "bytes/parameter", "bits/parameter"):
         table.add_column(name, justify="right")
     for name, size in sizes.items():
         count = size["parameters"]
@@ -125,10 +118,9 @@ def size_table(console: Console, sizes: dict[str, dict[str, float]]) -> None:
             name,
             f"{count:,.0f}",
             megabytes(size["bytes_before"]),
-            f"{before:.2f}",
             megabytes(size["bytes_after"]),
-            f"{after:.3f}",
-            f"{8 * after:.3f}",
+            f"{before:.2f} -> {after:.3f}",
+            f"{8 * before:.0f} -> {8 * after:.3f}",
         )
     console.print(table)
 

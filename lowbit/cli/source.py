@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,7 @@ def quiet(*, offline: bool) -> None:
         raise CliError("this command needs transformers: pip install 'lowbit[finetune]'")
     from transformers.utils import logging as transformers_logging
 
+    warnings.simplefilter("ignore", FutureWarning)  # deprecations inside libraries
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

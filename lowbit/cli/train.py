@@ -202,7 +202,8 @@ class Trainer:
         clipping.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_div_(gradients, answers)
+        for gradient in gradients:
+            gradient.div_(answers)
         norm = nn.utils.get_total_norm(gradients)
         if self.settings.clip > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm)

@@ -20,7 +20,7 @@ from . import adapt, checkpoint, device, report, source
 from .answer import answer_questions
 from .data import Example
 from .encode import Renderer, encode_all
-from .errors import CliError, StoppedError
+from .errors import EXIT_INTERRUPTED, CliError, explain
 from .settings import Settings, fingerprint
 from .train import Step, Trainer, memory_bytes
 
@@ -91,6 +91,7 @@ class FineTune:
         self.staging = checkpoint.Staging(self.output)
         self.seconds: dict[str, float] = {}
         self.state: dict[str, Any] = {}
+        self.progressed = False
 
     def execute(self) -> None:
         started = time.perf_counter()
@@ -104,10 +105,21 @@ class FineTune:
                 self._stop_early()
             self._after()
             self._save(time.perf_counter() - started)
-        except BaseException:
-            self.staging.discard_if_empty()
+        except BaseException as error:
+            self._abandon(error)
             raise
         self._report(time.perf_counter() - started)
+
+    def _abandon(self, error: BaseException) -> None:
+        """Clean up after a failure; if checkpoints remain, the sentence says how to go on."""
+        self.staging.discard_if_empty()
+        remaining = checkpoint.list_checkpoints(self.staging.folder)
+        if remaining and self.progressed:
+            code, sentence = explain(error)
+            if isinstance(error, KeyboardInterrupt):
+                sentence = "interrupted"
+            way = f"continue with: lowbit finetune --resume {self.staging.folder}"
+            raise CliError(f"{sentence}; {way}", code) from error
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -240,24 +252,24 @@ class FineTune:
         return finished
 
     def _on_step(self, progress: report.TrainingProgress, step: Step) -> None:
+        self.progressed = True
         progress.update(step, memory_bytes(self.device))
 
-    def _save_checkpoint(self) -> Path:
+    def _save_checkpoint(self) -> None:
         folder = self.staging.checkpoint(self.trainer.step)
         with checkpoint.folder_at_once(folder) as temporary:
             adapt.save_adapter(self.model, temporary, self.settings.model)
             extra = {"data_sha256": self.data_hash, "base_answers": self.base_answers}
             torch.save(self.trainer.state() | extra, temporary / checkpoint.TRAINER_FILE)
-        return folder
 
     def _stop_early(self) -> None:
         if self.trainer.step == 0:
-            raise StoppedError("interrupted before the first step; nothing was written")
-        folder = self._save_checkpoint()
-        raise StoppedError(
-            f"interrupted after step {self.trainer.step} of {self.trainer.total}; "
-            f"continue with: lowbit finetune --resume {folder}"
-        )
+            raise CliError(
+                "interrupted before the first step; nothing was written", EXIT_INTERRUPTED
+            )
+        self._save_checkpoint()
+        step, total = self.trainer.step, self.trainer.total
+        raise CliError(f"interrupted after step {step} of {total}", EXIT_INTERRUPTED)
 
     def _after(self) -> None:
         with self._phase("evaluate"):

@@ -156,16 +156,12 @@ class Linear4bit(StateDict, nn.Linear):
                 "layout": layout,
             }
             weight = linear.weight.detach()
-            if weight.is_meta and codebook is not None:
-                raise ValueError(
-                    "codebook needs a weight with data, got a layer on the meta device"
-                )
             if weight.is_meta:
-                bias = linear.bias is not None
-                shape = linear.in_features, linear.out_features, bias
-                return cls(
-                    *shape, **options, device="meta", dtype=weight.dtype, **adapter_options
-                ).train(linear.training)
+                if codebook is not None:
+                    raise ValueError("codebook needs a weight with data, got one on meta")
+                options |= {"device": "meta", "dtype": weight.dtype}
+                shape = linear.in_features, linear.out_features, linear.bias is not None
+                return cls(*shape, **options, **adapter_options).train(linear.training)
             weight = weight if device is None else weight.to(device)
             qw = quantize(weight, **options, double_quant_type=double_quant_type, codebook=codebook)
         elif device is not None:
@@ -192,17 +188,8 @@ class Linear4bit(StateDict, nn.Linear):
         if len(qw.shape) != 2:
             raise ValueError(f"qw must have shape [N, K], got {list(qw.shape)}")
         N, K = qw.shape
-        # quant_type stays the default here because "custom" is not a valid argument; _adopt sets
-        # it.
-        layer = cls(
-            K,
-            N,
-            bias is not None,
-            blocksize=qw.blocksize,
-            device="meta",
-            dtype=qw.dtype,
-            **adapter_options,
-        )
+        # The format is set by _adopt; quant_type "custom" would not be a valid argument.
+        layer = cls(K, N, bias is not None, device="meta", dtype=qw.dtype, **adapter_options)
         layer._adopt(qw)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(qw.device), requires_grad=bias.requires_grad)

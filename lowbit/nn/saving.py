@@ -19,8 +19,27 @@ BUFFERS = {
 }
 
 
+class _AnyName:
+    """Has every public attribute, each of which is itself."""
+
+    def __getattr__(self, name: str) -> _AnyName:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
 class StateDict(nn.Module):
     """The part of Linear4bit that saves and loads; see lowbit/state.py for the keys."""
+
+    _entry_names = _AnyName()
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Let torch.distributed.checkpoint resolve keys such as "weight.absmax".
+
+        It walks a key attribute by attribute and fails at `weight`, which is a plain tensor; this
+        hook of torch sends the walk elsewhere.
+        """
+        return {"weight": "_entry_names"}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

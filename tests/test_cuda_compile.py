@@ -1,0 +1,119 @@
+"""The CUDA sources compile, spill nothing, and register the operators' schemas: no GPU needed."""
+
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from lowbit import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*")) if p.suffix in (".cu", ".cpp")]
+TORCH = Path(torch.__file__).parent
+
+# As CMakeLists.txt sets them.
+DEFINITIONS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
+
+# The part of libtorch_cuda.so's C ABI that lowbit needs; a CPU build of torch does not have it.
+STAND_IN = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
+
+
+def _nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_nvcc() is None, reason="nvcc is neither on PATH nor in /usr/local/cuda"),
+    pytest.mark.skipif(not SOURCES, reason="no csrc/cuda: the tests run outside of a checkout"),
+]
+
+
+def _run(*command) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def _architectures(source: Path) -> list[str]:
+    """All, or the one that a name such as nf4_lora_matmul_sm90.cu ends in."""
+    family = re.search(r"_sm(\d+)$", source.stem)
+    if family is None or family[1] == "80":
+        return list(ARCHITECTURES)
+    return [arch for arch in ARCHITECTURES if arch == f"sm_{family[1]}a"]
+
+
+def _compile(source: Path, folder: Path) -> str:
+    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra", *DEFINITIONS]
+    flags += [f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in include_paths())]
+    if source.suffix == ".cu":
+        flags += ["-Xptxas=-v"]
+        for arch in _architectures(source):
+            flags += [f"-gencode=arch={ARCHITECTURES[arch]},code={arch}"]
+    return _run(_nvcc(), *flags, "-c", source, "-o", folder / f"{source.stem}.o")
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """(folder with the objects, {source: what the compiler said})."""
+    folder = tmp_path_factory.mktemp("cuda")
+    with ThreadPoolExecutor(2) as pool:
+        logs = pool.map(lambda source: _compile(source, folder), SOURCES)
+        return folder, dict(zip(SOURCES, logs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def library(build):
+    """The library, linked against a stand-in for libtorch_cuda.so and nothing left undefined."""
+    folder, _ = build
+    (folder / "stand_in.cpp").write_text(STAND_IN)
+    stand_in = folder / "libtorch_cuda.so"
+    shared = [_nvcc(), "-shared", "-Xcompiler=-fPIC"]
+    _run(
+        *shared,
+        "-cudart=none",
+        folder / "stand_in.cpp",
+        "-o",
+        stand_in,
+        f"-Xlinker=-soname={stand_in.name}",
+    )
+    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", stand_in, f"-Xlinker=-rpath={folder}"]
+    out = folder / "_C_cuda.so"
+    _run(*shared, "-cudart=static", *objects, *libraries, "-Xlinker=-z,defs", "-o", out)
+    return out
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_no_warnings_and_no_spills(build, source):
+    log = build[1][source]
+    assert "warning" not in log, log
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(spills) > 0 or source.suffix != ".cu", log
+    assert all(stores == loads == "0" for stores, loads in spills), log
+
+
+def test_schemas_equal_those_of_the_public_operations(library):
+    """In a process of its own: a library can be loaded once only, and pytest's may have its own."""
+    script = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1]); "
+        "print(*(getattr(torch.ops.lowbit_cuda, name).default._schema for name in sys.argv[2:]), "
+        "sep='\\n')"
+    )
+    names = ("quantize_4bit", "dequantize_4bit", "dequantize_4bit_out")
+    quantize, dequantize, window = _run(sys.executable, "-c", script, library, *names).splitlines()
+    for name, schema in (("quantize_4bit", quantize), ("dequantize_4bit", dequantize)):
+        expected = ops.SCHEMAS[name]
+        # Results are named in lowbit:: only.
+        unnamed = re.sub(r"(?<=Tensor) \w+(?=[,)][^>]*$)", "", expected)
+        assert schema == f"lowbit_cuda::{name}{unnamed}"
+    weight = ops.SCHEMAS["dequantize_4bit"].split(", ScalarType")[0]
+    tail = ", int row0, Tensor(a!) out, int column0=0) -> ()"
+    assert window == f"lowbit_cuda::dequantize_4bit_out{weight}{tail}"
