@@ -93,7 +93,7 @@ def _check_quantize(weight, blocksize, nested_blocksize, layout) -> None:
         got = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
         raise TypeError(f"weight must be a float32, float16 or bfloat16 tensor, got {got}")
     if weight.dim() == 0 or weight.numel() == 0:
-        raise ValueError(f"weight must be a tensor [..., K] with elements, got {list(weight.shape)}")
+        raise ValueError(f"weight must be [..., K] and not empty, got {list(weight.shape)}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
     if nested_blocksize not in BLOCKSIZES:

@@ -56,7 +56,8 @@ def quantize_4bit(weight, thresholds, order, blocksize, row_blocks=True):
     rank = torch.bucketize(scaled, thresholds)  # number of thresholds strictly below
     # An odd row is padded by the code of 0: blocksize is even, so the padded block holds one more
     # zero.
-    codes = order.to(torch.int64)[rank].view(rows, -1)[:, : columns + columns % 2]
+    codes = order.to(torch.int64)[rank].view(rows, blocks * blocksize)
+    codes = codes[:, : columns + columns % 2]
     packed = pack(codes)
     return (packed if row_blocks else packed.view(-1)), absmax.view(-1)
 
@@ -99,7 +100,7 @@ def dequantize_4bit(
         return qweight.to(dtype)
     scale = decode_absmax(absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize)
     rows, columns = as_rows(N, K, row_blocks)
-    codes = unpack(qweight.reshape(rows, -1), columns)
+    codes = unpack(qweight.reshape(rows, -(-columns // 2)), columns)
     values = codebook[codes.to(torch.int64)]
     blocks = -(-columns // blocksize)
     scale = scale.view(rows, blocks).repeat_interleave(blocksize, dim=1)[:, :columns]

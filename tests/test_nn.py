@@ -533,6 +533,10 @@ def _sharded(rank, store):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13),
+    reason="FSDP2 before torch 2.13 refuses integer parameters (seen in 2.11)",
+)
 def test_fsdp2_and_distributed_state_dicts(tmp_path):
     torch.multiprocessing.spawn(_sharded, (str(tmp_path / "store"),), nprocs=2)
 

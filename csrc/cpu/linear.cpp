@@ -18,7 +18,7 @@ constexpr int64_t kBlockBytes = 16 << 20;  // packed A of one row block: stays i
 constexpr int64_t kBlockRows = 1056;       // at most; a multiple of 48, and decoding is below 1 % here
 constexpr int64_t kMinBlockRows = 192;     // however long the rows are
 constexpr int64_t kThinRows = 48;          // rows of one step of the thin product
-constexpr int kThinWords = 32;             // its sums are short: t feeds everything after it, and they cost nothing
+constexpr int kThinWords = 16;             // its sums are short: t feeds everything after it, and they cost nothing
 
 int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;

@@ -46,6 +46,9 @@ TARGET_PROGRAMS = 264
 BLOCK_C = 64
 BLOCK_M = 64
 MIN_STEPS = 4
+# fp32 sums advance by short steps, each a plain sum that the running one then absorbs without loss
+# (add_product): longer ones err more than twice as much as cuBLAS.
+FP32_STEP = 16
 
 
 @triton.jit
@@ -237,8 +240,9 @@ def project(a, lora, feature_dim, out_dtype, p=0.0, seed=None) -> torch.Tensor:
     # 16 rows are the least tl.dot takes; decoding has few.
     rows = min(BLOCK_M, max(16, triton.next_power_of_2(M)))
     width = block_r(r)
+    step = FP32_STEP if a.dtype == torch.float32 else BLOCK_C
     tiles_m, tiles_r = triton.cdiv(M, rows), triton.cdiv(r, width)
-    slices, length = plan_slices(tiles_m * tiles_r, C, BLOCK_C)
+    slices, length = plan_slices(tiles_m * tiles_r, C, step)
     with device_guard(a):
         partial = slice_buffer(out, slices)
         project_kernel[(tiles_m, tiles_r, slices)](
@@ -253,7 +257,7 @@ def project(a, lora, feature_dim, out_dtype, p=0.0, seed=None) -> torch.Tensor:
             slice_length=length,
             **dropout_arguments(p, seed, C),
             BLOCK_M=rows,
-            BLOCK_C=BLOCK_C,
+            BLOCK_C=step,
             BLOCK_R=width,
             num_warps=4,
             num_stages=3,
@@ -273,8 +277,9 @@ def reduce_tokens(
     M, C = a.shape
     r = t.shape[1]
     width = block_r(r)
+    step = FP32_STEP if a.dtype == torch.float32 else BLOCK_M
     tiles_c, tiles_r = triton.cdiv(C, BLOCK_C), triton.cdiv(r, width)
-    slices, length = plan_slices(tiles_c * tiles_r, M, BLOCK_M)
+    slices, length = plan_slices(tiles_c * tiles_r, M, step)
     with device_guard(a):
         partial, partial_sum = slice_buffer(out, slices), slice_buffer(column_sum, slices)
         reduce_tokens_kernel[(tiles_c, tiles_r, slices)](
@@ -291,7 +296,7 @@ def reduce_tokens(
             slice_length=length,
             scaling=float(scaling),
             **dropout_arguments(p, seed, C),
-            BLOCK_M=BLOCK_M,
+            BLOCK_M=step,
             BLOCK_C=BLOCK_C,
             BLOCK_R=width,
             num_warps=4,
