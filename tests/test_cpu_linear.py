@@ -1,4 +1,4 @@
-"""The compiled CPU products (csrc/cpu/linear.cpp, lora_linear.cpp) on every instruction set this machine has."""
+"""The compiled CPU products (csrc/cpu/linear.cpp, lora_linear.cpp) at every level there is."""
 
 import pytest
 import torch
@@ -73,13 +73,11 @@ class Case:
 
     def backward64(self, z):
         inputs = (self.dy.double(), self.x.double(), z.double())
-        return reference.lora_linear_backward(
-            *inputs, self.w64, *self.adapter64, self.p, self.seed
-        )
+        return reference.lora_linear_backward(*inputs, self.w64, *self.adapter64, self.p, self.seed)
 
 
-# (M, N, K, r) and options; the comment says what each one is there for. Ranks are not tiny: a handful of outputs is too
-# few for a comparison of errors.
+# (M, N, K, r) and options; the comment says what each one is there for. Ranks are not tiny: a
+# handful of outputs is too few for a comparison of errors.
 CASES = {
     "M1": ((1, 96, 320, 16), {}),  # decoding in registers, one row
     "M2-odd": ((2, 33, 101, 19), {}),  # two rows; odd K pads a nibble; N, r fit no vector
@@ -116,7 +114,7 @@ def make(name, dtype) -> Case:
     return Case(*shape, dtype, **options)
 
 
-# ---- against float64 -------------------------------------------------------------------------------------------------
+# ---- against float64 -----------------------------------------------------------------------------
 
 
 def test_forward(name, dtype):
@@ -157,7 +155,7 @@ def test_long_reduction(dtype):
     assert_close_to_float64("z", z, z64, z_low)
 
 
-# ---- exact -----------------------------------------------------------------------------------------------------------
+# ---- exact ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("M", [1, 40])  # both ways of reading the weight
@@ -188,22 +186,39 @@ def test_dropout_mask_is_the_reference(dtype):
     assert_bitwise_equal(case.backward(z)[0], expected, "dx")
 
 
-def test_rows_do_not_depend_on_the_batch(dtype):
+def test_rows_do_not_depend_on_the_batch(dtype, isa):
+    """Bits of a row are the same in every batch that the same kernels serve.
+
+    Where there are bf16 units, up to 4 rows of bf16 still take the fp32 kernels (linear.cpp), so
+    there a batch of 70 is compared with larger parts of itself and one of 4 with smaller ones.
+    """
     case = Case(70, 96, 320, 12, dtype)
+    two_kernels = dtype == torch.bfloat16 and isa in ("avx512_bf16", "amx")
+    few = (slice(0, 1), slice(2, 3), slice(1, 3))
+    if two_kernels:
+        _compare_rows(case, slice(0, 4), few)
+        _compare_rows(case, slice(0, 70), (slice(0, 20), slice(30, 35)))
+    else:
+        _compare_rows(case, slice(0, 70), (*few, slice(69, 70), slice(10, 13), slice(0, 20)))
     y, z = case.forward()
-    dx = cpu.linear_dx(case.dy, *case.weight)
-    for rows in (slice(0, 1), slice(69, 70), slice(3, 5), slice(10, 13), slice(0, 20)):
-        y_part, z_part = case.forward(x=case.x[rows].contiguous())
-        assert_bitwise_equal(y_part, y[rows], f"y of rows {rows}")
-        assert_bitwise_equal(z_part, z[rows], f"z of rows {rows}")
-        dx_part = cpu.linear_dx(case.dy[rows].contiguous(), *case.weight)
-        assert_bitwise_equal(dx_part, dx[rows], f"dx of rows {rows}")
     case.x[7] = float("nan")
     y_nan, z_nan = case.forward()
     others = torch.arange(70) != 7
     assert_bitwise_equal(y_nan[others], y[others], "y beside a row of NaN")
     assert_bitwise_equal(z_nan[others], z[others], "z beside a row of NaN")
     assert y_nan[7].isnan().all()
+
+
+def _compare_rows(case, whole, parts):
+    x, dy = case.x[whole].contiguous(), case.dy[whole].contiguous()
+    y, z = case.forward(x=x)
+    dx = cpu.linear_dx(dy, *case.weight)
+    for rows in parts:
+        y_part, z_part = case.forward(x=x[rows].contiguous())
+        assert_bitwise_equal(y_part, y[rows], f"y of rows {rows}")
+        assert_bitwise_equal(z_part, z[rows], f"z of rows {rows}")
+        dx_part = cpu.linear_dx(dy[rows].contiguous(), *case.weight)
+        assert_bitwise_equal(dx_part, dx[rows], f"dx of rows {rows}")
 
 
 @pytest.mark.parametrize("M", [1, 200])
@@ -223,7 +238,7 @@ def test_bits_do_not_depend_on_the_threads(dtype, M):
             assert_bitwise_equal(a, b, label)
 
 
-# ---- contract --------------------------------------------------------------------------------------------------------
+# ---- contract ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("only", range(5))
@@ -236,13 +251,15 @@ def test_only_the_wanted_gradients(only):
         if i == only:
             assert_bitwise_equal(g, everything[i], label)
         else:
-            assert g.numel() == 0 and g.dtype == everything[i].dtype, label
+            assert g.numel() == 0, label
+            assert g.dtype == everything[i].dtype, label
 
 
 def test_no_tokens():
     case = Case(0, 40, 64, 4, torch.bfloat16)
     y, z = case.forward()
-    assert y.shape == (0, 40) and z.shape == (0, 4)
+    assert y.shape == (0, 40)
+    assert z.shape == (0, 4)
     dx, d_lora_A, d_lora_B, d_bias, d_scaling = case.backward(z)
     assert dx.shape == (0, 64)
     for g in (d_lora_A, d_lora_B, d_bias, d_scaling):
@@ -269,6 +286,6 @@ def test_bad_arguments_are_refused():
         cpu.lora_linear(case.x, *case.weight, *case.adapter, None, 0.5, None)
     with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16"):
         cpu.linear(case.x.double(), *case.weight, None)
+    A, B, s, scaling = case.adapter
     with pytest.raises(RuntimeError, match="lora_B must be"):
-        A, B, s, scaling = case.adapter
         cpu.lora_linear(case.x, *case.weight, A, B[:39], s, scaling, None, 0.0, None)

@@ -7,13 +7,14 @@
 namespace lowbit::cpu {
 namespace {
 
-// Columns of a tile of C, and of the piece of B that is decoded before it is multiplied. Many rows: the piece is used again and again
-// from the L2 cache while blocks of A pass by. Few rows: it is used once, so it must still be in the L1 cache.
+// Columns of a tile of C, and of the piece of B that is decoded before it is multiplied. Many rows:
+// the piece is used again and again from the L2 cache while blocks of A pass by. Few rows: it is
+// used once, so it must still be in the L1 cache.
 constexpr int64_t kTileColumns = 256;
 constexpr int64_t kFewRows = 144;
 constexpr int64_t kColumnUnit = 2 * kPanel;  // decoders work on pairs of panels
-constexpr int64_t kRowUnit = 48;             // multiple of every register tile's height that matters
-constexpr int64_t kMinWork = 1 << 17;        // multiply-adds worth a thread (about 2 us)
+constexpr int64_t kRowUnit = 48;       // multiple of every register tile's height that matters
+constexpr int64_t kMinWork = 1 << 17;  // multiply-adds worth a thread (about 2 us)
 constexpr int64_t kShortReduction = 256, kShortChunk = 32;
 // Decoding a panel column costs about as much as multiplying it with this many rows.
 constexpr int64_t kDecodeRows = 8;
@@ -25,12 +26,15 @@ int64_t min64(int64_t a, int64_t b) {
 // How C is cut: row_parts x column_parts tasks, one per thread.
 struct Grid {
     int64_t row_parts, column_parts;
-    int64_t tasks() const { return row_parts * column_parts; }
+    int64_t tasks() const {
+        return row_parts * column_parts;
+    }
 };
 
 Grid choose_grid(const Product& p) {
     int64_t work = 0;
-    for (int i = 0; i < p.part_count; ++i) work += p.parts[i].chunks.size;
+    for (int i = 0; i < p.part_count; ++i)
+        work += p.parts[i].chunks.size;
     work *= p.rows * p.columns;
     const int64_t threads = min64(num_threads(), 1 + work / kMinWork);
     const int64_t row_units = ceil_div(p.rows, kRowUnit);
@@ -53,22 +57,30 @@ int64_t piece_columns(int64_t rows) {
     return rows <= kFewRows ? kColumnUnit : kTileColumns;
 }
 
-// W^T is read along its rows, so a few rows at a time; W across them, so at least a cache line (128 columns) of each.
+// W^T is read along its rows, so a few rows at a time; W across them, so at least a cache line (128
+// columns) of each.
 int64_t tile_columns(const Product& p, int64_t rows) {
     return rows <= kFewRows && p.parts[p.part_count - 1].b->transposed ? kColumnUnit : kTileColumns;
 }
 
 // One tile of C, at most kTileColumns wide, all chunks of all parts.
-void run_tile(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
-              int64_t ldc, uint32_t* panels_b, float* c) {
+void run_tile(
+    const Product& p,
+    int64_t row,
+    int64_t rows,
+    int64_t column,
+    int64_t columns,
+    int64_t ldc,
+    uint32_t* panels_b,
+    float* c) {
     const GemmKernels& kernels = *p.kernels;
     const int64_t piece = piece_columns(rows);
     bool first = true;
     for (int i = 0; i < p.part_count; ++i) {
         const Part& part = p.parts[i];
         const WeightView& w = part.b->matrix;
-        const bool direct = rows <= kernels.direct_rows && part.b->transposed && !w.is_dense() &&
-                            w.row_blocks;
+        const bool direct =
+            rows <= kernels.direct_rows && part.b->transposed && !w.is_dense() && w.row_blocks;
         for (int64_t chunk = 0; chunk < part.chunks.count; ++chunk) {
             const int64_t begin = part.chunks.begin(chunk), end = part.chunks.end(chunk);
             const int words = part.chunks.words(chunk);
@@ -76,8 +88,8 @@ void run_tile(const Product& p, int64_t row, int64_t rows, int64_t column, int64
             for (int64_t j = 0; j < columns; j += piece) {
                 const int panels = static_cast<int>(ceil_div(min64(piece, columns - j), kPanel));
                 if (direct) {
-                    kernels.multiply_4bit(a, rows, w, column + j, panels, begin, end, c + j, ldc,
-                                          first);
+                    kernels.multiply_4bit(
+                        a, rows, w, column + j, panels, begin, end, c + j, ldc, first);
                     continue;
                 }
                 kernels.pack_b(*part.b, column + j, panels, begin, end, words, panels_b);
@@ -89,7 +101,8 @@ void run_tile(const Product& p, int64_t row, int64_t rows, int64_t column, int64
             p.after_first->call(p.after_first->context, c, ldc, row, rows, column, columns);
         }
     }
-    if (first) std::memset(c, 0, rows * ldc * sizeof(float));  // an empty reduction
+    if (first)
+        std::memset(c, 0, rows * ldc * sizeof(float));  // an empty reduction
     p.store.call(p.store.context, c, ldc, row, rows, column, columns);
 }
 
@@ -99,11 +112,15 @@ const GemmKernels& gemm_kernels(Dtype type, bool exact) {
 #if LOWBIT_CPU_X86
     const Isa isa = current_isa();
     if (type == Dtype::kBFloat16 && !exact) {
-        if (isa >= Isa::kAmx) return kGemmAmx;
-        if (isa >= Isa::kAvx512Bf16) return kGemmAvx512Bf16;
+        if (isa >= Isa::kAmx)
+            return kGemmAmx;
+        if (isa >= Isa::kAvx512Bf16)
+            return kGemmAvx512Bf16;
     }
-    if (isa >= Isa::kAvx512) return kGemmAvx512;
-    if (isa >= Isa::kAvx2) return kGemmAvx2;
+    if (isa >= Isa::kAvx512)
+        return kGemmAvx512;
+    if (isa >= Isa::kAvx2)
+        return kGemmAvx2;
 #else
     (void)type, (void)exact;
 #endif
@@ -112,8 +129,9 @@ const GemmKernels& gemm_kernels(Dtype type, bool exact) {
 
 Chunks::Chunks(int64_t size, const GemmKernels& kernels)
     : size(size), pack(kernels.pack), word_multiple(kernels.word_multiple) {
-    // A short fp32 reduction is cheap: sums of 32 keep its error as small as that of a dot product in vector lanes. A long one takes
-    // even pieces. All start on a multiple of 32, that is with a whole byte, and never inside a run of 32 elements of one block.
+    // A short fp32 reduction is cheap: sums of 32 keep its error as small as that of a dot product
+    // in vector lanes. A long one takes even pieces. All start on a multiple of 32, that is with a
+    // whole byte, and never inside a run of 32 elements of one block.
     const bool is_short = pack == 1 && size <= kShortReduction;
     const int64_t limit = is_short ? kShortChunk : int64_t{kChunk} * pack;
     count = ceil_div(size, limit);
@@ -122,13 +140,14 @@ Chunks::Chunks(int64_t size, const GemmKernels& kernels)
 }
 
 void run_product(const Product& p) {
-    if (p.rows == 0 || p.columns == 0) return;
+    if (p.rows == 0 || p.columns == 0)
+        return;
     const Grid grid = choose_grid(p);
     const int64_t row_units = ceil_div(p.rows, kRowUnit);
     const int64_t column_units = ceil_div(p.columns, kColumnUnit);
-    const int64_t task_rows = min64(ceil_div(row_units, grid.row_parts) * kRowUnit,
-                                    ceil_div(p.rows, p.kernels->row_multiple) *
-                                        p.kernels->row_multiple);
+    const int64_t task_rows = min64(
+        ceil_div(row_units, grid.row_parts) * kRowUnit,
+        ceil_div(p.rows, p.kernels->row_multiple) * p.kernels->row_multiple);
     const int64_t ldc = tile_columns(p, task_rows);
     const int64_t b_size = piece_columns(task_rows) * kChunk, c_size = ldc * task_rows;
     Buffer<uint32_t> panels_b(grid.tasks() * b_size);
@@ -143,8 +162,9 @@ void run_product(const Product& p) {
             const int64_t end =
                 min64(p.columns, column_units * (part_c + 1) / grid.column_parts * kColumnUnit);
             for (int64_t column = begin; column < end; column += ldc) {
-                run_tile(p, row, row_end - row, column, min64(ldc, end - column), ldc,
-                         panels_b.get() + task * b_size, c.get() + task * c_size);
+                run_tile(
+                    p, row, row_end - row, column, min64(ldc, end - column), ldc,
+                    panels_b.get() + task * b_size, c.get() + task * c_size);
             }
         }
     });

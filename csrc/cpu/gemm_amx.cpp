@@ -1,10 +1,11 @@
 // The product of gemm.h for bf16 activations with AMX tiles.
 //
-// A tile multiplies 16 rows x 32 steps of A with 32 steps x 16 columns of B. Rows of packed A are rows of the tile; a panel of bf16 pairs
-// already is the layout the instruction wants of B: [pair of steps][column][2]. Four tiles of C (32 x 32) make one tile load per
-// multiplication. Sums continue in the tiles from chunk to chunk. Rows are padded with zeros to 16, chunks to 32 steps.
+// A tile multiplies 16 rows x 32 steps of A with 32 steps x 16 columns of B. Rows of packed A are
+// rows of the tile; a panel of bf16 pairs already is the layout the instruction wants of B: [pair
+// of steps][column][2]. Four tiles of C (32 x 32) make one tile load per multiplication. Sums
+// continue in the tiles from chunk to chunk. Rows are padded with zeros to 16, chunks to 32 steps.
 
-#include "decode_avx512.h"
+#include "gemm_avx512.h"
 
 namespace lowbit::cpu {
 namespace {
@@ -21,6 +22,9 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 static_assert(sizeof(TileConfig) == 64, "the instruction reads 64 bytes");
+// A constant in memory: GCC's intrinsic tells the compiler of 8 bytes only, so that it may drop the
+// stores that fill the rest of a local object (GCC 12).
+constexpr TileConfig kTileConfig;
 
 // R tiles of 16 rows x P panels. The intrinsics want literal register numbers.
 template <int R, int P>
@@ -32,14 +36,20 @@ void run_tiles(const uint32_t* a, const uint32_t* b, int words, float* c, int64_
     const int64_t c_stride = ldc * static_cast<int64_t>(sizeof(float));
     if (first) {
         _tile_zero(0);
-        if constexpr (P > 1) _tile_zero(1);
-        if constexpr (R > 1) _tile_zero(2);
-        if constexpr (R > 1 && P > 1) _tile_zero(3);
+        if constexpr (P > 1)
+            _tile_zero(1);
+        if constexpr (R > 1)
+            _tile_zero(2);
+        if constexpr (R > 1 && P > 1)
+            _tile_zero(3);
     } else {
         _tile_loadd(0, c, c_stride);
-        if constexpr (P > 1) _tile_loadd(1, c + kPanel, c_stride);
-        if constexpr (R > 1) _tile_loadd(2, c_1, c_stride);
-        if constexpr (R > 1 && P > 1) _tile_loadd(3, c_1 + kPanel, c_stride);
+        if constexpr (P > 1)
+            _tile_loadd(1, c + kPanel, c_stride);
+        if constexpr (R > 1)
+            _tile_loadd(2, c_1, c_stride);
+        if constexpr (R > 1 && P > 1)
+            _tile_loadd(3, c_1 + kPanel, c_stride);
     }
     for (int k = 0; k < words; k += kTileWords) {
         _tile_loadd(4, a + k, kAStride);
@@ -53,37 +63,55 @@ void run_tiles(const uint32_t* a, const uint32_t* b, int words, float* c, int64_
             _tile_loadd(5, a_1 + k, kAStride);
             _tile_dpbf16ps(2, 5, 6);
         }
-        if constexpr (R > 1 && P > 1) _tile_dpbf16ps(3, 5, 7);
+        if constexpr (R > 1 && P > 1)
+            _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, c, c_stride);
-    if constexpr (P > 1) _tile_stored(1, c + kPanel, c_stride);
-    if constexpr (R > 1) _tile_stored(2, c_1, c_stride);
-    if constexpr (R > 1 && P > 1) _tile_stored(3, c_1 + kPanel, c_stride);
+    if constexpr (P > 1)
+        _tile_stored(1, c + kPanel, c_stride);
+    if constexpr (R > 1)
+        _tile_stored(2, c_1, c_stride);
+    if constexpr (R > 1 && P > 1)
+        _tile_stored(3, c_1 + kPanel, c_stride);
 }
 
 template <int P>
-void run_tile_rows(const uint32_t* a, int64_t rows, const uint32_t* b, int words, float* c,
-                   int64_t ldc, bool first) {
+void run_tile_rows(
+    const uint32_t* a,
+    int64_t rows,
+    const uint32_t* b,
+    int words,
+    float* c,
+    int64_t ldc,
+    bool first) {
     for (; rows > kTileRows; rows -= 2 * kTileRows) {
         run_tiles<2, P>(a, b, words, c, ldc, first);
         a += 2 * kTileRows * kChunk;
         c += 2 * kTileRows * ldc;
     }
-    if (rows > 0) run_tiles<1, P>(a, b, words, c, ldc, first);
+    if (rows > 0)
+        run_tiles<1, P>(a, b, words, c, ldc, first);
 }
 
 struct Amx : Bf16Words {
     static constexpr int kWordMultiple = kTileWords, kRowMultiple = kTileRows;
     static constexpr int64_t kBlockRows = 512;  // 512 KiB of A in a 2 MiB L2 cache
 
-    static void multiply_block(const uint32_t* a, int64_t rows, const uint32_t* b, int panels,
-                               int words, float* c, int64_t ldc, bool first) {
-        const TileConfig config;
-        _tile_loadconfig(&config);
+    static void multiply_block(
+        const uint32_t* a,
+        int64_t rows,
+        const uint32_t* b,
+        int panels,
+        int words,
+        float* c,
+        int64_t ldc,
+        bool first) {
+        _tile_loadconfig(&kTileConfig);
         for (; panels >= 2; panels -= 2, b += 2 * kPanelStride, c += 2 * kPanel) {
             run_tile_rows<2>(a, rows, b, words, c, ldc, first);
         }
-        if (panels > 0) run_tile_rows<1>(a, rows, b, words, c, ldc, first);
+        if (panels > 0)
+            run_tile_rows<1>(a, rows, b, words, c, ldc, first);
         _tile_release();
     }
 };

@@ -1,7 +1,9 @@
-// The product of gemm.h in fp32 with AVX2 and FMA; 16-bit activations are converted while A is packed.
+// The product of gemm.h in fp32 with AVX2 and FMA; 16-bit activations are converted while A is
+// packed.
 //
-// A register tile is 6 rows x 16 columns: 12 accumulators, 2 registers of B, 1 broadcast element of A. It reads 8 vectors for 12 FMAs,
-// so the two FMA units are what limits it. Fewer rows take more panels, to keep enough independent sums in flight.
+// A register tile is 6 rows x 16 columns: 12 accumulators, 2 registers of B, 1 broadcast element of
+// A. It reads 8 vectors for 12 FMAs, so the two FMA units are what limits it. Fewer rows take more
+// panels, to keep enough independent sums in flight.
 
 #include "decode_avx2.h"
 #include "gemm_kernel.h"
@@ -16,21 +18,28 @@ inline void add_to_c(float* c, __m256 sum, bool first) {
 
 struct FmaTile {
     template <int R, int P>
-    static void run(const uint32_t* a_words, const uint32_t* b_words, int words, float* c,
-                    int64_t ldc, bool first) {
+    static void
+    run(const uint32_t* a_words,
+        const uint32_t* b_words,
+        int words,
+        float* c,
+        int64_t ldc,
+        bool first) {
         const float* const a = reinterpret_cast<const float*>(a_words);
         const float* const b = reinterpret_cast<const float*>(b_words);
         __m256 sum[R][2 * P];
         LOWBIT_UNROLL
         for (int r = 0; r < R; ++r) {
             LOWBIT_UNROLL
-            for (int p = 0; p < 2 * P; ++p) sum[r][p] = _mm256_setzero_ps();
+            for (int p = 0; p < 2 * P; ++p)
+                sum[r][p] = _mm256_setzero_ps();
         }
         for (int k = 0; k < words; ++k) {
             if (k % 16 == 0) {  // a cache line of each of the rows that come next
                 LOWBIT_UNROLL
                 for (int r = 0; r < R; ++r) {
-                    _mm_prefetch(reinterpret_cast<const char*>(a + (R + r) * kChunk + k), _MM_HINT_T0);
+                    _mm_prefetch(
+                        reinterpret_cast<const char*>(a + (R + r) * kChunk + k), _MM_HINT_T0);
                 }
             }
             __m256 column[2 * P];
@@ -42,13 +51,15 @@ struct FmaTile {
             for (int r = 0; r < R; ++r) {
                 const __m256 x = _mm256_broadcast_ss(a + r * kChunk + k);
                 LOWBIT_UNROLL
-                for (int p = 0; p < 2 * P; ++p) sum[r][p] = _mm256_fmadd_ps(x, column[p], sum[r][p]);
+                for (int p = 0; p < 2 * P; ++p)
+                    sum[r][p] = _mm256_fmadd_ps(x, column[p], sum[r][p]);
             }
         }
         LOWBIT_UNROLL
         for (int r = 0; r < R; ++r) {
             LOWBIT_UNROLL
-            for (int p = 0; p < 2 * P; ++p) add_to_c(c + r * ldc + p * 8, sum[r][p], first);
+            for (int p = 0; p < 2 * P; ++p)
+                add_to_c(c + r * ldc + p * 8, sum[r][p], first);
         }
     }
 };
@@ -56,7 +67,8 @@ struct FmaTile {
 // 8 stored rows x 8 elements, transposed, as half a panel.
 inline void transpose_8x8(const float* src, int64_t stride, float* panel) {
     __m256 a[8], b[8];
-    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(src + i * stride);
+    for (int i = 0; i < 8; ++i)
+        a[i] = _mm256_loadu_ps(src + i * stride);
     for (int i = 0; i < 4; ++i) {
         b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
         b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
@@ -74,11 +86,19 @@ inline void transpose_8x8(const float* src, int64_t stride, float* panel) {
 }
 
 struct Avx2 {
-    static constexpr int kPack = 1, kWordMultiple = 1, kRowMultiple = 1;
+    static constexpr int kPack = 1, kRowMultiple = 1;
+    static constexpr int kWordMultiple = 2;     // decode_rows runs to an even number of steps
     static constexpr int64_t kBlockRows = 144;  // 144 KiB of A: fits the 256 KiB L2 of old cores
 
-    static void multiply_block(const uint32_t* a, int64_t rows, const uint32_t* b, int panels,
-                               int words, float* c, int64_t ldc, bool first) {
+    static void multiply_block(
+        const uint32_t* a,
+        int64_t rows,
+        const uint32_t* b,
+        int panels,
+        int words,
+        float* c,
+        int64_t ldc,
+        bool first) {
         if (rows == 1) {
             run_panels<FmaTile, 4, 1>(a, rows, b, panels, words, c, ldc, first);
         } else if (rows <= 3) {
@@ -91,15 +111,19 @@ struct Avx2 {
     template <typename T>
     static void to_fp32(const T* src, int64_t n, float* dst) {
         int64_t i = 0;
-        for (; i + 8 <= n; i += 8) _mm256_storeu_ps(dst + i, load8(src + i));
-        for (; i < n; ++i) dst[i] = to_float(src[i]);
+        for (; i + 8 <= n; i += 8)
+            _mm256_storeu_ps(dst + i, load8(src + i));
+        for (; i < n; ++i)
+            dst[i] = to_float(src[i]);
     }
 
     template <typename T>
     static void from_fp32(const float* src, int64_t n, T* dst) {
         int64_t i = 0;
-        for (; i + 16 <= n; i += 16) store16(dst + i, load8(src + i), load8(src + i + 8));
-        for (; i < n; ++i) store_float(dst + i, src[i]);
+        for (; i + 16 <= n; i += 16)
+            store16(dst + i, load8(src + i), load8(src + i + 8));
+        for (; i < n; ++i)
+            store_float(dst + i, src[i]);
     }
 
     static void transpose(const float* src, int64_t stride, int64_t n, float* panel) {
@@ -109,12 +133,18 @@ struct Avx2 {
             transpose_8x8(src + 8 * stride + k, stride, panel + k * kPanel + 8);
         }
         for (; k < n; ++k) {
-            for (int j = 0; j < kPanel; ++j) panel[k * kPanel + j] = src[j * stride + k];
+            for (int j = 0; j < kPanel; ++j)
+                panel[k * kPanel + j] = src[j * stride + k];
         }
     }
 
-    static void decode_transposed(const WeightView& w, int64_t column, int panels, int64_t begin,
-                                  int64_t steps, uint32_t* dst) {
+    static void decode_transposed(
+        const WeightView& w,
+        int64_t column,
+        int panels,
+        int64_t begin,
+        int64_t steps,
+        uint32_t* dst) {
         const BytePlanes planes = load_planes(w.codebook);
         for (int p = 0; p < panels; p += 2, column += 32) {
             float* const out = reinterpret_cast<float*>(dst + int64_t{p} * kPanelStride);
@@ -127,17 +157,30 @@ struct Avx2 {
         }
     }
 
-    static void decode_natural(const WeightView& w, int64_t column, int panels, int64_t begin,
-                               int64_t steps, uint32_t* dst) {
+    static void decode_natural(
+        const WeightView& w,
+        int64_t column,
+        int panels,
+        int64_t begin,
+        int64_t steps,
+        uint32_t* dst) {
         decode_natural_panels(w, column, panels, begin, steps, reinterpret_cast<float*>(dst));
     }
 };
 
-// R rows of A against a 4-bit weight, 32 of its rows at a time, without a panel in between: decoding is the cost here, and the sums
-// (4 R registers) hide behind it.
+// R rows of A against a 4-bit weight, 32 of its rows at a time, without a panel in between:
+// decoding is the cost here, and the sums (4 R registers) hide behind it.
 template <int R>
-void multiply_rows_4bit(const uint32_t* a_words, const WeightView& w, int64_t column, int panels,
-                        int64_t begin, int64_t end, float* c, int64_t ldc, bool first) {
+void multiply_rows_4bit(
+    const uint32_t* a_words,
+    const WeightView& w,
+    int64_t column,
+    int panels,
+    int64_t begin,
+    int64_t end,
+    float* c,
+    int64_t ldc,
+    bool first) {
     const BytePlanes planes = load_planes(w.codebook);
     const float* const a = reinterpret_cast<const float*>(a_words);
     for (int p = 0; p < panels; p += 2, column += 32, c += 32) {
@@ -145,28 +188,38 @@ void multiply_rows_4bit(const uint32_t* a_words, const WeightView& w, int64_t co
         LOWBIT_UNROLL
         for (int r = 0; r < R; ++r) {
             LOWBIT_UNROLL
-            for (int g = 0; g < 4; ++g) sum[r][g] = _mm256_setzero_ps();
+            for (int g = 0; g < 4; ++g)
+                sum[r][g] = _mm256_setzero_ps();
         }
-        const int64_t steps = end - begin;
-        decode_rows(w, planes, column, begin, steps, [&](int64_t step, const __m256* v) {
-            if (step >= steps) return;  // past the end there is no element of A
+        decode_rows(w, planes, column, begin, end - begin, [&](int64_t step, const __m256* v) {
             LOWBIT_UNROLL
             for (int r = 0; r < R; ++r) {
                 const __m256 x = _mm256_broadcast_ss(a + r * kChunk + step);
                 LOWBIT_UNROLL
-                for (int g = 0; g < 4; ++g) sum[r][g] = _mm256_fmadd_ps(x, v[g], sum[r][g]);
+                for (int g = 0; g < 4; ++g)
+                    sum[r][g] = _mm256_fmadd_ps(x, v[g], sum[r][g]);
             }
         });
         LOWBIT_UNROLL
         for (int r = 0; r < R; ++r) {
             LOWBIT_UNROLL
-            for (int g = 0; g < 4; ++g) add_to_c(c + r * ldc + g * 8, sum[r][g], first);
+            for (int g = 0; g < 4; ++g)
+                add_to_c(c + r * ldc + g * 8, sum[r][g], first);
         }
     }
 }
 
-void multiply_4bit(const uint32_t* a, int64_t rows, const WeightView& w, int64_t column, int panels,
-                   int64_t begin, int64_t end, float* c, int64_t ldc, bool first) {
+void multiply_4bit(
+    const uint32_t* a,
+    int64_t rows,
+    const WeightView& w,
+    int64_t column,
+    int panels,
+    int64_t begin,
+    int64_t end,
+    float* c,
+    int64_t ldc,
+    bool first) {
     if (rows == 1) {
         multiply_rows_4bit<1>(a, w, column, panels, begin, end, c, ldc, first);
     } else {

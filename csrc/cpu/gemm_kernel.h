@@ -1,45 +1,50 @@
-// The parts of a GEMM kernel set that do not depend on the instruction set, as templates over a struct that does.
+// The parts of a GEMM kernel set that do not depend on the instruction set, as templates over a
+// struct that does.
 //
 // gemm_<isa>.cpp defines a struct Isa with
-//     kPack, kWordMultiple, kRowMultiple    as in GemmKernels
-//     kBlockRows                            rows of A kept in the L2 cache while panels pass by
-//     multiply_block(a, rows, b, panels, words, c, ldc, first)     at most kBlockRows rows
-//     to_fp32(const T*, n, float*)          T: float, bf16_t, fp16_t
-//     from_fp32(const float*, n, T*)        rounds to nearest even
-//     transpose(const float* src, stride, n, float* panel)         16 stored rows of n elements to [n][16]
-//     pair(const float* even, const float* odd, uint32_t* words)   16 lanes, when kPack == 2
-//     decode_transposed / decode_natural    4-bit panels, see below
+//
+//     kPack, kWordMultiple, kRowMultiple   as in GemmKernels
+//     kBlockRows                           rows of A kept in the L2 cache while panels pass by
+//     multiply_block(a, rows, b, panels, words, c, ldc, first)    up to kBlockRows rows
+//     to_fp32(const T*, n, float*)         T: bf16_t, fp16_t
+//     from_fp32(const float*, n, T*)       rounds to nearest even
+//     transpose(src, stride, n, panel)     16 stored fp32 rows of n elements to [n][16]
+//     pair(even, odd, words)               16 lanes of fp32 to 16 words, when kPack is 2
+//     decode_transposed(w, column, panels, begin, steps, dst)     columns are rows of W
+//     decode_natural(w, column, panels, begin, steps, dst)        columns are columns of W
+//
+// the decoders for row-aligned blocks, an even number of panels, column a multiple of 32,
 // and instantiates kernel_set<Isa>(). Everything here has internal linkage (isa.h says why).
 #pragma once
 
 #include "gemm.h"
 
-// Loops over register tiles must be gone before the compiler decides what lives in registers; GCC otherwise stores every
-// accumulator to the stack at each step.
+// Loops over register tiles must be gone before the compiler decides what lives in registers; GCC
+// otherwise stores every accumulator to the stack at each step.
 #define LOWBIT_UNROLL _Pragma("GCC unroll 32")
 
 namespace lowbit::cpu {
 namespace {
 
-constexpr int64_t kMaxColumns = 256;            // of a tile of C: bounds the scratch of pack_b
-constexpr int kMaxSteps = 2 * kChunk;           // reduction steps in a chunk of bf16 pairs
+constexpr int64_t kMaxColumns = 256;   // of a tile of C: bounds the scratch of pack_b
+constexpr int kMaxSteps = 2 * kChunk;  // reduction steps in a chunk of bf16 pairs
 
 inline int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-// ---- rows of elements ------------------------------------------------------------------------------------------------
+// ---- rows of elements ---------------------------------------------------------------------------
 
 template <class Isa>
 void load_row(const void* src, Dtype type, int64_t n, float* dst) {
     switch (type) {
-        case Dtype::kFloat32:
-            std::memcpy(dst, src, n * sizeof(float));
-            return;
-        case Dtype::kBFloat16:
-            return Isa::to_fp32(static_cast<const bf16_t*>(src), n, dst);
-        case Dtype::kFloat16:
-            return Isa::to_fp32(static_cast<const fp16_t*>(src), n, dst);
+    case Dtype::kFloat32:
+        std::memcpy(dst, src, n * sizeof(float));
+        return;
+    case Dtype::kBFloat16:
+        return Isa::to_fp32(static_cast<const bf16_t*>(src), n, dst);
+    case Dtype::kFloat16:
+        return Isa::to_fp32(static_cast<const fp16_t*>(src), n, dst);
     }
 }
 
@@ -47,7 +52,8 @@ void load_row(const void* src, Dtype type, int64_t n, float* dst) {
 template <class Isa>
 void load_rounded(const void* src, Dtype type, Dtype rounding, int64_t n, float* dst) {
     load_row<Isa>(src, type, n, dst);
-    if (rounding == type || rounding == Dtype::kFloat32) return;
+    if (rounding == type || rounding == Dtype::kFloat32)
+        return;
     uint16_t rounded[kMaxSteps];
     if (rounding == Dtype::kBFloat16) {
         auto* const values = reinterpret_cast<bf16_t*>(rounded);
@@ -84,23 +90,24 @@ template <class Isa>
 void store_row(const float* c, const float* bias, int64_t n, Dtype type, void* out) {
     float sum[kMaxColumns];
     if (bias != nullptr) {
-        for (int64_t i = 0; i < n; ++i) sum[i] = c[i] + bias[i];
+        for (int64_t i = 0; i < n; ++i)
+            sum[i] = c[i] + bias[i];
         c = sum;
     }
     switch (type) {
-        case Dtype::kFloat32:
-            std::memcpy(out, c, n * sizeof(float));
-            return;
-        case Dtype::kBFloat16:
-            return Isa::from_fp32(c, n, static_cast<bf16_t*>(out));
-        case Dtype::kFloat16:
-            return Isa::from_fp32(c, n, static_cast<fp16_t*>(out));
+    case Dtype::kFloat32:
+        std::memcpy(out, c, n * sizeof(float));
+        return;
+    case Dtype::kBFloat16:
+        return Isa::from_fp32(c, n, static_cast<bf16_t*>(out));
+    case Dtype::kFloat16:
+        return Isa::from_fp32(c, n, static_cast<fp16_t*>(out));
     }
 }
 
-// ---- panels of B -----------------------------------------------------------------------------------------------------
+// ---- panels of B --------------------------------------------------------------------------------
 
-// One panel from fp32 [steps][16]. With kPack 1 the words are the values, so callers write them in place instead.
+// One panel of bf16 pairs from fp32 [steps][16].
 template <class Isa>
 void pair_panel(const float* values, int64_t steps, uint32_t* panel) {
     static const float zeros[kPanel] = {};
@@ -110,7 +117,7 @@ void pair_panel(const float* values, int64_t steps, uint32_t* panel) {
     }
 }
 
-// Runs fill(float* values [steps][16]) and brings the result into a panel.
+// Runs fill(float* values [steps][16]) and brings the result into a panel; fp32 words are values.
 template <class Isa, typename Fill>
 void make_panel(int64_t steps, uint32_t* panel, const Fill& fill) {
     if constexpr (Isa::kPack == 1) {
@@ -124,8 +131,8 @@ void make_panel(int64_t steps, uint32_t* panel, const Fill& fill) {
 
 // B = matrix^T for a dense matrix: columns are stored rows.
 template <class Isa>
-void pack_dense_transposed(const Operand& b, int64_t column, int panels, int64_t begin,
-                           int64_t steps, uint32_t* dst) {
+void pack_dense_transposed(
+    const Operand& b, int64_t column, int panels, int64_t begin, int64_t steps, uint32_t* dst) {
     const WeightView& w = b.matrix;
     const int64_t size = w.dense_dtype == Dtype::kFloat32 ? 4 : 2;
     alignas(64) float rows[kPanel * kMaxSteps];
@@ -134,29 +141,30 @@ void pack_dense_transposed(const Operand& b, int64_t column, int panels, int64_t
             float* const row = rows + j * kMaxSteps;
             if (column + j < w.N) {
                 const int64_t offset = ((column + j) * w.K + begin) * size;
-                load_rounded<Isa>(static_cast<const char*>(w.dense) + offset, w.dense_dtype,
-                                  b.rounding, steps, row);
+                load_rounded<Isa>(
+                    static_cast<const char*>(w.dense) + offset, w.dense_dtype, b.rounding, steps,
+                    row);
             } else {
                 std::memset(row, 0, steps * sizeof(float));
             }
         }
-        make_panel<Isa>(steps, dst, [&](float* values) {
-            Isa::transpose(rows, kMaxSteps, steps, values);
-        });
+        make_panel<Isa>(
+            steps, dst, [&](float* values) { Isa::transpose(rows, kMaxSteps, steps, values); });
     }
 }
 
-// B = matrix for a dense matrix: a stored row holds one reduction step of all columns. One such row, dropped, rounded and in fp32, is
-// either where it lies in memory or in `copy`, with zeros up to `width`.
+// B = matrix for a dense matrix: a stored row holds one reduction step of all columns. One such
+// row, dropped, rounded and in fp32, is either where it lies in memory or in `copy`, with zeros up
+// to `width`.
 template <class Isa>
-const float* dense_step(const Operand& b, int64_t step, int64_t column, int64_t real, int64_t width,
-                        float* copy) {
+const float* dense_step(
+    const Operand& b, int64_t step, int64_t column, int64_t real, int64_t width, float* copy) {
     const WeightView& w = b.matrix;
     const int64_t offset = step * w.K + column;
-    const void* src = static_cast<const char*>(w.dense) +
-                      offset * (w.dense_dtype == Dtype::kFloat32 ? 4 : 2);
-    if (b.dropout == nullptr && w.dense_dtype == Dtype::kFloat32 &&
-        b.rounding == Dtype::kFloat32 && real == width) {
+    const void* src =
+        static_cast<const char*>(w.dense) + offset * (w.dense_dtype == Dtype::kFloat32 ? 4 : 2);
+    if (b.dropout == nullptr && w.dense_dtype == Dtype::kFloat32 && b.rounding == Dtype::kFloat32 &&
+        real == width) {
         return static_cast<const float*>(src);
     }
     alignas(64) char dropped[kMaxColumns * sizeof(float)];
@@ -170,8 +178,8 @@ const float* dense_step(const Operand& b, int64_t step, int64_t column, int64_t 
 }
 
 template <class Isa>
-void pack_dense_natural(const Operand& b, int64_t column, int panels, int64_t begin,
-                        int64_t steps, uint32_t* dst) {
+void pack_dense_natural(
+    const Operand& b, int64_t column, int panels, int64_t begin, int64_t steps, uint32_t* dst) {
     const int64_t width = int64_t{panels} * kPanel;
     const int64_t real = min64(width, b.matrix.K - column);
     alignas(64) float copies[2][kMaxColumns];
@@ -193,10 +201,11 @@ void pack_dense_natural(const Operand& b, int64_t column, int panels, int64_t be
     }
 }
 
-// Any 4-bit layout, element by element: blocks that cross rows (K no multiple of the blocksize in the flat layout).
+// Any 4-bit layout, element by element: blocks that cross rows (K no multiple of the blocksize in
+// the flat layout).
 template <class Isa>
-void pack_4bit_any(const Operand& b, int64_t column, int panels, int64_t begin, int64_t steps,
-                   uint32_t* dst) {
+void pack_4bit_any(
+    const Operand& b, int64_t column, int panels, int64_t begin, int64_t steps, uint32_t* dst) {
     const WeightView& w = b.matrix;
     const int64_t columns = b.columns();
     for (int p = 0; p < panels; ++p, column += kPanel, dst += kPanelStride) {
@@ -206,29 +215,35 @@ void pack_4bit_any(const Operand& b, int64_t column, int panels, int64_t begin, 
                     const int64_t n = b.transposed ? column + j : begin + i;
                     const int64_t k = b.transposed ? begin + i : column + j;
                     values[i * kPanel + j] =
-                        column + j < columns ? w.codebook[nibble_at(w, n, k)] *
-                                                   block_absmax(w, block_index(w, n, k))
-                                             : 0.0f;
+                        column + j < columns
+                            ? w.codebook[nibble_at(w, n, k)] * block_absmax(w, block_index(w, n, k))
+                            : 0.0f;
                 }
             }
         });
     }
 }
 
-// absmax of one block column for 32 rows from `row`: out[j] is the scale of row + j, 0 past the last row.
+// absmax of one block column for 32 rows from `row`: out[j] is the scale of row + j, 0 past the
+// last row.
 inline void load_absmax_32(const WeightView& w, int64_t row, int64_t block_in_row, float* out) {
     const int64_t real = min64(32, w.N - row);
     int64_t block = row * w.blocks_per_row + block_in_row;
-    for (int64_t j = 0; j < real; ++j, block += w.blocks_per_row) out[j] = block_absmax(w, block);
-    for (int64_t j = real; j < 32; ++j) out[j] = 0.0f;
+    for (int64_t j = 0; j < real; ++j, block += w.blocks_per_row)
+        out[j] = block_absmax(w, block);
+    for (int64_t j = real; j < 32; ++j)
+        out[j] = 0.0f;
 }
 
-// Isa::decode_transposed(w, column, panels, begin, steps, dst): columns are rows of W, column a multiple of 32
-// Isa::decode_natural(w, column, panels, begin, steps, dst):    columns are columns of W
-// both for row-aligned blocks, panels even.
 template <class Isa>
-void pack_b(const Operand& b, int64_t column, int panels, int64_t begin, int64_t end, int words,
-            uint32_t* dst) {
+void pack_b(
+    const Operand& b,
+    int64_t column,
+    int panels,
+    int64_t begin,
+    int64_t end,
+    int words,
+    uint32_t* dst) {
     const int64_t steps = end - begin;
     const int even_panels = (panels + 1) & ~1;
     if (b.matrix.is_dense()) {
@@ -246,17 +261,26 @@ void pack_b(const Operand& b, int64_t column, int panels, int64_t begin, int64_t
     }
     const int64_t filled = (steps + Isa::kPack - 1) / Isa::kPack;
     for (int p = 0; p < panels; ++p) {
-        std::memset(dst + int64_t{p} * kPanelStride + filled * kPanel, 0,
-                    (words - filled) * kPanel * sizeof(uint32_t));
+        std::memset(
+            dst + int64_t{p} * kPanelStride + filled * kPanel, 0,
+            (words - filled) * kPanel * sizeof(uint32_t));
     }
 }
 
 template <class Isa>
-void multiply(const uint32_t* a, int64_t rows, const uint32_t* b, int panels, int words, float* c,
-              int64_t ldc, bool first) {
+void multiply(
+    const uint32_t* a,
+    int64_t rows,
+    const uint32_t* b,
+    int panels,
+    int words,
+    float* c,
+    int64_t ldc,
+    bool first) {
     for (int64_t row = 0; row < rows; row += Isa::kBlockRows) {
-        Isa::multiply_block(a + row * kChunk, min64(Isa::kBlockRows, rows - row), b, panels, words,
-                            c + row * ldc, ldc, first);
+        Isa::multiply_block(
+            a + row * kChunk, min64(Isa::kBlockRows, rows - row), b, panels, words, c + row * ldc,
+            ldc, first);
     }
 }
 
@@ -274,12 +298,19 @@ constexpr GemmKernels kernel_set() {
     return k;
 }
 
-// ---- register tiles, for the instruction sets whose accumulators are vectors -----------------------------------------
+// ---- register tiles, for the instruction sets whose accumulators are vectors --------------------
 
-// Tile::run<R, P>(a, b, words, c, ldc, first) handles R rows and P panels. Chooses the largest that fits, R <= MaxR.
+// Tile::run<R, P>(a, b, words, c, ldc, first) handles R rows and P panels. Chooses the largest that
+// fits, R <= MaxR.
 template <class Tile, int P, int MaxR>
-void run_rows(const uint32_t* a, int64_t rows, const uint32_t* b, int words, float* c, int64_t ldc,
-              bool first) {
+void run_rows(
+    const uint32_t* a,
+    int64_t rows,
+    const uint32_t* b,
+    int words,
+    float* c,
+    int64_t ldc,
+    bool first) {
     if constexpr (MaxR > 0) {
         while (rows >= MaxR) {
             Tile::template run<MaxR, P>(a, b, words, c, ldc, first);
@@ -287,14 +318,22 @@ void run_rows(const uint32_t* a, int64_t rows, const uint32_t* b, int words, flo
             c += MaxR * ldc;
             rows -= MaxR;
         }
-        if (rows > 0) run_rows<Tile, P, MaxR - 1>(a, rows, b, words, c, ldc, first);
+        if (rows > 0)
+            run_rows<Tile, P, MaxR - 1>(a, rows, b, words, c, ldc, first);
     }
 }
 
 // All panels, P at a time, and the rest one by one.
 template <class Tile, int P, int MaxR>
-void run_panels(const uint32_t* a, int64_t rows, const uint32_t* b, int panels, int words, float* c,
-                int64_t ldc, bool first) {
+void run_panels(
+    const uint32_t* a,
+    int64_t rows,
+    const uint32_t* b,
+    int panels,
+    int words,
+    float* c,
+    int64_t ldc,
+    bool first) {
     for (; panels >= P; panels -= P, b += int64_t{P} * kPanelStride, c += P * kPanel) {
         run_rows<Tile, P, MaxR>(a, rows, b, words, c, ldc, first);
     }

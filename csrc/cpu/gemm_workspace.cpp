@@ -19,7 +19,8 @@ struct Arena {
     bool reserve() {
         if (data == nullptr) {
             data = static_cast<char*>(std::aligned_alloc(kHugePage, kArenaBytes));
-            if (data != nullptr) prefer_huge_pages(data, kArenaBytes);
+            if (data != nullptr)
+                prefer_huge_pages(data, kArenaBytes);
         }
         return data != nullptr;
     }
@@ -27,7 +28,9 @@ struct Arena {
         const char* const p = static_cast<const char*>(pointer);
         return data != nullptr && p >= data && p < data + kArenaBytes;
     }
-    ~Arena() { std::free(data); }
+    ~Arena() {
+        std::free(data);
+    }
 };
 
 thread_local Arena arena;
@@ -35,7 +38,8 @@ thread_local Arena arena;
 }  // namespace
 
 void* take_workspace(int64_t bytes) {
-    if (bytes <= 0) return nullptr;
+    if (bytes <= 0)
+        return nullptr;
     bytes = (bytes + kLine - 1) / kLine * kLine;
     if (bytes <= kArenaBytes - arena.used && arena.reserve()) {
         void* const taken = arena.data + arena.used;
@@ -43,12 +47,14 @@ void* take_workspace(int64_t bytes) {
         return taken;
     }
     void* const taken = std::aligned_alloc(kLine, static_cast<size_t>(bytes));
-    if (taken == nullptr) throw std::bad_alloc();
+    if (taken == nullptr)
+        throw std::bad_alloc();
     return taken;
 }
 
 void return_workspace(void* data) {
-    if (data == nullptr) return;
+    if (data == nullptr)
+        return;
     if (arena.owns(data)) {
         arena.used = static_cast<char*>(data) - arena.data;
     } else {

@@ -2,23 +2,35 @@
 //
 //     out [M, columns] = A [M, K] B + dropped((t * scale) L),   t [M, r] = A T
 //
-// Works through A in blocks of rows. For each: pack A, multiply it with the thin T, pack t * scale as r more reduction steps, then one
-// product (gemm.h) over low-rank and main steps alike. The low-rank steps come first, so that dropout can mask their sum in the
-// tile before the main product is added to it.
+// Works through A in blocks of rows. For each: pack A, multiply it with the thin T, pack t * scale
+// as r more reduction steps, then one product (gemm.h) over low-rank and main steps alike. The
+// low-rank steps come first, so that dropout can mask their sum in the tile before the main product
+// is added to it.
 //
-// Bound by multiply-adds from about 16 rows on (AVX2), below by decoding the weight. Workspace: packed A, at most
-// kBlockBytes for any M, and t; nothing of the weight's size.
+// Up to kExactRows rows of bf16 take the fp32 kernels: reading the weight then costs more than the
+// multiply-adds that bf16 units save, and fp32 words need no pairing. Such rows are the more exact
+// ones, their weight being the unrounded product.
+//
+// Bound by multiply-adds from about 16 rows on (AVX2), below by decoding the weight. Workspace:
+// packed A, at most kBlockBytes for any M, and t; nothing of the weight's size.
 
 #include "linear.h"
 
 namespace lowbit::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 16 << 20;  // packed A of one row block: stays in a server's L3 cache
-constexpr int64_t kBlockRows = 1056;       // at most; a multiple of 48, and decoding is below 1 % here
-constexpr int64_t kMinBlockRows = 192;     // however long the rows are
-constexpr int64_t kThinRows = 48;          // rows of one step of the thin product
-constexpr int kThinWords = 16;             // its sums are short: t feeds everything after it, and they cost nothing
+// Packed A of one row block stays in a server's L3 cache: this many bytes, at most kBlockRows (a
+// multiple of 48, where decoding is below 1 %), at least kMinBlockRows however long the rows are.
+constexpr int64_t kBlockBytes = int64_t{16} << 20;
+constexpr int64_t kBlockRows = 1056;
+constexpr int64_t kMinBlockRows = 192;
+// 4096 x 4096 on 2 cores of an Emerald Rapids Xeon, 2026-11-24: 1 row 1.5 ms in fp32 and 2.6 with
+// AMX, 4 rows 1.9 and 2.4, 8 rows 3.8 and 2.5.
+constexpr int64_t kExactRows = 4;
+constexpr int64_t kMinPackRows = 64;    // rows of one chunk (64 KiB) worth a thread
+constexpr int64_t kThinRows = 48;       // rows of one step of the thin product
+constexpr int64_t kThinByChunks = 192;  // below this many rows its threads share out chunks
+constexpr int kThinWords = 16;          // its sums are short, for t feeds everything after it
 
 int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -36,11 +48,11 @@ int64_t element_size(Dtype type) {
 
 // One call's constants and workspace.
 class Fused {
-  public:
+public:
     explicit Fused(const FusedProduct& args);
     void run();
 
-  private:
+private:
     void pack_chunk(int64_t row, int64_t count, int64_t chunk, bool dropped);
     void pack_block(int64_t row, int64_t rows, bool dropped);
     void pack_thin(int64_t chunk);
@@ -51,10 +63,11 @@ class Fused {
     void finish_thin(int64_t rows);
     void low_rank_factor(int64_t row, int64_t rows);
     void main_product(int64_t rows);
-    void drop_tile(float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column,
-                   int64_t columns) const;
-    void store_tile(const float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column,
-                    int64_t columns) const;
+    void drop_tile(
+        float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column, int64_t columns) const;
+    void store_tile(
+        const float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column, int64_t columns)
+        const;
 
     const FusedProduct& args_;
     const LowRank* const low_;
@@ -62,10 +75,10 @@ class Fused {
     const int64_t K_, columns_, r_;
     const Chunks chunks_, low_chunks_;
     const int64_t block_rows_, row_space_;
-    const int64_t thin_width_;                // r rounded up to pairs of panels
-    Buffer<uint32_t> a_, low_a_, thin_b_;     // packed A, packed t * scale, packed T
-    Buffer<float> t_;                         // [block rows, thin_width]
-    int64_t block_start_ = 0;                 // first row of the current block
+    const int64_t thin_width_;             // r rounded up to pairs of panels
+    Buffer<uint32_t> a_, low_a_, thin_b_;  // packed A, packed t * scale, packed T
+    Buffer<float> t_;                      // [block rows, thin_width]
+    int64_t block_start_ = 0;              // first row of the current block
 };
 
 int64_t choose_block_rows(int64_t M, int64_t chunk_count) {
@@ -76,25 +89,19 @@ int64_t choose_block_rows(int64_t M, int64_t chunk_count) {
 }
 
 Fused::Fused(const FusedProduct& args)
-    : args_(args),
-      low_(args.low_rank),
-      kernels_(gemm_kernels(args.type)),
-      K_(args.main.reduction()),
-      columns_(args.main.columns()),
-      r_(low_ != nullptr ? low_->r : 0),
-      chunks_(K_, kernels_),
-      low_chunks_(r_, kernels_),
+    : args_(args), low_(args.low_rank), kernels_(gemm_kernels(args.type, args.M <= kExactRows)),
+      K_(args.main.reduction()), columns_(args.main.columns()), r_(low_ != nullptr ? low_->r : 0),
+      chunks_(K_, kernels_), low_chunks_(r_, kernels_),
       block_rows_(choose_block_rows(args.M, chunks_.count)),
       row_space_(round_up(block_rows_, kernels_.row_multiple)),
-      thin_width_(round_up(r_, 2 * kPanel)),
-      a_(chunks_.count * row_space_ * kChunk),
+      thin_width_(round_up(r_, 2 * kPanel)), a_(chunks_.count * row_space_ * kChunk),
       low_a_(low_chunks_.count * row_space_ * kChunk),
-      thin_b_(chunks_.count * thin_width_ * kChunk),
-      t_(row_space_ * thin_width_) {}
+      thin_b_(chunks_.count * thin_width_ * kChunk), t_(row_space_ * thin_width_) {}
 
-// ---- packing ---------------------------------------------------------------------------------------------------------
+// ---- packing ------------------------------------------------------------------------------------
 
-// Rows [row, row + count) of the block, one chunk. Rows between the real ones and the row multiple become zeros.
+// Rows [row, row + count) of the block, one chunk. Rows between the real ones and the row multiple
+// become zeros.
 void Fused::pack_chunk(int64_t row, int64_t count, int64_t chunk, bool dropped) {
     const int64_t begin = chunks_.begin(chunk), n = chunks_.end(chunk) - begin;
     const int words = chunks_.words(chunk);
@@ -120,7 +127,8 @@ void Fused::pack_chunk(int64_t row, int64_t count, int64_t chunk, bool dropped) 
 void Fused::pack_block(int64_t row, int64_t rows, bool dropped) {
     const int64_t padded = round_up(rows, kernels_.row_multiple);
     const int64_t row_parts = ceil_div(padded, 16);
-    parallel_for(0, chunks_.count * row_parts, 4, [&](int64_t first, int64_t last) {
+    const int64_t grain = ceil_div(kMinPackRows, min64(padded, 16));
+    parallel_for(0, chunks_.count * row_parts, grain, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             const int64_t begin = i % row_parts * 16;
             pack_chunk(row + begin, min64(16, padded - begin), i / row_parts, dropped);
@@ -132,12 +140,13 @@ void Fused::pack_thin(int64_t chunk) {
     const int words = chunks_.words(chunk);
     for (int64_t column = 0; column < r_; column += 256) {
         const int panels = static_cast<int>(ceil_div(min64(256, r_ - column), kPanel));
-        kernels_.pack_b(low_->thin, column, panels, chunks_.begin(chunk), chunks_.end(chunk), words,
-                        thin_b_.get() + (chunk * thin_width_ + column) * kChunk);
+        kernels_.pack_b(
+            low_->thin, column, panels, chunks_.begin(chunk), chunks_.end(chunk), words,
+            thin_b_.get() + (chunk * thin_width_ + column) * kChunk);
     }
 }
 
-// ---- t = A T ---------------------------------------------------------------------------------------------------------
+// ---- t = A T ------------------------------------------------------------------------------------
 // Chunk sums are added in order in both forms, so a row of t has the same bits whatever M is.
 
 // sum [rows, thin_width] = one chunk of t.
@@ -147,8 +156,9 @@ void Fused::add_thin(int64_t chunk, int64_t row, int64_t rows, float* sum) {
     const uint32_t* const a = a_.get() + (chunk * row_space_ + row) * kChunk;
     const uint32_t* const b = thin_b_.get() + chunk * thin_width_ * kChunk;
     for (int k = 0; k < words; k += kThinWords) {
-        kernels_.multiply(a + k, rows, b + k * kPanel, panels,
-                          static_cast<int>(min64(kThinWords, words - k)), sum, thin_width_, k == 0);
+        kernels_.multiply(
+            a + k, rows, b + k * kPanel, panels, static_cast<int>(min64(kThinWords, words - k)),
+            sum, thin_width_, k == 0);
     }
 }
 
@@ -160,14 +170,16 @@ void Fused::thin_by_chunks(int64_t row, int64_t rows, bool dropped) {
     parallel_for(0, chunks_.count, 2, [&](int64_t first, int64_t last) {
         for (int64_t chunk = first; chunk < last; ++chunk) {
             pack_chunk(0, padded, chunk, dropped);
-            if (row == 0) pack_thin(chunk);
+            if (row == 0)
+                pack_thin(chunk);
             add_thin(chunk, 0, rows, partial.get() + chunk * size);
         }
     });
     std::memset(t_.get(), 0, size * sizeof(float));
     for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
         const float* const sum = partial.get() + chunk * size;
-        for (int64_t i = 0; i < rows * thin_width_; ++i) t_.get()[i] += sum[i];
+        for (int64_t i = 0; i < rows * thin_width_; ++i)
+            t_.get()[i] += sum[i];
     }
 }
 
@@ -182,7 +194,8 @@ void Fused::thin_by_rows(int64_t rows) {
             std::memset(t, 0, count * thin_width_ * sizeof(float));
             for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
                 add_thin(chunk, row, count, sum);
-                for (int64_t i = 0; i < count * thin_width_; ++i) t[i] += sum[i];
+                for (int64_t i = 0; i < count * thin_width_; ++i)
+                    t[i] += sum[i];
             }
         }
     });
@@ -195,49 +208,55 @@ void Fused::finish_row(int64_t i) {
     if (m >= args_.M) {
         std::memset(t, 0, r_ * sizeof(float));
     } else {
-        if (low_->exact != nullptr) std::memcpy(low_->exact + m * r_, t, r_ * sizeof(float));
+        if (low_->exact != nullptr)
+            std::memcpy(low_->exact + m * r_, t, r_ * sizeof(float));
         if (low_->rounded != nullptr) {
             char* const out = static_cast<char*>(low_->rounded) + m * r_ * element_size(args_.type);
             kernels_.store_row(t, nullptr, r_, args_.type, out);
             kernels_.load_row(out, args_.type, r_, t);
         }
-        for (int64_t j = 0; j < r_; ++j) t[j] *= low_->scale[j];
+        for (int64_t j = 0; j < r_; ++j)
+            t[j] *= low_->scale[j];
     }
     for (int64_t chunk = 0; chunk < low_chunks_.count; ++chunk) {
         const int64_t begin = low_chunks_.begin(chunk), n = low_chunks_.end(chunk) - begin;
-        kernels_.pack_row(t + begin, Dtype::kFloat32, n, low_chunks_.words(chunk),
-                          low_a_.get() + (chunk * row_space_ + i) * kChunk);
+        kernels_.pack_row(
+            t + begin, Dtype::kFloat32, n, low_chunks_.words(chunk),
+            low_a_.get() + (chunk * row_space_ + i) * kChunk);
     }
 }
 
 void Fused::finish_thin(int64_t rows) {
     parallel_for(0, round_up(rows, kernels_.row_multiple), 64, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) finish_row(i);
+        for (int64_t i = first; i < last; ++i)
+            finish_row(i);
     });
 }
 
 // Leaves A packed without dropout.
 void Fused::low_rank_factor(int64_t row, int64_t rows) {
     const bool dropped = low_->dropout != nullptr && low_->dropout_on_input;
-    if (rows < kThinRows * num_threads()) {
+    if (rows < min64(kThinByChunks, kThinRows * num_threads())) {
         thin_by_chunks(row, rows, dropped);
     } else {
         if (row == 0) {
             parallel_for(0, chunks_.count, 1, [&](int64_t first, int64_t last) {
-                for (int64_t chunk = first; chunk < last; ++chunk) pack_thin(chunk);
+                for (int64_t chunk = first; chunk < last; ++chunk)
+                    pack_thin(chunk);
             });
         }
         pack_block(0, rows, dropped);
         thin_by_rows(rows);
     }
     finish_thin(rows);
-    if (dropped) pack_block(0, rows, false);
+    if (dropped)
+        pack_block(0, rows, false);
 }
 
-// ---- the product -----------------------------------------------------------------------------------------------------
+// ---- the product --------------------------------------------------------------------------------
 
-void Fused::drop_tile(float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column,
-                      int64_t columns) const {
+void Fused::drop_tile(
+    float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     for (int64_t i = 0; i < rows; ++i) {
         float* const values = c + i * ldc;
         const int64_t first = (block_start_ + row + i) * columns_ + column;
@@ -245,19 +264,20 @@ void Fused::drop_tile(float* c, int64_t ldc, int64_t row, int64_t rows, int64_t 
     }
 }
 
-void Fused::store_tile(const float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column,
-                       int64_t columns) const {
+void Fused::store_tile(
+    const float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     float bias[256];
     if (args_.bias != nullptr) {
         const auto* const src = static_cast<const char*>(args_.bias);
-        kernels_.load_row(src + column * element_size(args_.bias_type), args_.bias_type, columns,
-                          bias);
+        kernels_.load_row(
+            src + column * element_size(args_.bias_type), args_.bias_type, columns, bias);
     }
     const int64_t size = element_size(args_.type);
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t offset = (block_start_ + row + i) * columns_ + column;
-        kernels_.store_row(c + i * ldc, args_.bias != nullptr ? bias : nullptr, columns, args_.type,
-                           static_cast<char*>(args_.out) + offset * size);
+        kernels_.store_row(
+            c + i * ldc, args_.bias != nullptr ? bias : nullptr, columns, args_.type,
+            static_cast<char*>(args_.out) + offset * size);
     }
 }
 
@@ -274,8 +294,7 @@ void Fused::main_product(int64_t rows) {
         static_cast<const Fused*>(self)->store_tile(c, ldc, row, rows, column, columns);
     };
     const TileFunction drop_function{drop, this};
-    const bool dropped =
-        low_ != nullptr && low_->dropout != nullptr && !low_->dropout_on_input;
+    const bool dropped = low_ != nullptr && low_->dropout != nullptr && !low_->dropout_on_input;
     Product product{};
     product.kernels = &kernels_;
     product.parts = low_ != nullptr ? parts : parts + 1;
@@ -296,19 +315,27 @@ void Fused::run() {
         } else {
             pack_block(0, rows, false);
         }
-        if (args_.out != nullptr) main_product(rows);
+        if (args_.out != nullptr)
+            main_product(rows);
     }
 }
 
 }  // namespace
 
 void run_fused_product(const FusedProduct& args) {
-    if (args.M == 0) return;
+    if (args.M == 0)
+        return;
     Fused(args).run();
 }
 
-void linear(const void* x, Dtype type, int64_t M, const WeightView& w, const void* bias,
-            Dtype bias_type, void* y) {
+void linear(
+    const void* x,
+    Dtype type,
+    int64_t M,
+    const WeightView& w,
+    const void* bias,
+    Dtype bias_type,
+    void* y) {
     FusedProduct args{};
     args.a = x;
     args.type = type;
@@ -340,8 +367,8 @@ WeightView row_aligned(const WeightView& w) {
     return v;
 }
 
-Operand dense_operand(const void* data, Dtype type, Dtype rounding, int64_t rows, int64_t columns,
-                      bool transposed) {
+Operand dense_operand(
+    const void* data, Dtype type, Dtype rounding, int64_t rows, int64_t columns, bool transposed) {
     WeightView view{};
     view.dense = data;
     view.dense_dtype = type;

@@ -1,4 +1,5 @@
-// Products with a frozen weight and an optional low-rank branch, on raw pointers; gemm.h does the arithmetic.
+// Products with a frozen weight and an optional low-rank branch, on raw pointers; gemm.h does the
+// arithmetic.
 #pragma once
 
 #include "dropout.h"
@@ -6,20 +7,24 @@
 
 namespace lowbit::cpu {
 
-// The low-rank branch of both directions: t = A thin [M, r], then (t * scale) low [M, columns] is added to the main product.
-//     forward    thin = lora_A^T, low = lora_B^T, t = z rounded to the activation's type, dropout on A
-//     backward   thin = lora_B,   low = lora_A,   t = u in fp32,                          dropout on the low-rank product
+// The low-rank branch of both directions: t = A thin [M, r], then (t * scale) low [M, columns] is
+// added to the main product.
+//
+//                thin       low        t                               dropout
+//     forward    lora_A^T   lora_B^T   z, rounded to the input type    on A
+//     backward   lora_B     lora_A     u, in fp32                      on the low-rank product
 struct LowRank {
     Operand thin, low;
     int64_t r;
-    const float* scale;              // [r]
-    const DropoutArgs* dropout;      // null: none
-    bool dropout_on_input;           // else on the low-rank product
-    void* rounded;                   // t in the activation's type [M, r], which is then what is used further on; or null
-    float* exact;                    // t in fp32 [M, r], or null
+    const float* scale;          // [r]
+    const DropoutArgs* dropout;  // null: none
+    bool dropout_on_input;       // else on the low-rank product
+    void* rounded;               // [M, r]: t is rounded to the input's type and kept here; or null
+    float* exact;                // [M, r]: t in fp32; or null
 };
 
-// out [M, columns] = A [M, K] main + low rank + bias. With out null only the low-rank factor t is computed.
+// out [M, columns] = A [M, K] main + low rank + bias. With out null only the low-rank factor t is
+// computed.
 struct FusedProduct {
     const void* a;
     Dtype type;  // of a and out
@@ -33,16 +38,23 @@ struct FusedProduct {
 void run_fused_product(const FusedProduct& args);
 
 // y [M, N] = x [M, K] W^T + bias
-void linear(const void* x, Dtype type, int64_t M, const WeightView& w, const void* bias,
-            Dtype bias_type, void* y);
+void linear(
+    const void* x,
+    Dtype type,
+    int64_t M,
+    const WeightView& w,
+    const void* bias,
+    Dtype bias_type,
+    void* y);
 // dx [M, K] = dy [M, N] W
 void linear_dx(const void* dy, Dtype type, int64_t M, const WeightView& w, void* dx);
 
-// Same values as the view, as row-aligned blocks where the two layouts coincide: what the fast decoders read.
+// Same values as the view, as row-aligned blocks where the two layouts coincide: what the fast
+// decoders read.
 WeightView row_aligned(const WeightView& w);
 
 // A dense matrix [rows, columns] as an operand.
-Operand dense_operand(const void* data, Dtype type, Dtype rounding, int64_t rows, int64_t columns,
-                      bool transposed);
+Operand dense_operand(
+    const void* data, Dtype type, Dtype rounding, int64_t rows, int64_t columns, bool transposed);
 
 }  // namespace lowbit::cpu

@@ -2,11 +2,13 @@
 //
 //     forward    z = dropped(x) lora_A^T          y = x W^T + (z * scale) lora_B^T + bias
 //     backward   u = dy lora_B                    dx = dy W + dropped((u * scale) lora_A)
-//                d_lora_A = (u * scale)^T dropped(x)     d_lora_B = scale * dy^T z     d_bias = sum_m dy
+//                d_lora_A = (u * scale)^T dropped(x)     d_lora_B = scale * dy^T z     d_bias =
+//                sum_m dy
 //
-// y with z, and dx with u, are fused products (linear.cpp). The two adapter gradients reduce over M and read x or dy once, in fp32
-// for every input type: A is the transpose of a thin [M, r] matrix, B the activation as it lies in memory. They are bound by
-// reading the activation. The bias gradient is one more row of A, of ones.
+// y with z, and dx with u, are fused products (linear.cpp). The two adapter gradients reduce over M
+// and read x or dy once, in fp32 for every input type: A is the transpose of a thin [M, r] matrix,
+// B the activation as it lies in memory. They are bound by reading the activation. The bias
+// gradient is one more row of A, of ones.
 
 #include "lora_linear.h"
 
@@ -17,7 +19,8 @@ int64_t element_size(Dtype type) {
     return type == Dtype::kFloat32 ? 4 : 2;
 }
 
-// C [rows, columns] = thin^T activation, rows = r thin columns and, on request, one of ones: the sum over m.
+// C [rows, columns] = thin^T activation, rows = r thin columns and, on request, one of ones: the
+// sum over m.
 struct RowReduction {
     const GemmKernels& kernels;
     int64_t M, rows;
@@ -25,13 +28,11 @@ struct RowReduction {
     Buffer<uint32_t> packed;
 
     RowReduction(const GemmKernels& kernels, int64_t M, int64_t rows)
-        : kernels(kernels),
-          M(M),
-          rows(rows),
-          chunks(M, kernels),
+        : kernels(kernels), M(M), rows(rows), chunks(M, kernels),
           packed(chunks.count * rows * kChunk) {}
 
-    // Row j of A = column j of thin [M, r], times scale[j] where there is a scale. Rows from r on are ones.
+    // Row j of A = column j of thin [M, r], times scale[j] where there is a scale. Rows from r on
+    // are ones.
     void pack(const float* thin, int64_t r, const float* scale) {
         parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
             for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -75,25 +76,40 @@ char* at(void* data, Dtype type, int64_t i) {
     return static_cast<char*>(data) + i * element_size(type);
 }
 
-void store_d_lora_A(const void* context, float* c, int64_t ldc, int64_t row, int64_t rows,
-                    int64_t column, int64_t columns) {
+void store_d_lora_A(
+    const void* context,
+    float* c,
+    int64_t ldc,
+    int64_t row,
+    int64_t rows,
+    int64_t column,
+    int64_t columns) {
     const auto& s = *static_cast<const GradientStore*>(context);
     for (int64_t j = 0; j < rows; ++j) {
-        s.kernels.store_row(c + j * ldc, nullptr, columns, s.adapter_type,
-                            at(s.d_lora_A, s.adapter_type, (row + j) * s.columns + column));
+        s.kernels.store_row(
+            c + j * ldc, nullptr, columns, s.adapter_type,
+            at(s.d_lora_A, s.adapter_type, (row + j) * s.columns + column));
     }
 }
 
 // Row r of the sum, if there is one, is the sum over m.
-void store_d_lora_B(const void* context, float* c, int64_t ldc, int64_t row, int64_t rows,
-                    int64_t column, int64_t columns) {
+void store_d_lora_B(
+    const void* context,
+    float* c,
+    int64_t ldc,
+    int64_t row,
+    int64_t rows,
+    int64_t column,
+    int64_t columns) {
     const auto& s = *static_cast<const GradientStore*>(context);
     if (s.d_bias != nullptr && row + rows > s.r) {
-        s.kernels.store_row(c + (s.r - row) * ldc, nullptr, columns, s.bias_type,
-                            at(s.d_bias, s.bias_type, column));
+        s.kernels.store_row(
+            c + (s.r - row) * ldc, nullptr, columns, s.bias_type,
+            at(s.d_bias, s.bias_type, column));
         --rows;
     }
-    if (s.d_lora_B == nullptr) return;
+    if (s.d_lora_B == nullptr)
+        return;
     constexpr int64_t kPiece = 64;
     float values[kPiece];
     for (int64_t n = 0; n < columns; ++n) {
@@ -102,16 +118,24 @@ void store_d_lora_B(const void* context, float* c, int64_t ldc, int64_t row, int
             for (int64_t i = 0; i < count; ++i) {
                 values[i] = c[(j + i) * ldc + n] * s.scale[row + j + i];
             }
-            s.kernels.store_row(values, nullptr, count, s.adapter_type,
-                                at(s.d_lora_B, s.adapter_type, (column + n) * s.r + row + j));
+            s.kernels.store_row(
+                values, nullptr, count, s.adapter_type,
+                at(s.d_lora_B, s.adapter_type, (column + n) * s.r + row + j));
         }
     }
 }
 
 }  // namespace
 
-void lora_linear(const void* x, Dtype type, int64_t M, const LoraArgs& lora, const void* bias,
-                 Dtype bias_type, void* y, void* z) {
+void lora_linear(
+    const void* x,
+    Dtype type,
+    int64_t M,
+    const LoraArgs& lora,
+    const void* bias,
+    Dtype bias_type,
+    void* y,
+    void* z) {
     const int64_t N = lora.weight.N, K = lora.weight.K;
     LowRank low{};
     low.thin = dense_operand(lora.lora_A, lora.lora_A_type, type, lora.r, K, true);
@@ -136,8 +160,8 @@ void lora_linear(const void* x, Dtype type, int64_t M, const LoraArgs& lora, con
 namespace {
 
 // u [M, r] = dy lora_B in fp32, and dx when its pointer is given.
-void input_gradient(const void* dy, Dtype type, int64_t M, const LoraArgs& lora, float* u,
-                    void* dx) {
+void input_gradient(
+    const void* dy, Dtype type, int64_t M, const LoraArgs& lora, float* u, void* dx) {
     const int64_t N = lora.weight.N, K = lora.weight.K;
     LowRank low{};
     low.thin = dense_operand(lora.lora_B, lora.lora_B_type, type, N, lora.r, false);
@@ -157,18 +181,25 @@ void input_gradient(const void* dy, Dtype type, int64_t M, const LoraArgs& lora,
     run_fused_product(args);
 }
 
-void scaling_gradient(const float* u, const float* z, int64_t M, int64_t r, float scaling,
-                      float* out) {
+void scaling_gradient(
+    const float* u, const float* z, int64_t M, int64_t r, float scaling, float* out) {
     for (int64_t j = 0; j < r; ++j) {
         double sum = 0.0;
-        for (int64_t m = 0; m < M; ++m) sum += double{u[m * r + j]} * z[m * r + j];
+        for (int64_t m = 0; m < M; ++m)
+            sum += double{u[m * r + j]} * z[m * r + j];
         out[j] = static_cast<float>(sum * scaling);
     }
 }
 
 // d_lora_A = (u * scale)^T dropped(x)
-void gradient_A(const GemmKernels& kernels, const void* x, Dtype type, int64_t M,
-                const LoraArgs& lora, const float* u, void* d_lora_A) {
+void gradient_A(
+    const GemmKernels& kernels,
+    const void* x,
+    Dtype type,
+    int64_t M,
+    const LoraArgs& lora,
+    const float* u,
+    void* d_lora_A) {
     const int64_t K = lora.weight.K;
     RowReduction reduction(kernels, M, lora.r);
     reduction.pack(u, lora.r, lora.scale);
@@ -180,8 +211,15 @@ void gradient_A(const GemmKernels& kernels, const void* x, Dtype type, int64_t M
 }
 
 // d_lora_B = scale * dy^T z and d_bias = sum_m dy; one of the two may be null.
-void gradient_B(const GemmKernels& kernels, const void* dy, Dtype type, int64_t M,
-                const LoraArgs& lora, const float* z, void* d_lora_B, void* d_bias) {
+void gradient_B(
+    const GemmKernels& kernels,
+    const void* dy,
+    Dtype type,
+    int64_t M,
+    const LoraArgs& lora,
+    const float* z,
+    void* d_lora_B,
+    void* d_bias) {
     const int64_t N = lora.weight.N;
     RowReduction reduction(kernels, M, lora.r + (d_bias != nullptr ? 1 : 0));
     reduction.pack(z, lora.r, nullptr);
@@ -192,8 +230,15 @@ void gradient_B(const GemmKernels& kernels, const void* dy, Dtype type, int64_t 
 
 }  // namespace
 
-void lora_linear_backward(const void* dy, const void* x, const void* z, Dtype type, int64_t M,
-                          const LoraArgs& lora, float scaling, const LoraGradients& gradients) {
+void lora_linear_backward(
+    const void* dy,
+    const void* x,
+    const void* z,
+    Dtype type,
+    int64_t M,
+    const LoraArgs& lora,
+    float scaling,
+    const LoraGradients& gradients) {
     const GemmKernels& exact = gemm_kernels(type, true);
     Buffer<float> u(M * lora.r), z_fp32(M * lora.r);
     exact.load_row(z, type, M * lora.r, z_fp32.get());

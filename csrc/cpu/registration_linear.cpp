@@ -9,23 +9,24 @@
 namespace lowbit::cpu {
 namespace {
 
-#define LOWBIT_WEIGHT_SCHEMA                                                                      \
+#define LOWBIT_WEIGHT_SCHEMA                                                                       \
     "Tensor qweight, Tensor? absmax, Tensor? codebook, Tensor? nested_absmax, "                    \
     "Tensor? nested_codebook, Tensor? nested_offset, int N, int K, int blocksize, "                \
     "int nested_blocksize, bool row_blocks"
-#define LOWBIT_WEIGHT_PARAMETERS                                                                  \
-    Tensor qweight, OptionalTensor absmax, OptionalTensor codebook, OptionalTensor nested_absmax, \
-        OptionalTensor nested_codebook, OptionalTensor nested_offset, int64_t N, int64_t K,       \
+#define LOWBIT_WEIGHT_PARAMETERS                                                                   \
+    Tensor qweight, OptionalTensor absmax, OptionalTensor codebook, OptionalTensor nested_absmax,  \
+        OptionalTensor nested_codebook, OptionalTensor nested_offset, int64_t N, int64_t K,        \
         int64_t blocksize, int64_t nested_blocksize, bool row_blocks
-#define LOWBIT_WEIGHT_VIEW                                                                        \
-    make_weight_view(qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, \
-                     K, blocksize, nested_blocksize, row_blocks)
+#define LOWBIT_WEIGHT_VIEW                                                                         \
+    make_weight_view(                                                                              \
+        qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K, blocksize, \
+        nested_blocksize, row_blocks)
 
 // [M, columns] of any float type; returns M.
 int64_t check_activation(const Tensor& tensor, int64_t columns, const char* argument) {
     check_cpu_contiguous(tensor, argument);
-    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == columns, argument, " must be [M, ",
-                    columns, "]");
+    STD_TORCH_CHECK(
+        tensor.dim() == 2 && tensor.size(1) == columns, argument, " must be [M, ", columns, "]");
     return tensor.size(0);
 }
 
@@ -47,7 +48,8 @@ struct Bias {
 };
 
 Bias checked_bias(const OptionalTensor& bias, int64_t N) {
-    if (!bias.has_value()) return {};
+    if (!bias.has_value())
+        return {};
     check_cpu_contiguous(*bias, "bias");
     STD_TORCH_CHECK(bias->numel() == N, "bias must have N = ", N, " elements, got ", bias->numel());
     return {bias->const_data_ptr(), dtype_of(*bias, "bias")};
@@ -76,9 +78,14 @@ struct Adapter {
     std::vector<float> scale;
     DropoutArgs dropout{};
 
-    Adapter(const WeightView& w, const Tensor& lora_A, const Tensor& lora_B,
-            const OptionalTensor& lora_scaling, double scaling, double dropout_p,
-            const OptionalTensor& seed) {
+    Adapter(
+        const WeightView& w,
+        const Tensor& lora_A,
+        const Tensor& lora_B,
+        const OptionalTensor& lora_scaling,
+        double scaling,
+        double dropout_p,
+        const OptionalTensor& seed) {
         const int64_t r = lora_A.size(0);
         check_matrix(lora_A, r, w.K, "lora_A");
         check_matrix(lora_B, w.N, r, "lora_B");
@@ -87,7 +94,8 @@ struct Adapter {
         if (lora_scaling.has_value()) {
             const float* const factors =
                 checked_data<float>(*lora_scaling, ScalarType::Float, r, "lora_scaling");
-            for (int64_t j = 0; j < r; ++j) scale[j] *= factors[j];
+            for (int64_t j = 0; j < r; ++j)
+                scale[j] *= factors[j];
         }
         args.weight = w;
         args.lora_A = lora_A.const_data_ptr();
@@ -107,36 +115,54 @@ struct Adapter {
     Adapter& operator=(const Adapter&) = delete;
 };
 
-std::tuple<Tensor, Tensor> lora_linear_op(Tensor x, LOWBIT_WEIGHT_PARAMETERS, Tensor lora_A,
-                                          Tensor lora_B, OptionalTensor lora_scaling,
-                                          double scaling, OptionalTensor bias, double dropout_p,
-                                          OptionalTensor seed) {
-    const Adapter adapter(LOWBIT_WEIGHT_VIEW, lora_A, lora_B, lora_scaling, scaling, dropout_p,
-                          seed);
+std::tuple<Tensor, Tensor> lora_linear_op(
+    Tensor x,
+    LOWBIT_WEIGHT_PARAMETERS,
+    Tensor lora_A,
+    Tensor lora_B,
+    OptionalTensor lora_scaling,
+    double scaling,
+    OptionalTensor bias,
+    double dropout_p,
+    OptionalTensor seed) {
+    const Adapter adapter(
+        LOWBIT_WEIGHT_VIEW, lora_A, lora_B, lora_scaling, scaling, dropout_p, seed);
     const int64_t M = check_activation(x, K, "x");
     const Bias b = checked_bias(bias, N);
     Tensor y = new_result({M, N}, x.scalar_type());
     Tensor z = new_cpu_tensor({M, adapter.args.r}, x.scalar_type());
-    lora_linear(x.const_data_ptr(), dtype_of(x, "x"), M, adapter.args, b.data, b.type,
-                y.mutable_data_ptr(), z.mutable_data_ptr());
+    lora_linear(
+        x.const_data_ptr(), dtype_of(x, "x"), M, adapter.args, b.data, b.type, y.mutable_data_ptr(),
+        z.mutable_data_ptr());
     return {y, z};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients lora_linear_backward_op(Tensor dy, Tensor x, Tensor z, LOWBIT_WEIGHT_PARAMETERS,
-                                  Tensor lora_A, Tensor lora_B, OptionalTensor lora_scaling,
-                                  double scaling, double dropout_p, OptionalTensor seed,
-                                  bool need_dx, bool need_d_lora_A, bool need_d_lora_B,
-                                  bool need_d_bias, bool need_d_lora_scaling) {
-    const Adapter adapter(LOWBIT_WEIGHT_VIEW, lora_A, lora_B, lora_scaling, scaling, dropout_p,
-                          seed);
+Gradients lora_linear_backward_op(
+    Tensor dy,
+    Tensor x,
+    Tensor z,
+    LOWBIT_WEIGHT_PARAMETERS,
+    Tensor lora_A,
+    Tensor lora_B,
+    OptionalTensor lora_scaling,
+    double scaling,
+    double dropout_p,
+    OptionalTensor seed,
+    bool need_dx,
+    bool need_d_lora_A,
+    bool need_d_lora_B,
+    bool need_d_bias,
+    bool need_d_lora_scaling) {
+    const Adapter adapter(
+        LOWBIT_WEIGHT_VIEW, lora_A, lora_B, lora_scaling, scaling, dropout_p, seed);
     const int64_t M = check_activation(dy, N, "dy"), r = adapter.args.r;
     const ScalarType type = dy.scalar_type();
     check_matrix(x, M, K, "x");
     check_matrix(z, M, r, "z");
-    STD_TORCH_CHECK(x.scalar_type() == type && z.scalar_type() == type,
-                    "x and z must have the type of dy");
+    STD_TORCH_CHECK(
+        x.scalar_type() == type && z.scalar_type() == type, "x and z must have the type of dy");
     const auto wanted = [](bool need, std::vector<int64_t> sizes, ScalarType dtype) {
         return new_cpu_tensor(need ? sizes : std::vector<int64_t>{0}, dtype);
     };
@@ -152,9 +178,9 @@ Gradients lora_linear_backward_op(Tensor dy, Tensor x, Tensor z, LOWBIT_WEIGHT_P
     gradients.d_bias = need_d_bias ? d_bias.mutable_data_ptr() : nullptr;
     gradients.d_lora_scaling =
         need_d_lora_scaling ? static_cast<float*>(d_lora_scaling.mutable_data_ptr()) : nullptr;
-    lora_linear_backward(dy.const_data_ptr(), x.const_data_ptr(), z.const_data_ptr(),
-                         dtype_of(dy, "dy"), M, adapter.args, static_cast<float>(scaling),
-                         gradients);
+    lora_linear_backward(
+        dy.const_data_ptr(), x.const_data_ptr(), z.const_data_ptr(), dtype_of(dy, "dy"), M,
+        adapter.args, static_cast<float>(scaling), gradients);
     return {dx, d_lora_A, d_lora_B, d_bias, d_lora_scaling};
 }
 
@@ -164,14 +190,16 @@ Gradients lora_linear_backward_op(Tensor dy, Tensor x, Tensor z, LOWBIT_WEIGHT_P
 STABLE_TORCH_LIBRARY_FRAGMENT(lowbit_cpu, m) {
     m.def("linear(Tensor x, " LOWBIT_WEIGHT_SCHEMA ", Tensor? bias) -> Tensor");
     m.def("linear_dx(Tensor dy, " LOWBIT_WEIGHT_SCHEMA ") -> Tensor");
-    m.def("lora_linear(Tensor x, " LOWBIT_WEIGHT_SCHEMA
-          ", Tensor lora_A, Tensor lora_B, Tensor? lora_scaling, float scaling, Tensor? bias, "
-          "float dropout_p, Tensor? seed) -> (Tensor y, Tensor z)");
-    m.def("lora_linear_backward(Tensor dy, Tensor x, Tensor z, " LOWBIT_WEIGHT_SCHEMA
-          ", Tensor lora_A, Tensor lora_B, Tensor? lora_scaling, float scaling, float dropout_p, "
-          "Tensor? seed, bool need_dx, bool need_d_lora_A, bool need_d_lora_B, bool need_d_bias, "
-          "bool need_d_lora_scaling) -> (Tensor dx, Tensor d_lora_A, Tensor d_lora_B, "
-          "Tensor d_bias, Tensor d_lora_scaling)");
+    m.def(
+        "lora_linear(Tensor x, " LOWBIT_WEIGHT_SCHEMA
+        ", Tensor lora_A, Tensor lora_B, Tensor? lora_scaling, float scaling, Tensor? bias, "
+        "float dropout_p, Tensor? seed) -> (Tensor y, Tensor z)");
+    m.def(
+        "lora_linear_backward(Tensor dy, Tensor x, Tensor z, " LOWBIT_WEIGHT_SCHEMA
+        ", Tensor lora_A, Tensor lora_B, Tensor? lora_scaling, float scaling, float dropout_p, "
+        "Tensor? seed, bool need_dx, bool need_d_lora_A, bool need_d_lora_B, bool need_d_bias, "
+        "bool need_d_lora_scaling) -> (Tensor dx, Tensor d_lora_A, Tensor d_lora_B, "
+        "Tensor d_bias, Tensor d_lora_scaling)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_cpu, CPU, m) {
