@@ -114,7 +114,10 @@ def _copy() -> Callable[[], object]:
 
 
 def _graph(call: Callable, inputs: list) -> Callable[[], object]:
-    """A replay of `call` on each input in turn; every output has memory of its own."""
+    """A replay of `call` on each input in turn; every output has memory of its own.
+
+    The graph holds addresses, not tensors: the function returned keeps inputs and outputs alive.
+    """
     call(inputs[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -123,7 +126,7 @@ def _graph(call: Callable, inputs: list) -> Callable[[], object]:
 
     def replay():
         graph.replay()
-        return outputs
+        return inputs, outputs
 
     return replay
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowbit.adapters
+from lowbit import prepare
 from lowbit.cli.source import demo_model
-from lowbit.prepare import prepare
 
 DATA = Path(__file__).parent / "data" / "lowbit_qa.jsonl"
 

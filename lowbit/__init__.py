@@ -1,14 +1,32 @@
-"""lowbit: fast 4-bit linear layers with trainable low-rank adapters."""
+"""lowbit: fast 4-bit linear layers with trainable low-rank adapters.
 
-from . import ops  # isort: skip  (registers torch.ops.lowbit before anything calls it)
-from . import adapters, dispatch, nn
+Names are imported when they are first used, so that `lowbit --help` needs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .checkpoint import load, save
-from .codebooks import codebook, nested_codebook, normal_float
-from .functional import lora_matmul, matmul
-from .prepare import prepare
-from .quantize import dequantize, pack, quantize, unpack
-from .weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from . import adapters, dispatch, nn
+    from .checkpoint import load, save
+    from .codebooks import codebook, nested_codebook, normal_float
+    from .functional import lora_matmul, matmul
+    from .preparation import prepare
+    from .quantization import dequantize, pack, quantize, unpack
+    from .weight import QuantizedWeight
+
+_MODULES = ("adapters", "dispatch", "nn")
+_HOME = {
+    "checkpoint": ("load", "save"),
+    "codebooks": ("codebook", "nested_codebook", "normal_float"),
+    "functional": ("lora_matmul", "matmul"),
+    "preparation": ("prepare",),
+    "quantization": ("dequantize", "pack", "quantize", "unpack"),
+    "weight": ("QuantizedWeight",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "QuantizedWeight",
@@ -23,10 +41,23 @@ __all__ = [
     "nested_codebook",
     "nn",
     "normal_float",
-    "ops",
     "pack",
     "prepare",
     "quantize",
     "save",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -19,7 +19,7 @@ from torch import nn
 from .materialize import restore_buffers
 from .modules import own, quantized_layers, replace, train_adapters_only
 from .nn import Linear4bit, QLoRALinear
-from .prepare import check_before_loading
+from .preparation import check_before_loading
 from .state import CheckpointError, entry_keys, from_state_entries
 from .tensor_files import TensorSource, atomic_folder, write_tensors
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from . import ops  # noqa: F401  (registers torch.ops.lowbit)
 from .weight import QuantizedWeight, WeightArgs
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -10,7 +10,7 @@ from torch import nn
 
 from .modules import group_shared, own, replace
 from .nn import Linear4bit, QLoRALinear
-from .quantize import quantize
+from .quantization import quantize
 from .state import CheckpointError, from_state_entries, is_complete
 from .tensor_files import TensorSource
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from . import codebooks
-from .quantize import BLOCKSIZES
+from .quantization import BLOCKSIZES
 from .weight import QuantizedWeight
 
 _BLOB = "quant_state."

@@ -187,7 +187,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read the weight back; see `lowbit.dequantize`."""
-        from .quantize import dequantize
+        from .quantization import dequantize
 
         return dequantize(self, dtype)
 

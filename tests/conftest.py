@@ -2,6 +2,10 @@
 
 import os
 
+# Waiting threads of libgomp spin for milliseconds; on a busy machine that stretches tests of tiny
+# layers many times over. Read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 # Triton decides when it is imported whether it compiles or interprets; without a GPU only the
 # latter can run.
 import torch

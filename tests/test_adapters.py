@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowbit
-from lowbit import adapters
+from lowbit import adapters, prepare
 from lowbit.nn import Linear4bit, QLoRALinear
-from lowbit.prepare import prepare
 from lowbit.state import CheckpointError
 
 TOKENS = torch.arange(12).view(2, 6)

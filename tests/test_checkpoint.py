@@ -10,10 +10,9 @@ from helpers import assert_bitwise_equal
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lowbit import adapters
+from lowbit import adapters, prepare
 from lowbit.checkpoint import load, save
 from lowbit.nn import Linear4bit, QLoRALinear
-from lowbit.prepare import prepare
 from lowbit.state import CheckpointError
 
 TOKENS = torch.arange(8).view(2, 4)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_model import make_llama, save_tiny_model
 from typer.testing import CliRunner
 
+from lowbit import prepare
 from lowbit.cli import loss as loss_module
 from lowbit.cli.adapt import checkpoint_activations
 from lowbit.cli.app import app
@@ -22,7 +23,6 @@ from lowbit.cli.loss import AnswerLoss
 from lowbit.cli.report import TrainingProgress
 from lowbit.cli.settings import Settings
 from lowbit.cli.train import Trainer, learning_rate
-from lowbit.prepare import prepare
 
 CPU = torch.device("cpu")
 VOCABULARY = 120

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lowbit
+from lowbit import prepare
 from lowbit.nn import Linear4bit, QLoRALinear
-from lowbit.prepare import prepare
 from lowbit.state import CheckpointError
 
 

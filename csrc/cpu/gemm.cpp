@@ -15,6 +15,8 @@ constexpr int64_t kFewRows = 144;
 constexpr int64_t kColumnUnit = 2 * kPanel;  // decoders work on pairs of panels
 constexpr int64_t kRowUnit = 48;       // multiple of every register tile's height that matters
 constexpr int64_t kMinWork = 1 << 17;  // multiply-adds worth a thread (about 2 us)
+// fp32 reductions up to kShortReduction elements are summed in chunks of kShortChunk, up to twice
+// as many in chunks twice as long.
 constexpr int64_t kShortReduction = 256, kShortChunk = 32;
 // Decoding a panel column costs about as much as multiplying it with this many rows.
 constexpr int64_t kDecodeRows = 8;
@@ -129,11 +131,12 @@ const GemmKernels& gemm_kernels(Dtype type, bool exact) {
 
 Chunks::Chunks(int64_t size, const GemmKernels& kernels)
     : size(size), pack(kernels.pack), word_multiple(kernels.word_multiple) {
-    // A short fp32 reduction is cheap: sums of 32 keep its error as small as that of a dot product
+    // A short fp32 reduction is cheap: short sums keep its error as small as that of a dot product
     // in vector lanes. A long one takes even pieces. All start on a multiple of 32, that is with a
     // whole byte, and never inside a run of 32 elements of one block.
-    const bool is_short = pack == 1 && size <= kShortReduction;
-    const int64_t limit = is_short ? kShortChunk : int64_t{kChunk} * pack;
+    const bool is_short = pack == 1 && size <= 2 * kShortReduction;
+    const int64_t short_chunk = size <= kShortReduction ? kShortChunk : 2 * kShortChunk;
+    const int64_t limit = is_short ? short_chunk : int64_t{kChunk} * pack;
     count = ceil_div(size, limit);
     step = is_short || count == 0 ? limit : ceil_div(ceil_div(size, count), 64) * 64;
     count = ceil_div(size, step);

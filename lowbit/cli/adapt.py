@@ -19,7 +19,7 @@ def prepare_model(
 
     The adapters are kept in float32: Adam's small steps would be lost in bfloat16.
     """
-    from ..prepare import prepare
+    from ..preparation import prepare
 
     try:
         return prepare(

@@ -118,7 +118,8 @@ def merged_onto_4bit(settings: Any, where: Any, adapter: Path, dtype: Any) -> tu
     from .. import adapters
     from . import adapt, device, source
 
-    # Quantization starts from the dtype of the run; another one gives slightly other scales.
+    # Quantization starts from the dtype of the run, which the run recorded; another one gives
+    # slightly other scales.
     run_dtype = device.resolve_dtype(settings.dtype, device.resolve_device("auto"))
     model = source.load_model(where, run_dtype)
     model, layers = _with_adapter(model, settings, adapter, adapt)

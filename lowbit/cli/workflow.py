@@ -144,6 +144,8 @@ class FineTune:
         settings = self.settings
         self.device = device.resolve_device(settings.device)
         dtype = device.resolve_dtype(settings.dtype, self.device)
+        # Recorded as chosen: what "auto" means elsewhere must not change what this adapter fits.
+        settings.dtype = str(dtype).removeprefix("torch.")
         self.source = source.resolve(settings.model)
         with self._phase("load model"):
             self.tokenizer = source.load_tokenizer(self.source)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..codebooks import NAMES
 from ..functional import matmul
-from ..quantize import BLOCKSIZES, quantize
+from ..quantization import BLOCKSIZES, quantize
 from ..state import empty_weight
 from ..weight import QuantizedWeight
 from .saving import BUFFERS, StateDict

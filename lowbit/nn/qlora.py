@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import codebooks
 from ..functional import lora_matmul
-from ..quantize import quantize
+from ..quantization import quantize
 from ..weight import QuantizedWeight
 from .linear import Linear4bit, _dense_linear
 

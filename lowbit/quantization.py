@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import codebooks, reference
+from . import codebooks, ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
 from .weight import QuantizedWeight
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
