@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import assert_bitwise_equal
+from helpers import assert_bitwise_equal, assert_close_to_float64
 
 import lowbit
 from lowbit.integrations.bitsandbytes import from_bnb, to_bnb
@@ -153,7 +153,9 @@ def test_state_dict_of_bitsandbytes_loads_strictly(quant_type, nested, dtype):
     assert ours.weight_dtype == dtype
     assert_same_weight(ours.quantized_weight, from_bnb(theirs.weight))
     x = torch.randn(3, 256, dtype=dtype)
-    torch.testing.assert_close(ours(x), theirs(x).to(dtype))
+    weight = ours.quantized_weight.dequantize(torch.float32).double()
+    expected = x.double() @ weight.t() + theirs.bias.double()
+    assert_close_to_float64("y", ours(x), expected, theirs(x).to(dtype))
 
 
 @pytest.mark.parametrize(("quant_type", "nested"), KINDS)
@@ -303,3 +305,35 @@ def test_surplus_and_foreign_entries_are_refused():
         from_state_entries(foreign)
     with pytest.raises(CheckpointError, match="weight is not quantized: float32"):
         from_state_entries({"weight": torch.zeros(4, 4)})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [64, 256, 4096])
+def test_codes_on_a_gpu_are_bitsandbytes(dtype, quant_type, blocksize):
+    """16-bit weights give the same bytes; fp32 ones may differ in 1e-6 of the codes.
+
+    bitsandbytes compiles with fast-math, so its reciprocal may be one ulp off, which only an fp32
+    weight close to a threshold notices.
+    """
+    weight = (torch.randn(512, 4096, device="cuda") * 0.02).to(dtype)
+    ours = lowbit.quantize(weight, quant_type=quant_type, blocksize=blocksize, double_quant=False)
+    data, state = bnb.functional.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
+    differing = (lowbit.unpack(ours.qweight).view(-1) != lowbit.unpack(data.view(-1))).sum().item()
+    assert differing <= (weight.numel() * 1e-6 if dtype == torch.float32 else 0)
+    assert torch.equal(ours.absmax, state.absmax)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+def test_values_on_a_gpu_are_bitsandbytes(dtype, nested):
+    """The same packed weight reads back to the same bits."""
+    weight = (torch.randn(512, 4096, device="cuda") * 0.02).to(dtype)
+    data, state = bnb.functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=nested
+    )
+    wrapped = lowbit.QuantizedWeight.from_bnb(data, state)
+    expected = bnb.functional.dequantize_4bit(data, state)
+    assert torch.equal(wrapped.dequantize(), expected)

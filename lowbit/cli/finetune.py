@@ -62,6 +62,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "schedule": "cosine",
     "epochs": 4.0,
     "batch": 8,
+    "eval_every": 16,  # once an epoch
     "show_tokens": 48,
     "demo": True,
 }
