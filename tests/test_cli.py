@@ -163,6 +163,29 @@ def test_adapter_loads_in_peft(trained, model):
         assert tensor.dtype == torch.float32
 
 
+@pytest.mark.gpu
+def test_run_on_a_gpu(model, data, tmp_path):
+    output = tmp_path / "run"
+    places = ("--model", model, "--data", data, "--eval-data", data, "--output", output)
+    options = ("--device", "cuda", "--epochs", 20, "--batch", 4, "--lr", 0.02, "--save-every", 30)
+    result = run("finetune", *places, *options)
+    assert result.exit_code == 0, result.stderr
+    log = json.loads((output / "run.json").read_text())
+    assert log["held_out"][-1]["loss"] < 0.5 * log["held_out"][0]["loss"]
+    assert log["peak_memory_bytes"] > 0
+    again = tmp_path / "again"
+    resumed = run("finetune", "--resume", output / "checkpoints/step-000030", "--output", again)
+    assert resumed.exit_code == 0, resumed.stderr
+    losses = [
+        [step["loss"] for step in json.loads((folder / "run.json").read_text())["steps"]]
+        for folder in (output, again)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    row = log["answers"][0]
+    answer = run("generate", "--adapter", output, "--device", "cuda", "--prompt", row["question"])
+    assert answer.stdout.strip() == row["tuned"]
+
+
 def test_targets_choose_the_layers(model, data, tmp_path):
     output = tmp_path / "run"
     result = run(

@@ -158,8 +158,8 @@ def reduce_tokens_kernel(
     tl.store(out_ptr + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask_out)
     if column_sum_ptr is not None:
         column_sum = column_sum.to(column_sum_ptr.dtype.element_ty)
-        mask_sum = (offs_c < C) & (tl.program_id(1) == 0)
-        tl.store(column_sum_ptr + pid_slice * C + offs_c, column_sum, mask=mask_sum)
+        if tl.program_id(1) == 0:
+            tl.store(column_sum_ptr + pid_slice * C + offs_c, column_sum, mask=offs_c < C)
 
 
 @triton.jit(do_not_specialize=["M", "slice_length"])
