@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+import lowbit.ops  # noqa: F401  (registers torch.ops.lowbit, which some tests call directly)
+
 NO_CUDA = "needs a CUDA device and torch built with CUDA"
 
 

@@ -16,7 +16,7 @@ if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
 
 import triton.language as tl  # noqa: E402
 
-from lowbit import codebooks, dispatch, kernels, ops, reference  # noqa: E402, F401
+from lowbit import codebooks, dispatch, kernels, reference  # noqa: E402
 from lowbit.backends import reference as plain  # noqa: E402
 from lowbit.backends import triton as backend  # noqa: E402
 
