@@ -66,7 +66,9 @@ test: venv model
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: install
-	$(BIN)/lowbit bench
+	$(BIN)/python bench/bench_quantize.py
+	$(BIN)/python bench/bench_cpu_linear.py
+	if nvidia-smi -L >/dev/null 2>&1; then $(BIN)/python bench/bench_cuda_quantize.py; fi
 
 # ---- source --------------------------------------------------------------------------------------
 
