@@ -54,9 +54,11 @@ def cpu_linear(name: str, record: dict) -> str:
         case = (row["op"], row["dtype"], row["N"], row["K"], row["M"])
         cases.setdefault(case, {})[row["impl"]] = row
     level = record["environment"]["cpu_isa"]
+    dtypes = {row["dtype"] for row in record["rows"]}
+    shown = "bf16" if "bf16" in dtypes else "fp32"  # the record has all of them
     body = []
     for (op, dtype, N, K, M), impls in cases.items():
-        if op == "linear" and M > 1:
+        if dtype != shown or (op == "linear" and M > 1):
             continue  # the layer with its adapter says more
         ours = impls.get(f"lowbit-{level}") or impls.get("lowbit")
         dense = impls["dense"]
