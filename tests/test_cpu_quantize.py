@@ -420,6 +420,25 @@ def bnb():
     return pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
 
+def _assert_weight_of_bitsandbytes(ours, theirs):
+    """Bit for bit, except where bitsandbytes itself depends on the CPU.
+
+    With AVX-512 it (0.50.2) rounds fp16 weights by another route, one unit in the last place away
+    in about 1 of 10000, and from blocksize 2048 on reads FP4's code 8 as +0 instead of -0. Without
+    AVX-512 it gives lowbit's bytes.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        assert_bitwise_equal(ours, theirs, "W")
+        return
+    if ours.dtype != torch.float16:
+        assert torch.equal(ours, theirs)  # -0 == +0
+        return
+    steps = (ours.view(torch.int16).int() - theirs.view(torch.int16).int()).abs()
+    steps[(ours == 0) & (theirs == 0)] = 0
+    assert steps.max() <= 1
+    assert (steps > 0).float().mean() < 1e-3
+
+
 def _bnb_rule(quant_type):
     """bitsandbytes' CPU rule. For FP4 it is not the rule of its CUDA kernel, which lowbit follows.
 
@@ -471,7 +490,9 @@ def test_bytes_equal_bitsandbytes(isa, bnb, quant_type, blocksize, dtype, nested
         256,
         True,
     )
-    assert_bitwise_equal(cpu.dequantize_4bit(*args, dtype), bnb.dequantize_4bit(packed, state), "W")
+    _assert_weight_of_bitsandbytes(
+        cpu.dequantize_4bit(*args, dtype), bnb.dequantize_4bit(packed, state)
+    )
 
 
 def test_nf4_rule_is_that_of_bitsandbytes(bnb):
@@ -514,4 +535,6 @@ def test_flat_blocks_that_cross_rows_equal_bitsandbytes(isa, bnb, dtype):
     assert_bitwise_equal(qweight, packed.view(-1), "qweight")
     assert_bitwise_equal(absmax, state.absmax, "absmax")
     args = (qweight, absmax, lowbit.codebook("nf4"), None, None, None, 33, 100, 64, 256, False)
-    assert_bitwise_equal(cpu.dequantize_4bit(*args, dtype), bnb.dequantize_4bit(packed, state), "W")
+    _assert_weight_of_bitsandbytes(
+        cpu.dequantize_4bit(*args, dtype), bnb.dequantize_4bit(packed, state)
+    )
