@@ -20,7 +20,6 @@ constexpr int kNestedThresholds = 255;
 template <int kThreads>
 struct NestedTables {
     float thresholds[kNestedThresholds];
-    float offset;
     double sums[kThreads / kWarpSize];
 };
 
@@ -36,7 +35,8 @@ __device__ __forceinline__ float next_below(float x) {
 template <int kThreads>
 __device__ __forceinline__ void
 build_nested_tables(NestedTables<kThreads>& smem, const float* codebook) {
-    for (int j = threadIdx.x; j < kNestedThresholds; j += kThreads) {
+    // From the last warp on: the first one builds the other table.
+    for (int j = kThreads - 1 - threadIdx.x; j < kNestedThresholds; j += kThreads) {
         const float middle = __fmul_rn(__fadd_rn(codebook[j], codebook[j + 1]), 0.5f);
         smem.thresholds[j] = j % 2 == 1 ? next_below(middle) : middle;
     }
@@ -68,21 +68,17 @@ __device__ __forceinline__ double cta_sum(double value, NestedTables<kThreads>& 
     return sum;
 }
 
-// The mean of absmax from the partial sums of all CTAs, in every thread.
-template <int kThreads>
-__device__ __forceinline__ float
-mean_absmax(const QuantizeArgs& a, int64_t blocks, NestedTables<kThreads>& smem) {
+// The mean of absmax from the partial sums of all CTAs. Every warp adds them up for itself, in the
+// same order: no barrier.
+__device__ __forceinline__ float mean_absmax(const QuantizeArgs& a, int64_t blocks) {
     double part = 0.0;
-    for (int i = threadIdx.x; i < gridDim.x; i += kThreads)
+#pragma unroll 4
+    for (int i = threadIdx.x % kWarpSize; i < gridDim.x; i += kWarpSize)
         part += a.partial_sums[i];
-    const double sum = cta_sum(part, smem);
-    if (threadIdx.x == 0) {
-        smem.offset = static_cast<float>(sum / static_cast<double>(blocks));
-        if (blockIdx.x == 0)
-            *a.nested_offset = smem.offset;
-    }
-    __syncthreads();
-    return smem.offset;
+    const float offset = static_cast<float>(warp_sum(part) / static_cast<double>(blocks));
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        *a.nested_offset = offset;
+    return offset;
 }
 
 // 256 scales of a warp, the usual nested block: `first` + 32 i + lane, none from `end` on.
@@ -142,7 +138,7 @@ quantize_absmax(const QuantizeArgs& a, int64_t blocks, NestedTables<kThreads>& s
     int64_t nested = static_cast<int64_t>(threadIdx.x / kWarpSize) * gridDim.x + blockIdx.x;
     Chunk chunk;
     chunk.load(a.absmax, nested << log2, end_of(nested));
-    const float offset = mean_absmax(a, blocks, smem);
+    const float offset = mean_absmax(a, blocks);
     for (; nested < nested_blocks; nested += step) {
         const int64_t begin = nested << log2, end = end_of(nested);
         float absmax = chunk.largest_distance(offset, begin, end);
@@ -160,6 +156,41 @@ quantize_absmax(const QuantizeArgs& a, int64_t blocks, NestedTables<kThreads>& s
         if (threadIdx.x % kWarpSize == 0)
             a.nested_absmax[nested] = absmax;
         chunk.load(a.absmax, (nested + step) << log2, end_of(nested + step));
+    }
+}
+
+// The same for a CTA that keeps its `own` scales, whole nested blocks from number `first_block` on,
+// in shared memory.
+template <int kThreads>
+__device__ __forceinline__ void quantize_own_absmax(
+    const QuantizeArgs& a,
+    const float* scales,
+    int64_t first_block,
+    uint32_t own,
+    int64_t blocks,
+    NestedTables<kThreads>& smem) {
+    const int log2 = a.nested_blocksize_log2;
+    const float offset = mean_absmax(a, blocks);
+    uint8_t* codes = a.absmax_8bit + first_block;
+    float* nested_absmax = a.nested_absmax + (first_block >> log2);
+    for (uint32_t nested = threadIdx.x / kWarpSize; nested << log2 < own;
+         nested += kThreads / kWarpSize) {
+        const uint32_t begin = nested << log2, end = min((nested + 1) << log2, own);
+        Chunk chunk;
+        float absmax = 0.0f;
+        for (uint32_t first = begin; first < end; first += Chunk::kScales) {
+            chunk.load(scales, first, end);
+            absmax = max_nan(absmax, chunk.largest_distance(offset, first, end));
+        }
+        absmax = group_max(absmax, kWarpSize);
+        const float inverse = reciprocal(absmax);
+        for (uint32_t first = begin; first < end; first += Chunk::kScales) {
+            if (end - begin > Chunk::kScales)
+                chunk.load(scales, first, end);
+            chunk.store(codes, smem.thresholds, offset, inverse, first, end);
+        }
+        if (threadIdx.x % kWarpSize == 0)
+            nested_absmax[nested] = absmax;
     }
 }
 

@@ -10,14 +10,15 @@
 // bits of lowbit/reference.py. NaN and Inf reach absmax and the offset; the caller looks there.
 //
 // A grid that fits the device at once walks the blocks. With double quantization it then meets at
-// one grid barrier (cooperative launch): every scale is known, in L2, and all CTAs quantize them.
+// one grid barrier (cooperative launch), where the mean of all scales is known, and quantizes them.
 //
-// Two kernels: `groups` (one row or whole blocks, blocksize <= 256) gives each lane 8 elements and
-// each block a group of lanes; `blocks` gives a block to a warp and reads it twice, the second time
-// from cache, 8 elements a lane or, if columns or pointers are odd, 2.
+// Two kernels: `groups` (one row or whole blocks, blocksize <= 256) gives each CTA a run of blocks,
+// each block a group of lanes and each lane 8 elements; if a run is whole nested blocks, its scales
+// wait for the barrier in shared memory. `blocks` gives a block to a warp and reads it twice, the
+// second time from cache, 8 elements a lane or, if columns or pointers are odd, 2.
 //
 // Bound by memory: 2 bytes read and 0.5 + 1/64 written per bf16 weight. At 2.95 TB/s an H100 has 25
-// lane-instructions per weight to spend; `groups` takes 16 (code_table.cuh says how).
+// lane-instructions per weight to spend; `groups` takes 13 (code_table.cuh says how).
 //
 // Callers have checked sizes, dtypes and devices.
 
@@ -26,6 +27,7 @@
 #include <algorithm>
 
 #include "code_table.cuh"
+#include "elements.cuh"
 #include "nested_absmax.cuh"
 #include "nf4_quantize.h"
 
@@ -35,85 +37,6 @@ namespace {
 constexpr int kThreads = 512;  // few large CTAs make the grid barrier cheap
 constexpr int kCtasPerSm = 2;  // 64 registers
 constexpr int kWarps = kThreads / kWarpSize;
-
-// ---- elements -----------------------------------------------------------------------------------
-
-// kWidth neighbouring elements, still in their own type.
-template <typename T, int kWidth>
-struct Elements;
-
-template <typename T>
-struct Elements<T, 8> {
-    static constexpr int kWords = 2 * sizeof(T);
-    uint32_t word[kWords];
-
-    __device__ __forceinline__ void load(const T* p, int64_t /*count*/) {
-#pragma unroll
-        for (int i = 0; i < kWords; i += 4) {
-            const uint4 v = load_streaming(reinterpret_cast<const uint4*>(p) + i / 4);
-            word[i] = v.x, word[i + 1] = v.y, word[i + 2] = v.z, word[i + 3] = v.w;
-        }
-    }
-
-    __device__ __forceinline__ void to_floats(float (&x)[8]) const {
-        if constexpr (sizeof(T) == 4) {
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                x[i] = __uint_as_float(word[i]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 v = unpack_pair(word[i], T{});
-                x[2 * i] = v.x, x[2 * i + 1] = v.y;
-            }
-        }
-    }
-
-    // 16-bit types compare two at a time.
-    __device__ __forceinline__ float absmax() const {
-        if constexpr (sizeof(T) == 4) {
-            float m = fabsf(__uint_as_float(word[0]));
-#pragma unroll
-            for (int i = 1; i < kWords; i++)
-                m = max_nan(m, fabsf(__uint_as_float(word[i])));
-            return m;
-        } else {
-            uint32_t m = abs_pair(word[0], T{});
-#pragma unroll
-            for (int i = 1; i < kWords; i++)
-                m = max_nan_pair(m, abs_pair(word[i], T{}), T{});
-            const float2 v = unpack_pair(m, T{});
-            return max_nan(v.x, v.y);
-        }
-    }
-};
-
-template <typename T>
-struct Elements<T, 2> {
-    float value[2];
-
-    __device__ __forceinline__ void load(const T* p, int64_t count) {
-        value[0] = to_float(p[0]);
-        value[1] = count > 1 ? to_float(p[1]) : 0.0f;
-    }
-
-    __device__ __forceinline__ void to_floats(float (&x)[2]) const {
-        x[0] = value[0], x[1] = value[1];
-    }
-
-    __device__ __forceinline__ float absmax() const {
-        return max_nan(fabsf(value[0]), fabsf(value[1]));
-    }
-};
-
-template <int kWidth, typename T>
-__device__ __forceinline__ void
-scale_elements(const Elements<T, kWidth>& elements, float inverse, float (&x)[kWidth]) {
-    elements.to_floats(x);
-#pragma unroll
-    for (int i = 0; i < kWidth; i++)
-        x[i] = __fmul_rn(x[i], inverse);
-}
 
 // ---- tables in shared memory --------------------------------------------------------------------
 
@@ -132,55 +55,175 @@ __device__ __forceinline__ void build_tables(Tables& smem, const QuantizeArgs& a
 // ---- weights. Each path returns the thread's share of the sum of absmax. ------------------------
 
 constexpr int kUnroll = 2;  // vectors of 8 elements per thread and step
+constexpr int kStep = kUnroll * kThreads;
 
-// One row: a block is a group of kLanes neighbouring lanes with 8 elements each. A CTA takes every
-// gridDim-th tile of kThreads vectors, kUnroll tiles a step, and loads the next step's before it
-// works on this one's. The loop counts tiles of the whole CTA: it is uniform, so shuffles need no
-// convergence check.
-template <typename T, int kLanes>
-__device__ __forceinline__ double quantize_groups(const QuantizeArgs& a, Tables& smem) {
-    const T* weight = static_cast<const T*>(a.weight);
-    const uint32_t vectors = static_cast<uint32_t>(a.columns / 8);
-    const uint32_t step = gridDim.x * kThreads;
-    // Beyond the end the last vector comes again: it cannot change the maximum of its block, and
-    // the rest is not stored.
-    const auto load = [&](Elements<T, 8>(&to)[kUnroll], uint32_t v) {
+// Contiguous runs of vectors, one per CTA, cut at multiples of a unit.
+struct Split {
+    uint32_t unit;  // vectors
+    uint32_t units;
+
+    __device__ __forceinline__ uint32_t begin(uint32_t cta, uint32_t vectors) const {
+        const uint64_t first = static_cast<uint64_t>(units) * cta / gridDim.x;
+        return static_cast<uint32_t>(min(first * unit, static_cast<uint64_t>(vectors)));
+    }
+};
+
+// What reciprocal() gives, for several at once: one test finds the values beyond the range in which
+// a Newton step makes the hardware's estimate exact, where __frcp_rn has a test and a call for
+// each.
+template <int kCount>
+__device__ __forceinline__ void
+reciprocals(const float (&absmax)[kCount], float (&inverse)[kCount]) {
+    float low = absmax[0], high = absmax[0];
 #pragma unroll
-        for (int u = 0; u < kUnroll; u++) {
-            to[u].load(weight + static_cast<int64_t>(min(v + u * step, vectors - 1)) * 8, 8);
-        }
-    };
-    Elements<T, 8> next[kUnroll];
-    load(next, blockIdx.x * kThreads + threadIdx.x);
-    build_tables(smem, a);
-    __syncthreads();
-    const bool one_per_cell = smem.codes.one_per_cell, ordered = smem.codes.ordered;
-    const bool leader = threadIdx.x % kLanes == 0;
-    double sum = 0.0;
-    for (uint32_t tile = blockIdx.x * kThreads; tile < vectors; tile += kUnroll * step) {
-        const uint32_t v = tile + threadIdx.x;
-        Elements<T, 8> now[kUnroll];
-#pragma unroll
-        for (int u = 0; u < kUnroll; u++)
-            now[u] = next[u];
-        load(next, v + kUnroll * step);
-#pragma unroll
-        for (int u = 0; u < kUnroll; u++) {
-            const uint32_t at = v + u * step;
-            const float absmax = group_max(now[u].absmax(), kLanes);
-            float x[8];
-            scale_elements(now[u], reciprocal(absmax), x);
-            const uint32_t codes = encode(smem.codes, one_per_cell, ordered, x);
-            if (at >= vectors)
-                continue;
-            reinterpret_cast<uint32_t*>(a.qweight)[at] = codes;
-            if (!leader)
-                continue;
-            a.absmax[at / kLanes] = absmax;
-            sum += absmax;
+    for (int u = 0; u < kCount; u++) {
+        const float estimate = rcp_approx(absmax[u]);
+        inverse[u] = __fmaf_rn(-__fmaf_rn(absmax[u], estimate, -1.0f), estimate, estimate);
+        if (u > 0) {
+            low = fminf(low, absmax[u]);
+            high = max_nan(high, absmax[u]);
         }
     }
-    return sum;
+    if (low >= 0x1p-126f && high < 0x1p126f)
+        return;
+#pragma unroll
+    for (int u = 0; u < kCount; u++)
+        inverse[u] = reciprocal(absmax[u]);
+}
+
+// What a thread has under way: kStages steps of kUnroll vectors in slots of shared memory that only
+// this thread writes and reads, so no barrier is needed.
+template <typename T>
+struct Ring {
+    static constexpr int kStages = 2;
+    static constexpr int kWords = Elements<T, 8>::kWords;
+    static constexpr int kPieces = kUnroll * kWords / 4;
+    static constexpr size_t kBytes = size_t{16} * kStages * kPieces * kThreads;
+    uint4 slot[kStages][kPieces][kThreads];
+
+    __device__ __forceinline__ void fetch(int stage, const T* source) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; u++) {
+#pragma unroll
+            for (int i = 0; i < kWords / 4; i++)
+                copy_async_16(
+                    &slot[stage][u * kWords / 4 + i][threadIdx.x],
+                    reinterpret_cast<const uint4*>(source + u * kThreads * 8) + i);
+        }
+    }
+
+    __device__ __forceinline__ void read(int stage, Elements<T, 8> (&to)[kUnroll]) const {
+#pragma unroll
+        for (int u = 0; u < kUnroll; u++) {
+#pragma unroll
+            for (int i = 0; i < kWords; i += 4) {
+                const uint4 v = slot[stage][u * kWords / 4 + i / 4][threadIdx.x];
+                to[u].word[i] = v.x, to[u].word[i + 1] = v.y;
+                to[u].word[i + 2] = v.z, to[u].word[i + 3] = v.w;
+            }
+        }
+    }
+};
+
+// A CTA's run. Pointers are the thread's own and move with it.
+template <typename T, int kLanes>
+struct Run {
+    const T* source;
+    uint32_t* target;
+    float* scales;
+    uint32_t count;  // vectors of the CTA left
+
+    // Beyond the end the last vector comes again: it cannot change the maximum of its block.
+    __device__ __forceinline__ void load_rest(Elements<T, 8> (&to)[kUnroll]) const {
+        const T* first = source - static_cast<int64_t>(threadIdx.x) * 8;
+#pragma unroll
+        for (int u = 0; u < kUnroll; u++)
+            to[u].load(first + min(u * kThreads + threadIdx.x, count - 1) * 8, 8);
+    }
+
+    template <bool kFast, bool kRest>
+    __device__ __forceinline__ void
+    quantize(const Elements<T, 8> (&from)[kUnroll], const CodeTable& table) {
+        float absmax[kUnroll], inverse[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; u++)
+            absmax[u] = group_max(from[u].absmax(), kLanes);
+        reciprocals(absmax, inverse);
+#pragma unroll
+        for (int u = 0; u < kUnroll; u++) {
+            float x[8];
+            scale_elements(from[u], inverse[u], x);
+            const uint32_t codes =
+                encode(table, kFast || table.one_per_cell, kFast || table.ordered, x);
+            if (kRest && u * kThreads + threadIdx.x >= count)
+                continue;
+            target[u * kThreads] = codes;
+            if (threadIdx.x % kLanes == 0)
+                scales[u * (kThreads / kLanes)] = absmax[u];
+        }
+        target += kStep;
+        scales += kStep / kLanes;
+    }
+
+    __device__ __forceinline__ void start(Ring<T>& ring) {
+        const uint32_t steps = count / kStep;
+#pragma unroll
+        for (int s = 0; s < Ring<T>::kStages; s++) {
+            if (s < steps)
+                ring.fetch(s, source + s * (kStep * 8));
+            commit_async();
+        }
+    }
+
+    // Branches are the same for the whole CTA, so shuffles need no convergence check.
+    template <bool kFast>
+    __device__ __forceinline__ void quantize_all(Ring<T>& ring, const CodeTable& table) {
+        constexpr int kStages = Ring<T>::kStages;
+        const uint32_t steps = count / kStep;
+        count %= kStep;
+        int stage = 0;
+#pragma unroll 1
+        for (uint32_t step = 0; step < steps; step++) {
+            Elements<T, 8> now[kUnroll];
+            wait_async<kStages - 1>();
+            ring.read(stage, now);
+            if (step + kStages < steps)
+                ring.fetch(stage, source + kStages * (kStep * 8));
+            commit_async();
+            source += kStep * 8;
+            stage = stage + 1 == kStages ? 0 : stage + 1;
+            quantize<kFast, false>(now, table);
+        }
+        if (count > 0) {
+            Elements<T, 8> now[kUnroll];
+            load_rest(now);
+            quantize<kFast, true>(now, table);
+        }
+    }
+};
+
+// One row: a block is a group of kLanes neighbouring lanes with 8 elements each. Writes all scales
+// of the CTA's run to `scales`.
+template <typename T, int kLanes>
+__device__ __forceinline__ void quantize_groups(
+    const QuantizeArgs& a,
+    uint32_t begin,
+    uint32_t count,
+    float* scales,
+    Ring<T>& ring,
+    Tables& smem) {
+    const int64_t first = static_cast<int64_t>(begin) + threadIdx.x;
+    Run<T, kLanes> run{
+        static_cast<const T*>(a.weight) + first * 8, reinterpret_cast<uint32_t*>(a.qweight) + first,
+        scales + threadIdx.x / kLanes, count};
+    run.start(ring);
+    build_tables(smem, a);
+    __syncthreads();
+    if (smem.codes.one_per_cell && smem.codes.ordered) {
+        run.template quantize_all<true>(ring, smem.codes);
+    } else {
+        run.template quantize_all<false>(ring, smem.codes);
+    }
 }
 
 // A block per warp, kWidth elements per lane and step, twice: for the maximum and for the codes.
@@ -231,35 +274,57 @@ __device__ __forceinline__ double quantize_blocks(const QuantizeArgs& a, Tables&
     return sum;
 }
 
-// ---- kernel -------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
-// What follows the weights when absmax is to be 8-bit. `sum` is the thread's share of the sum.
-__device__ __forceinline__ void finish(const QuantizeArgs& a, Tables& smem, double sum) {
-    if (a.nested_codebook == nullptr)
-        return;
+// Leaves the CTA's sum of absmax for all and waits for theirs.
+__device__ __forceinline__ void share_sum(const QuantizeArgs& a, Tables& smem, double sum) {
     sum = cta_sum(sum, smem.nested);
     if (threadIdx.x == 0)
         a.partial_sums[blockIdx.x] = sum;
     cooperative_groups::this_grid().sync();
-    const int64_t blocksize = int64_t{1} << a.blocksize_log2;
-    const int64_t blocks = a.rows * ((a.columns + blocksize - 1) >> a.blocksize_log2);
-    quantize_absmax(a, blocks, smem.nested);
 }
 
-// Shared memory: tables, 1.5 KiB. Grid: any size; with double quantization it must fit the device
-// (cooperative).
-template <typename T, int kLanes>
+// Shared memory: tables, 1.5 KiB, and with kSharedScales the CTA's scales, 4 bytes each: they never
+// go to memory. Grid: any size; with double quantization it must fit the device (cooperative).
+// kSharedScales: the unit of the split is whole nested blocks.
+template <typename T, int kLanes, bool kSharedScales>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
-    quantize_groups_kernel(const QuantizeArgs a) {
+    quantize_groups_kernel(const QuantizeArgs a, const Split split) {
     __shared__ Tables smem;
-    finish(a, smem, quantize_groups<T, kLanes>(a, smem));
+    extern __shared__ __align__(16) uint8_t smem_dynamic[];
+    Ring<T>& ring = *reinterpret_cast<Ring<T>*>(smem_dynamic);
+    float* smem_scales = reinterpret_cast<float*>(smem_dynamic + Ring<T>::kBytes);
+    const uint32_t vectors = static_cast<uint32_t>(a.columns / 8);
+    const uint32_t begin = split.begin(blockIdx.x, vectors);
+    const uint32_t count = split.begin(blockIdx.x + 1, vectors) - begin;
+    float* scales = kSharedScales ? smem_scales : a.absmax + begin / kLanes;
+    quantize_groups<T, kLanes>(a, begin, count, scales, ring, smem);
+    if (a.nested_codebook == nullptr)
+        return;
+    __syncthreads();
+    const uint32_t own = (count + kLanes - 1) / kLanes;
+    double sum = 0.0;
+    for (uint32_t i = threadIdx.x; i < own; i += kThreads)
+        sum += scales[i];
+    share_sum(a, smem, sum);
+    const int64_t blocks = (a.columns / 8 + kLanes - 1) / kLanes;
+    if constexpr (kSharedScales) {
+        quantize_own_absmax(a, scales, begin / kLanes, own, blocks, smem.nested);
+    } else {
+        quantize_absmax(a, blocks, smem.nested);
+    }
 }
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     quantize_blocks_kernel(const QuantizeArgs a) {
     __shared__ Tables smem;
-    finish(a, smem, quantize_blocks<T, kWidth>(a, smem));
+    const double sum = quantize_blocks<T, kWidth>(a, smem);
+    if (a.nested_codebook == nullptr)
+        return;
+    share_sum(a, smem, sum);
+    const int64_t blocksize = int64_t{1} << a.blocksize_log2;
+    quantize_absmax(a, a.rows * ((a.columns + blocksize - 1) >> a.blocksize_log2), smem.nested);
 }
 
 // ---- choice -------------------------------------------------------------------------------------
@@ -268,60 +333,125 @@ bool aligned(const void* p, size_t bytes) {
     return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
-using Kernel = void (*)(QuantizeArgs);
-
-template <typename T>
-Kernel choose_kernel(const QuantizeArgs& a) {
-    if (a.columns % 8 != 0 || !aligned(a.weight, 16) || !aligned(a.qweight, 4))
-        return quantize_blocks_kernel<T, 2>;
-    const bool fits_32_bits = a.columns / 8 < (int64_t{1} << 32) - (int64_t{1} << 24);
-    if (a.rows > 1 || a.blocksize_log2 > 8 || !fits_32_bits)
-        return quantize_blocks_kernel<T, 8>;
-    switch (a.blocksize_log2) {
-    case 5:
-        return quantize_groups_kernel<T, 4>;
-    case 6:
-        return quantize_groups_kernel<T, 8>;
-    case 7:
-        return quantize_groups_kernel<T, 16>;
-    default:
-        return quantize_groups_kernel<T, 32>;
-    }
+int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
+        return 0;
+    return value;
 }
 
-// As many CTAs as the device holds at once, but no more than there is work for.
-cudaError_t choose_grid(const void* kernel, const QuantizeArgs& a, int* grid) {
-    int device = 0, sms = 0, per_sm = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess)
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, 0);
-    if (error != cudaSuccess)
-        return error;
-    const int64_t useful = ceil_div(a.rows * a.columns, kThreads * 8);
-    *grid = static_cast<int>(std::min({int64_t{sms} * per_sm, useful, int64_t{kMaxPartialSums}}));
-    return cudaSuccess;
+// As many CTAs as the device holds at once.
+cudaError_t largest_grid(const void* kernel, size_t smem_bytes, int64_t* grid) {
+    int per_sm = 0;
+    const cudaError_t error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, smem_bytes);
+    *grid = std::min(
+        int64_t{device_attribute(cudaDevAttrMultiProcessorCount)} * per_sm,
+        int64_t{kMaxPartialSums});
+    return error == cudaSuccess && *grid == 0 ? cudaErrorInvalidConfiguration : error;
 }
 
-template <typename T>
-cudaError_t launch(const QuantizeArgs& a, cudaStream_t stream) {
-    const Kernel kernel = choose_kernel<T>(a);
-    int grid = 0;
-    const cudaError_t error = choose_grid(reinterpret_cast<const void*>(kernel), a, &grid);
-    if (error != cudaSuccess)
-        return error;
+cudaError_t allow_shared(const void* kernel, size_t bytes) {
+    return cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
 
+// The smallest grid whose largest share is that of `grid`: the shares come out even.
+int64_t even_grid(int64_t units, int64_t grid) {
+    return ceil_div(units, ceil_div(units, grid));
+}
+
+template <typename... Params>
+cudaError_t launch_kernel(
+    void (*kernel)(Params...),
+    int64_t grid,
+    size_t smem_bytes,
+    cudaStream_t stream,
+    const QuantizeArgs& a,
+    const Split& split) {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid);
+    config.gridDim = dim3(static_cast<unsigned>(grid));
     config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = smem_bytes;
     config.stream = stream;
     cudaLaunchAttribute cooperative{};
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;
     config.attrs = &cooperative;
     config.numAttrs = a.nested_codebook != nullptr ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, a);
+    if constexpr (sizeof...(Params) == 1) {
+        return cudaLaunchKernelEx(&config, kernel, a);
+    } else {
+        return cudaLaunchKernelEx(&config, kernel, a, split);
+    }
+}
+
+template <typename T, int kWidth>
+cudaError_t launch_blocks(const QuantizeArgs& a, cudaStream_t stream) {
+    const auto kernel = quantize_blocks_kernel<T, kWidth>;
+    int64_t grid = 0;
+    const cudaError_t error = largest_grid(reinterpret_cast<const void*>(kernel), 0, &grid);
+    if (error != cudaSuccess)
+        return error;
+    const int64_t useful = ceil_div(a.rows * a.columns, kThreads * 8);
+    return launch_kernel(kernel, std::min(grid, useful), 0, stream, a, Split{});
+}
+
+// Scales stay in shared memory if the CTA's share fits and whole nested blocks divide into shares
+// for most of the CTAs.
+template <typename T, int kLanes>
+cudaError_t launch_groups(const QuantizeArgs& a, cudaStream_t stream) {
+    const auto kernel = quantize_groups_kernel<T, kLanes, false>;
+    const auto shared_kernel = quantize_groups_kernel<T, kLanes, true>;
+    constexpr size_t kRing = Ring<T>::kBytes;
+    int64_t largest = 0;
+    cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), kRing);
+    if (error == cudaSuccess)
+        error = largest_grid(reinterpret_cast<const void*>(kernel), kRing, &largest);
+    if (error != cudaSuccess)
+        return error;
+    const int64_t vectors = a.columns / 8;
+    if (a.nested_codebook != nullptr) {
+        const int64_t unit = std::max(int64_t{kLanes} << a.nested_blocksize_log2, int64_t{kStep});
+        const int64_t units = ceil_div(vectors, unit);
+        const int64_t grid = even_grid(units, largest);
+        const int64_t bytes = kRing + ceil_div(units, grid) * (unit / kLanes) * sizeof(float);
+        const int64_t per_sm = ceil_div(largest, device_attribute(cudaDevAttrMultiProcessorCount));
+        // 4 KiB for the tables and what the system keeps.
+        const int64_t limit =
+            device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / per_sm - 4096;
+        if (bytes <= limit && 4 * grid >= 3 * largest) {
+            error = allow_shared(reinterpret_cast<const void*>(shared_kernel), bytes);
+            if (error != cudaSuccess)
+                return error;
+            const Split split{static_cast<uint32_t>(unit), static_cast<uint32_t>(units)};
+            return launch_kernel(shared_kernel, grid, bytes, stream, a, split);
+        }
+    }
+    const int64_t unit = ceil_div(vectors, kStep) >= largest ? kStep : kThreads;
+    const int64_t units = ceil_div(vectors, unit);
+    const Split split{static_cast<uint32_t>(unit), static_cast<uint32_t>(units)};
+    return launch_kernel(kernel, even_grid(units, largest), kRing, stream, a, split);
+}
+
+template <typename T>
+cudaError_t launch(const QuantizeArgs& a, cudaStream_t stream) {
+    if (a.columns % 8 != 0 || !aligned(a.weight, 16) || !aligned(a.qweight, 4))
+        return launch_blocks<T, 2>(a, stream);
+    const bool fits_32_bits = a.columns / 8 < (int64_t{1} << 32) - (int64_t{1} << 24);
+    if (a.rows > 1 || a.blocksize_log2 > 8 || !fits_32_bits)
+        return launch_blocks<T, 8>(a, stream);
+    switch (a.blocksize_log2) {
+    case 5:
+        return launch_groups<T, 4>(a, stream);
+    case 6:
+        return launch_groups<T, 8>(a, stream);
+    case 7:
+        return launch_groups<T, 16>(a, stream);
+    default:
+        return launch_groups<T, 32>(a, stream);
+    }
 }
 
 }  // namespace

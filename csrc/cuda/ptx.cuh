@@ -68,6 +68,13 @@ __device__ __forceinline__ uint32_t add_if_above(uint32_t value, float x, float 
     return value;
 }
 
+// Estimate of 1 / x for a normal x below 2^126; one Newton step rounds it to nearest.
+__device__ __forceinline__ float rcp_approx(float x) {
+    float d;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}
+
 // 16 bytes that are read once: they take no L1 line, which spares the lines of tables and scales.
 __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
     uint4 v;
@@ -75,6 +82,24 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(p));
     return v;
+}
+
+// 16 bytes from global to shared memory in the background, past L1. Groups complete in order;
+// wait_async<n> leaves the n youngest under way.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+                 "l"(global)
+                 : "memory");
+}
+
+__device__ __forceinline__ void commit_async() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kYoungest>
+__device__ __forceinline__ void wait_async() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kYoungest) : "memory");
 }
 
 }  // namespace lowbit::cuda
