@@ -68,7 +68,9 @@ test: venv model
 bench: install
 	$(BIN)/python bench/bench_quantize.py
 	$(BIN)/python bench/bench_cpu_linear.py
-	if nvidia-smi -L >/dev/null 2>&1; then $(BIN)/python bench/bench_cuda_quantize.py; fi
+	if nvidia-smi -L >/dev/null 2>&1; then \
+	    $(BIN)/python bench/bench_cuda_quantize.py && $(BIN)/python bench/bench_nf4_lora_matmul.py; \
+	fi
 
 # ---- source --------------------------------------------------------------------------------------
 

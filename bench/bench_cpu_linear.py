@@ -22,13 +22,12 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
-from common import LAYERS, Row, interleaved, print_header, short, write_json
+from common import LAYERS, Row, geometric_mean, interleaved, print_header, short, write_json
 
 import lowbit
 from lowbit import reference
@@ -165,8 +164,8 @@ def bench_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
 def geometric_means(rows: list[Row]) -> None:
     """Speed of every implementation over dense, over all cases of an operation."""
     for op, impl in dict.fromkeys((row.op, row.impl) for row in rows):
-        logs = [math.log(row.vs_dense) for row in rows if (row.op, row.impl) == (op, impl)]
-        print(f"geometric mean, {op:<14} {impl:<19} {math.exp(sum(logs) / len(logs)):6.2f} x dense")
+        mean = geometric_mean(row.vs_dense for row in rows if (row.op, row.impl) == (op, impl))
+        print(f"geometric mean, {op:<14} {impl:<19} {mean:6.2f} x dense")
 
 
 def parse_args() -> argparse.Namespace:

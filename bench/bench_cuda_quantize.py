@@ -20,7 +20,16 @@ import math
 from collections.abc import Callable
 
 import torch
-from common import LAYERS, Layer, Row, interleaved, print_header, short, write_json
+from common import (
+    LAYERS,
+    Layer,
+    Row,
+    geometric_mean,
+    interleaved,
+    print_header,
+    short,
+    write_json,
+)
 
 import lowbit
 from lowbit import codebooks, reference
@@ -166,8 +175,7 @@ def main() -> None:
         rows += run(layers[name], DTYPES[options.dtype], options.seconds)
         torch.cuda.empty_cache()
     fractions = [row.percent_peak for row in rows if row.op != "copy"]
-    mean = math.exp(sum(map(math.log, fractions)) / len(fractions))
-    print(f"geometric mean: {mean:.1f} % of the copy bandwidth")
+    print(f"geometric mean: {geometric_mean(fractions):.1f} % of the copy bandwidth")
     if options.json:
         write_json(options.json, "cuda_quantize", rows)
 

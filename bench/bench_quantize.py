@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-from common import LAYERS, Row, interleaved, print_header, short, write_json
+from common import LAYERS, Row, geometric_mean, interleaved, print_header, short, write_json
 
 import lowbit
 from lowbit import dispatch
@@ -218,13 +218,13 @@ def geometric_means(rows: list[Row]) -> None:
     ours = [row for row in rows if row.impl.startswith("lowbit")]
     for op, impl in dict.fromkeys((row.op, row.impl) for row in ours):
         for peer in ("clone", "bitsandbytes", "torch"):
-            logs = [
-                math.log(times[case, peer] / us)
+            ratios = [
+                times[case, peer] / us
                 for (case, name), us in times.items()
                 if case[0] == op and name == impl and (case, peer) in times
             ]
-            if logs:
-                mean = math.exp(sum(logs) / len(logs))
+            if ratios:
+                mean = geometric_mean(ratios)
                 print(f"geometric mean, {op:<18} {impl:<15} {mean:6.2f} x {peer}")
 
 

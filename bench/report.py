@@ -101,7 +101,55 @@ def cuda_quantize(name: str, record: dict) -> str:
     return f"Quantization on a GPU ({caption}; `{name}`):\n\n{table(head, body)}"
 
 
-WRITERS = {"cpu_linear": cpu_linear, "quantize": quantize, "cuda_quantize": cuda_quantize}
+LINEAR_COLUMNS = {  # of the README, in this order, where the record has them
+    "dense": "dense, no LoRA",
+    "dense+lora": "dense + LoRA",
+    "bitsandbytes": "bitsandbytes",
+    "unsloth-style": "Unsloth-style",
+    "lowbit": "lowbit",
+}
+LINEAR_TOKENS = (1, 16, 256, 4096)  # the record may have more
+
+
+def linear(name: str, record: dict) -> str:
+    """Microseconds of a linear layer with its adapter on a GPU, and what the card allows."""
+    rows = [row for row in record["rows"] if row["op"] == "lora_linear"]
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault((row["N"], row["K"], row["M"]), {})[row["impl"]] = row
+    measured = {M for _, _, M in cases}
+    shown = measured & set(LINEAR_TOKENS) or measured
+    columns = {
+        impl: title
+        for impl, title in LINEAR_COLUMNS.items()
+        if any(impl in impls for impls in cases.values())
+    }
+    body = []
+    for (N, K, M), impls in cases.items():
+        if M not in shown:
+            continue
+        ours, dense = impls["lowbit"], impls.get("dense")
+        times = [f"{impls[impl]['us']:.1f}" if impl in impls else "-" for impl in columns]
+        ratio = f"{ours['us'] / dense['us']:.2f}" if dense else "-"
+        floor = f"{ours['us'] / ours['floor_us']:.2f}"
+        body.append([f"{N} x {K}", str(M), f"{ours['floor_us']:.1f}", *times, ratio, floor])
+    head = ["us", "M", "floor", *columns.values(), "lowbit / dense", "lowbit / floor"]
+    ceilings = record["ceilings"]
+    rates = (
+        f"floor: the larger of bytes at {ceilings['copy_gbps'] / 1e3:.2f} TB/s and flops at "
+        f"{ceilings['matmul_tflops']:.0f} TFLOP/s, both measured"
+    )
+    caption = machine(record["environment"], card=True)
+    what = f"Linear layers on a GPU, forward, {rows[0]['dtype']}, rank {rows[0]['r']}"
+    return f"{what} ({caption}; {rates}; `{name}`):\n\n{table(head, body)}"
+
+
+WRITERS = {
+    "cpu_linear": cpu_linear,
+    "quantize": quantize,
+    "cuda_quantize": cuda_quantize,
+    "linear": linear,
+}
 
 
 def report() -> str:

@@ -143,15 +143,18 @@ def _operations() -> list[dict]:
     ]
 
 
+# Double-quantized layers of language models: every kernel of the table serves them.
+_USUAL_LAYER = dispatch.Layer(N=4096, K=4096, blocksize=64, r=16)
+
+
 def _choices(
     operation: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> list[dict]:
     """Return one entry for each range of M that the table treats differently, smallest M first."""
-    limits = sorted({row.max_tokens for row in dispatch.TABLE if row.max_tokens is not None})
     choices: list[dict] = []
-    for tokens in (1, *(limit + 1 for limit in limits)):
+    for tokens in sorted({row.tokens[0] for row in dispatch.TABLE}):
         try:
-            row = dispatch.choose(operation, device, dtype, tokens)
+            row = dispatch.choose(operation, device, dtype, tokens, _USUAL_LAYER)
             backend, reason = row.backend, row.reason
         except Exception as error:
             backend, reason = None, str(error)

@@ -1,13 +1,16 @@
 """The one place that decides which kernel runs.
 
 TABLE is read from the top; the first row whose conditions hold and whose backend is present wins. A
-row names the operations it serves, the device type, the least compute capability, the dtypes of the
-activation (or weight), the range of M it is for, and why it is there. Nothing else in lowbit tests
-architectures or sizes to choose a kernel.
+row names the operations it serves, the device type, the compute capability, the dtypes of the
+activation (or weight), the range of M and the weights it is for, and why it is there. Nothing else
+in lowbit tests architectures or sizes to choose a kernel.
 
-A backend can be forced with the environment variable LOWBIT_BACKEND or, for a while, with `force`:
+A backend, or one kernel of it, can be forced with the environment variable LOWBIT_BACKEND or, for a
+while, with `force`:
 
     with lowbit.dispatch.force("reference"):
+        y = layer(x)
+    with lowbit.dispatch.force("cuda:panels"):
         y = layer(x)
 """
 
@@ -18,15 +21,37 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _QUANTIZE = ("quantize_4bit", "dequantize_4bit")
-_MATMUL = ("linear", "linear_dx", "lora_linear", "lora_linear_backward", "dropout")
+_FORWARD = ("linear", "lora_linear")
+_BACKWARD = ("linear_dx", "lora_linear_backward")
+_MATMUL = (*_FORWARD, *_BACKWARD, "dropout")
 OPERATIONS = _QUANTIZE + _MATMUL
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Layer(NamedTuple):
+    """What a kernel's choice may depend on besides M: the weight and the rank."""
+
+    N: int = 0
+    K: int = 0
+    blocksize: int = 0  # 0: a dense weight
+    row_blocks: bool = True
+    r: int = 0  # 0: no adapter
+
+    def whole_blocks(self) -> bool:
+        """Whether tiles of 16 rows by 64 columns never meet an edge or half a block."""
+        return (
+            self.blocksize >= 64
+            and self.K % max(self.blocksize, 64) == 0
+            and self.N % 16 == 0
+            and self.r <= 64
+        )
 
 
 @dataclass(frozen=True)
@@ -37,15 +62,24 @@ class Row:
     device: str  # device type, or "*"
     backend: str
     reason: str
-    capability: tuple[int, int] = (0, 0)
+    kernel: str = ""  # of the backend's kernels for the operation, where it has several
+    capability: tuple[int, int] = (0, 0)  # least
+    newest: tuple[int, int] | None = None  # greatest capability, for one family's instructions
     dtypes: tuple[torch.dtype, ...] = _FLOATS
-    max_tokens: int | None = None  # largest M served; None for all
+    tokens: tuple[int, int | None] = (1, None)  # least and greatest M
+    serves: Callable[[Layer], bool] | None = None
 
 
 TABLE = (
-    Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", (8, 0)),
-    Row(_MATMUL, "cuda", "cuda", "dequantize by panels, cuBLAS", (8, 0)),
-    Row(OPERATIONS, "cuda", "triton", "no compiled library: Triton compiles on the spot", (8, 0)),
+    Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
+    Row(_MATMUL, "cuda", "cuda", "dequantize by panels, cuBLAS", "panels", (8, 0)),
+    Row(
+        OPERATIONS,
+        "cuda",
+        "triton",
+        "no compiled library: Triton compiles on the spot",
+        capability=(8, 0),
+    ),
     Row(OPERATIONS, "cpu", "cpu", "vectorized C++, fused decode and low-rank update"),
     Row(
         OPERATIONS,
@@ -64,15 +98,15 @@ def force(backend: str) -> Iterator[None]:
     """Use one backend for every operation inside the context.
 
     Args:
-        backend: "cuda", "triton", "cpu" or "reference".
+        backend: "cuda", "triton", "cpu" or "reference"; "cuda:panels" (any kernel a row of TABLE
+            names) leaves only that kernel.
 
     Raises:
         ValueError: unknown backend.
         RuntimeError: at the first operation, when the backend is not there or does not serve the
             device.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _check_name(backend, "backend")
     _forced.append(backend)
     try:
         yield
@@ -85,9 +119,17 @@ def forced() -> str | None:
     if _forced:
         return _forced[-1]
     name = os.environ.get("LOWBIT_BACKEND") or None
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"LOWBIT_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name is not None:
+        _check_name(name, "LOWBIT_BACKEND")
     return name
+
+
+def _check_name(name: str, argument: str) -> None:
+    kernels = [f"{row.backend}:{row.kernel}" for row in TABLE if row.kernel]
+    if name not in (*BACKENDS, *kernels):
+        raise ValueError(
+            f"{argument} must be one of {', '.join((*BACKENDS, *kernels))}, got {name!r}"
+        )
 
 
 @functools.cache
@@ -126,19 +168,34 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def _serves(
-    row: Row, operation: str, device: torch.device, dtype: torch.dtype, tokens: int
+    row: Row,
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    layer: Layer | None,
 ) -> bool:
     if operation not in row.operations or row.device not in ("*", device.type):
         return False
-    if dtype not in row.dtypes or (row.max_tokens is not None and tokens > row.max_tokens):
+    least, most = row.tokens
+    if dtype not in row.dtypes or tokens < least or (most is not None and tokens > most):
+        return False
+    if row.serves is not None and (layer is None or not row.serves(layer)):
         return False
     if device.type == "cuda" and row.capability > (0, 0):
         index = torch.cuda.current_device() if device.index is None else device.index
-        return _capability(index) >= row.capability
+        capability = _capability(index)
+        return capability >= row.capability and (row.newest is None or capability <= row.newest)
     return True
 
 
-def choose(operation: str, device: torch.device, dtype: torch.dtype, tokens: int = 1) -> Row:
+def choose(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int = 1,
+    layer: Layer | None = None,
+) -> Row:
     """Return the row that serves an operation.
 
     Args:
@@ -146,26 +203,64 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, tokens: int
         device: where the tensors are.
         dtype: dtype of the activation, or of the weight for quantize and dequantize.
         tokens: M.
+        layer: the weight and rank; without it, rows that depend on them are passed over.
 
     Raises:
-        RuntimeError: a forced backend is not there.
+        RuntimeError: a forced backend is not there, or its kernel does not serve the layer.
         TypeError: no row serves the dtype.
     """
-    name = forced()
-    if name is not None:
-        why = unavailable(name)
-        if why is not None:
-            raise RuntimeError(f"backend {name!r} was forced but cannot run here: {why}")
-        return Row(OPERATIONS, device.type, name, "forced")
-    for row in TABLE:
-        if _serves(row, operation, device, dtype, tokens) and unavailable(row.backend) is None:
-            return row
-    raise TypeError(f"lowbit::{operation} does not support {dtype} on {device.type}")
+    return _choose(operation, device, dtype, tokens, layer, forced())
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    layer: Layer | None,
+    name: str | None,
+) -> Row:
+    if name is None:
+        for row in TABLE:
+            served = _serves(row, operation, device, dtype, tokens, layer)
+            if served and unavailable(row.backend) is None:
+                return row
+        raise TypeError(f"lowbit::{operation} does not support {dtype} on {device.type}")
+    backend, _, kernel = name.partition(":")
+    why = unavailable(backend)
+    if why is not None:
+        raise RuntimeError(f"backend {backend!r} was forced but cannot run here: {why}")
+    kernels = [row for row in TABLE if row.backend == backend and operation in row.operations]
+    if kernel and operation in _FORWARD:
+        kernels = [row for row in kernels if row.kernel == kernel]
+    for row in kernels:
+        # Forced by name, a kernel also runs where another one is faster.
+        at = row.tokens[0] if kernel else tokens
+        if _serves(row, operation, device, dtype, at, layer):
+            return replace(row, reason="forced")
+    if kernel and operation in _FORWARD:
+        raise RuntimeError(
+            f"kernel {kernel!r} was forced but does not serve {operation} here "
+            f"({dtype}, M = {tokens}, {layer})"
+        )
+    return Row(OPERATIONS, device.type, backend, "forced")
 
 
 def select(operation: str, args: tuple) -> Callable:
     """Return the function that runs an operation on these arguments."""
     first = args[0]
-    dtype = args[-1] if operation == "dequantize_4bit" else first.dtype
-    row = choose(operation, first.device, dtype, first.shape[0])
-    return getattr(_module(row.backend), operation)
+    if operation in _QUANTIZE:
+        dtype = args[-1] if operation == "dequantize_4bit" else first.dtype
+        row = choose(operation, first.device, dtype, first.shape[0])
+    elif operation in _FORWARD:
+        # x, the eleven of the weight, lora_A
+        r = args[12].shape[0] if operation == "lora_linear" else 0
+        layer = Layer(args[7], args[8], args[9] if args[2] is not None else 0, args[11], r)
+        row = choose(operation, first.device, first.dtype, first.shape[0], layer)
+    else:
+        row = choose(operation, first.device, first.dtype, first.shape[0])
+    function = getattr(_module(row.backend), operation)
+    if row.kernel and operation in _FORWARD:
+        return functools.partial(function, kernel=row.kernel)
+    return function

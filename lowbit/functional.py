@@ -7,11 +7,13 @@ seed, and call the operations of ops.py. Everything below trusts what they pass.
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
-from . import ops  # noqa: F401  (registers torch.ops.lowbit)
+from . import dispatch, ops  # noqa: F401  (ops registers torch.ops.lowbit)
 from .weight import QuantizedWeight, WeightArgs
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SEED_LIMIT = 2**63 - 1
 
 
@@ -43,8 +45,8 @@ def matmul(x: torch.Tensor, w: QuantizedWeight | torch.Tensor, bias: torch.Tenso
     x = _autocast(x)
     weight = _weight_args(x, w)
     _check_bias(x, weight, bias)
-    y = torch.ops.lowbit.linear(_rows(x), *weight, bias)
-    return y.view(*x.shape[:-1], weight.N)
+    y = _run("linear", _rows(x), *weight, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.N)
 
 
 def lora_matmul(
@@ -107,10 +109,42 @@ def lora_matmul(
         return y.view(*x.shape[:-1], weight.N)
     lora_A, lora_B = _adapter(x, weight, lora_A, lora_B)
     vector, scalar = _scaling(x, scaling, lora_A.shape[0])
-    y, _ = torch.ops.lowbit.lora_linear(
-        rows, *weight, lora_A, lora_B, vector, scalar, bias, dropout_p, _seed(x, dropout_p)
-    )
-    return y.view(*x.shape[:-1], weight.N)
+    y, _ = _run(
+        "lora_linear",
+        rows, *weight, lora_A, lora_B, vector, scalar, bias, dropout_p, _seed(x, dropout_p),
+    )  # fmt: skip
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.N)
+
+
+def _run(operation: str, *args):
+    """torch.ops.lowbit.<operation>, or its kernel at once if nothing between the two has work to
+    do: an operator registered from Python costs more host time than a small layer's arithmetic.
+    """
+    if _nothing_intercepts(args):
+        return dispatch.select(operation, args)(*args)
+    return getattr(torch.ops.lowbit, operation)(*args)
+
+
+def _nothing_intercepts(args: tuple) -> bool:
+    """There are tokens, no graph is traced, no mode or transform is active, all tensors are plain
+    ones and none of them records a gradient.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    x = args[0]
+    if x.shape[0] == 0 or x.is_meta:
+        return False
+    recording = torch.is_grad_enabled()
+    for arg in args:
+        kind = type(arg)
+        if kind in _PLAIN:
+            if recording and arg.requires_grad:
+                return False
+        elif issubclass(kind, torch.Tensor):
+            return False
+    return True
 
 
 def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index):
@@ -162,6 +196,8 @@ def _casts(x: torch.Tensor) -> bool:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
+    if x.dim() == 2 and x.is_contiguous():
+        return x
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
@@ -229,7 +265,7 @@ def _adapter(x, weight: WeightArgs, lora_A, lora_B) -> tuple[torch.Tensor, torch
                     f"{name} must be {x.dtype} like x, or float32, got {tensor.dtype}; cast it"
                 )
             tensor = tensor.to(x.dtype)
-        ready.append(tensor.contiguous())
+        ready.append(tensor if tensor.is_contiguous() else tensor.contiguous())
     return ready[0], ready[1]
 
 

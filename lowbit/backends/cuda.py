@@ -1,8 +1,11 @@
-"""The compiled CUDA backend: `torch.ops.lowbit_cuda.*` of `_C_cuda.so`, cuBLAS for the products.
+"""The compiled CUDA backend: `torch.ops.lowbit_cuda.*` of `_C_cuda.so`, and cuBLAS.
 
-Quantize and dequantize are one launch each. A product dequantizes a panel of the weight, at most
-PANEL_BYTES, multiplies with it through torch.mm and goes on to the next: nothing of the weight's
-size is ever written. y takes panels of whole rows and dx panels of whole columns, so that every
+Quantize and dequantize are one launch each. A forward product is one operator of the library, which
+decodes the weight inside the product and adds the low-rank term there; dispatch.py says which.
+
+Every other product goes by panels: it dequantizes a panel of the weight, at most PANEL_BYTES,
+multiplies with it through torch.mm and goes on to the next: nothing of the weight's size is ever
+written. y takes panels of whole rows and dx panels of whole columns, so that every
 output element comes out of one product with fp32 accumulation and is rounded once; the low-rank
 term is added by a second product.
 
@@ -95,8 +98,37 @@ def _column_panels(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Te
 # ---- products
 
 
-def linear(x, *weight_and_bias):
+def _aligned(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """In the kernels' dtype, at a multiple of 16 bytes as every tensor is that is not a view."""
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _fused_linear(kernel, x, weight, bias):
+    return getattr(_ops, kernel)(
+        _aligned(x, x.dtype), *weight, None, None, None, 1.0, _aligned(bias, x.dtype), None, None
+    )
+
+
+def _fused_lora_linear(kernel, x, weight, lora_A, lora_B, lora_scaling, scaling, bias, p, seed):
+    dtype = x.dtype
+    x, lora_A = _aligned(x, dtype), _aligned(lora_A, dtype)
+    adapter = (_aligned(lora_B, dtype), lora_scaling, scaling, _aligned(bias, dtype))
+    op = getattr(_ops, kernel)
+    if p > 0:
+        z = dropout(x, p, seed) @ lora_A.t()
+        return op(x, *weight, None, *adapter, z, None), z
+    z = x.new_empty((x.shape[0], lora_A.shape[0]))
+    return op(x, *weight, lora_A, *adapter, None, z), z
+
+
+def linear(x, *weight_and_bias, kernel="panels"):
     *weight, bias = weight_and_bias
+    if kernel != "panels":
+        return _fused_linear(kernel, x, weight, bias)
     bias = None if bias is None else bias.to(x.dtype)
     if _is_dense(weight):
         return F.linear(x, weight[0].to(x.dtype), bias)
@@ -118,8 +150,10 @@ def linear_dx(dy, *weight):
     return dx
 
 
-def lora_linear(x, *rest):
+def lora_linear(x, *rest, kernel="panels"):
     weight, rest = rest[:_WEIGHT_COUNT], rest[_WEIGHT_COUNT:]
+    if kernel != "panels":
+        return _fused_lora_linear(kernel, x, weight, *rest)
     lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, seed = rest
     dropped = dropout(x, dropout_p, seed) if dropout_p > 0 else x
     z = dropped @ lora_A.to(x.dtype).t()

@@ -1,4 +1,4 @@
-"""Command line of lowbit: `lowbit info | finetune | generate | merge`.
+"""Command line of lowbit: `lowbit info | finetune | generate | merge | bench`.
 
 Nothing heavy is imported here, so that `lowbit --help` answers at once; torch and transformers are
 imported by the command that needs them.

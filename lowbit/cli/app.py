@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from . import bench as _bench
 from . import finetune as _finetune
 from . import generate as _generate
 from . import info as _info
@@ -29,6 +30,7 @@ for _module, _function in (
     (_merge, _merge.merge),
 ):
     app.command(help=paragraphs(_module.HELP), epilog=_module.EXAMPLES)(_function)
+app.add_typer(_bench.app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,409 @@
+"""The forward linear layer with a LoRA adapter on a GPU: `lowbit bench linear`.
+
+Every implementation is checked against float64 and then timed as a CUDA graph that runs over
+several copies of the weight, together larger than twice the L2 cache: weights come from memory, as
+in a model, and no launch gap counts. Activations may stay in the cache, as in a model too. What is
+counted, per layer:
+
+    flops   2 M (N K + r (N + K)), without the second term for `dense`
+    bytes   the weight as it is stored, x, y, and for LoRA A and B, each once
+    floor   max(bytes / copy bandwidth, flops / product rate) of the 4-bit layer with its adapter,
+            both rates measured in the same run; the same floor for every implementation
+    MiB     device memory at the peak of a call beyond its result, with buffers kept between calls
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import timing
+from .implementations import (
+    IMPLEMENTATIONS,
+    PANELS,
+    Implementation,
+    Prepared,
+    Weights,
+    lowbit_kernel,
+    peft_formula,
+)
+from .records import Row, geometric_mean, print_header, short, write_json
+from .shapes import Layer
+
+OP = "lora_linear"
+HOST_OP = "lora_linear host"  # time of the host per call, with --eager
+DENSE = "dense"  # what `vs dense` is relative to
+
+ROTATED_BYTES = 120_000_000  # of the packed copies together: 2.4 times the L2 of an H100
+MIN_COPIES = 4
+DEVICE = "cuda"
+CASE_SECONDS = 0.7  # of GPU time for the timed rounds of one layer and M
+# A graph repeats its copies until a replay would take this long at the floor: the gap between two
+# replays, a few microseconds, then does not count.
+REPLAY_US = 500.0
+MAX_PASSES = 8
+HOST_MAX_TOKENS = 64  # above, the card is slower than the host and the loop waits for it
+HOST_CALLS, HOST_ROUNDS = 25, 9
+
+CHECKED_TOKENS, CHECKED_OUTPUTS = 32, 512  # spread over all of them, so that every tile is met
+ERROR_FACTOR = 2.0
+
+
+class CheckError(Exception):
+    """An implementation of lowbit is further from float64 than it may be."""
+
+
+@dataclass
+class Options:
+    """What `lowbit bench linear` was asked for."""
+
+    layers: Sequence[Layer]
+    tokens: Sequence[int]
+    r: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    implementations: Sequence[str] = tuple(IMPLEMENTATIONS)
+    rounds: int = 20
+    eager: bool = False
+    json: Path | None = None
+    plot: Path | None = None
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------
+
+
+def needed_flops(M: int, N: int, K: int, r: int) -> float:
+    """Multiply-adds of y, counted as two; r = 0 without an adapter."""
+    return 2.0 * M * (N * K + r * (N + K))
+
+
+def needed_bytes(M: int, N: int, K: int, r: int, weight_bytes: int, itemsize: int = 2) -> float:
+    """The stored weight, x, y and the adapter, each moved once."""
+    return weight_bytes + itemsize * float(M * (N + K) + r * (N + K))
+
+
+def floor_us(moved: float, flops: float, ceilings: timing.Ceilings) -> float:
+    """The least time in microseconds: nothing is moved or multiplied faster than measured."""
+    return max(moved / ceilings.copy_gbps / 1e3, flops / ceilings.matmul_tflops / 1e6)
+
+
+def copies_for(weight_bytes: int, l2_bytes: int = 0) -> int:
+    """Copies of a packed weight that together exceed the cache twice."""
+    return max(MIN_COPIES, math.ceil(max(ROTATED_BYTES, 2 * l2_bytes) / weight_bytes))
+
+
+def _l2_bytes() -> int:
+    return torch.cuda.get_device_properties().L2_cache_size
+
+
+def passes_for(floor: float, copies: int) -> int:
+    """How often a graph runs over its copies."""
+    return min(MAX_PASSES, max(1, math.ceil(REPLAY_US / (floor * copies))))
+
+
+def finish(rows: list[Row]) -> list[Row]:
+    """Fill in the ratios of the rows of one case."""
+    dense = {row.op: row.us for row in rows if row.impl == DENSE}
+    for row in rows:
+        if row.op in dense:
+            row.vs_dense = dense[row.op] / row.us
+        if row.floor_us:
+            row.percent_peak = 100 * row.floor_us / row.us
+    return rows
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """One line per implementation: geometric means over all cases."""
+    lines = []
+    for impl in dict.fromkeys(row.impl for row in rows if row.op == OP):
+        mine = [row for row in rows if (row.op, row.impl) == (OP, impl)]
+        cases = f"{len(mine)} case{'s' if len(mine) > 1 else ''}"
+        parts = [f"geometric mean over {cases}, {impl:<14}"]
+        if all(row.vs_dense for row in mine):
+            parts.append(f"{geometric_mean(row.vs_dense for row in mine):6.2f} x dense")
+        if all(row.vs_floor for row in mine):
+            parts.append(f"{geometric_mean(row.vs_floor for row in mine):6.2f} x floor")
+        lines.append(" ".join(parts))
+    return lines
+
+
+# ---- check ---------------------------------------------------------------------------------------
+
+
+def spread(total: int, count: int, device: str | torch.device = "cpu") -> torch.Tensor:
+    """At most `count` indices below `total`, the first and the last among them."""
+    steps = torch.linspace(0, total - 1, min(total, count), dtype=torch.float64)
+    return steps.round().long().to(device)
+
+
+def relative_rms(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """RMS(got - exact) / RMS(exact)."""
+    error = got.double() - exact
+    return float(error.square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def errors(
+    implementation: Implementation, prepared: Prepared, weights: Weights, x: torch.Tensor
+) -> tuple[float, float]:
+    """Relative RMS error against float64 of an implementation, and of PEFT's formula in 16 bits."""
+    some = spread(x.shape[0], CHECKED_TOKENS, x.device)
+    outputs = spread(weights.N, CHECKED_OUTPUTS, x.device)
+    y = prepared.call(x, 0)[some][:, outputs]
+    parts = (x[some], prepared.exact_rows(outputs), weights.A[0], weights.B[0][outputs])
+    exact = _formula(*(part.double() for part in parts), lora=implementation.lora)
+    plain = _formula(*(part.to(x.dtype) for part in parts), lora=implementation.lora)
+    return relative_rms(y, exact), relative_rms(plain, exact)
+
+
+def _formula(x, W, A, B, *, lora: bool) -> torch.Tensor:
+    y = torch.nn.functional.linear(x, W)
+    return peft_formula(y, x, A, B) if lora else y
+
+
+def check(name: str, error: float, plain: float, where: str) -> None:
+    """Hold lowbit to twice the error of the plain formula; the others are only reported."""
+    if name.startswith("lowbit") and not error <= ERROR_FACTOR * plain:
+        raise CheckError(
+            f"{name} is wrong at {where}: relative RMS error {error:.3g} against float64, allowed "
+            f"{ERROR_FACTOR * plain:.3g}, {ERROR_FACTOR:g} times that of the 16-bit formula"
+        )
+
+
+# ---- one case ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Contender:
+    """An implementation with the weights of one layer."""
+
+    implementation: Implementation
+    prepared: Prepared
+    weights: Weights
+
+    @property
+    def name(self) -> str:
+        return self.implementation.name
+
+    def calls(self, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+        """One call for every copy of the weight."""
+        return [functools.partial(self.prepared.call, x, i) for i in range(self.weights.copies)]
+
+
+@dataclass
+class Benchmark:
+    """The whole run: options, the card's ceilings, and what has been measured so far."""
+
+    options: Options
+    ceilings: timing.Ceilings
+    skipped: dict[str, str] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def layer(self, layer: Layer) -> None:
+        """Quantize a layer once and measure it at every M."""
+        o = self.options
+        copies = copies_for(layer.N * layer.K // 2, _l2_bytes())
+        weights = Weights(layer.N, layer.K, o.r, o.dtype, DEVICE, copies)
+        contenders = self.build(weights, layer)
+        for M in o.tokens:
+            x = torch.randn(M, layer.K, dtype=o.dtype, device=DEVICE)
+            rows = self.case(layer, contenders, x)
+            for row in rows:
+                _say(row.line())
+            self.rows += rows
+            del x
+            torch.cuda.empty_cache()
+
+    def save_unfinished(self) -> None:
+        """Write what there is beside the record, so that a run that is cut short leaves it."""
+        if self.options.json is not None:
+            extra = {"ceilings": asdict(self.ceilings), "skipped": self.skipped}
+            write_json(unfinished(self.options.json), "linear", self.rows, **extra)
+
+    def build(self, weights: Weights, layer: Layer) -> list[Contender]:
+        """Contenders of a layer; a library that cannot hold the weight is named and left out."""
+        contenders = []
+        for name in self.options.implementations:
+            implementation = IMPLEMENTATIONS[name]
+            try:
+                prepared = implementation.build(weights)
+            except Exception as error:
+                if name.startswith("lowbit"):
+                    raise
+                _say(f"# {name} skipped for {layer.name}: {_sentence(error)}")
+                continue
+            contenders.append(Contender(implementation, prepared, weights))
+        return contenders
+
+    @torch.no_grad()
+    def case(self, layer: Layer, contenders: list[Contender], x: torch.Tensor) -> list[Row]:
+        """Check, then measure, every contender at one M."""
+        where = f"{layer.name}, M {x.shape[0]}"
+        rows: dict[str, Row] = {}
+        for contender in contenders:
+            row = self.checked(layer, contender, x, where)
+            if row is not None:
+                rows[contender.name] = row
+        if not rows:
+            return []
+        shown = ", ".join(f"{name} {row.error:.2g}" for name, row in rows.items())
+        _say(f"# {where}: relative RMS error {shown}")
+        if "lowbit" in rows:
+            _say(f"# {where}: lowbit runs {rows['lowbit'].kernel}")
+        present = [contender for contender in contenders if contender.name in rows]
+        replays = self.replays(present, x, where, next(iter(rows.values())).floor_us)
+        seconds, rounds = CASE_SECONDS, self.options.rounds
+        for name, times in timing.time_replays(replays, seconds=seconds, rounds=rounds).items():
+            rows[name].us, rows[name].p20, rows[name].p80 = times
+            rows[name].timing = "eager" if replays[name].eager else "graph"
+        measured = list(rows.values())
+        if self.options.eager and x.shape[0] <= HOST_MAX_TOKENS:
+            measured += self.host_rows(present, rows, x)
+        return finish(measured)
+
+    def checked(
+        self, layer: Layer, contender: Contender, x: torch.Tensor, where: str
+    ) -> Row | None:
+        """A row without times, or None if the library of a peer cannot compute this case."""
+        name = contender.name
+        kernel = None
+        if name.startswith("lowbit"):
+            kernel = lowbit_kernel(contender.weights.quantized[0], self.options.r, x.shape[0])
+        if name == "lowbit-panels":
+            if kernel == PANELS:
+                _say(f"# {name} left out at {where}: lowbit itself runs it")
+                return None
+            kernel = PANELS
+        try:
+            error, plain = errors(
+                contender.implementation, contender.prepared, contender.weights, x
+            )
+            extra = timing.extra_bytes(contender.calls(x)[0])
+        except Exception as failure:
+            if name.startswith("lowbit"):
+                raise
+            _say(f"# {name} skipped at {where}: {_sentence(failure)}")
+            return None
+        check(name, error, plain, where)
+        M, N, K, r = x.shape[0], layer.N, layer.K, self.options.r
+        own_r = r if contender.implementation.lora else 0
+        packed = contender.weights.quantized[0].nbytes
+        floor = floor_us(
+            needed_bytes(M, N, K, r, packed, x.itemsize), needed_flops(M, N, K, r), self.ceilings
+        )
+        return Row(
+            OP, M, N, K, r, short(x.dtype), name, math.nan, math.nan, math.nan,
+            flops=needed_flops(M, N, K, own_r),
+            bytes=needed_bytes(M, N, K, own_r, contender.prepared.weight_bytes, x.itemsize),
+            layer=layer.name,
+            floor_us=floor,
+            extra_bytes=extra + contender.prepared.held_bytes,
+            error=error,
+            kernel=kernel,
+        )  # fmt: skip
+
+    def replays(
+        self, contenders: list[Contender], x: torch.Tensor, where: str, floor: float
+    ) -> dict[str, timing.Replay]:
+        """A graph of every contender; eager calls, at the end, of what cannot be captured."""
+        graphs, uncaptured = {}, {}
+        pool = torch.cuda.graph_pool_handle()  # they run one after the other and keep no result
+        for contender in contenders:
+            calls = contender.calls(x)
+            for call in calls:  # everything that happens only once happens here
+                call()
+            try:
+                passes = passes_for(floor, contender.weights.copies)
+                graphs[contender.name] = timing.capture(calls * passes, pool)
+            except RuntimeError as error:
+                reason = _sentence(error)
+                _say(f"# {contender.name} at {where} is timed eagerly, no graph: {reason}")
+                uncaptured[contender.name] = timing.eager(calls)
+        return graphs | uncaptured
+
+    def host_rows(
+        self, contenders: list[Contender], rows: dict[str, Row], x: torch.Tensor
+    ) -> list[Row]:
+        """Host time per call of a loop that does not wait for the card."""
+        calls = {contender.name: contender.calls(x)[0] for contender in contenders}
+        times = timing.host_times(calls, calls=HOST_CALLS, rounds=HOST_ROUNDS)
+        return [
+            Row(
+                HOST_OP, row.M, row.N, row.K, row.r, row.dtype, name, *times[name],
+                layer=row.layer, timing="host",
+            )
+            for name, row in rows.items()
+        ]  # fmt: skip
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def present(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Which implementations can run here, and why not the others."""
+    reasons = {name: IMPLEMENTATIONS[name].missing() for name in names}
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    return [name for name in names if name not in skipped], skipped
+
+
+def unfinished(path: Path) -> Path:
+    """Where the record is until the run is complete."""
+    return path.with_name(path.name + ".unfinished")
+
+
+def notes(options: Options, ceilings: timing.Ceilings, skipped: dict[str, str]) -> list[str]:
+    """Lines between the environment and the table."""
+    product = f"{short(options.dtype)} product of {timing.MATMUL_SIZE}^3"
+    return [
+        f"measured in this run: copy {ceilings.copy_gbps / 1e3:.2f} TB/s (read + written), "
+        f"{product} {ceilings.matmul_tflops:.0f} TFLOP/s",
+        "floor: max(bytes / copy, flops / product) of the 4-bit layer; %peak: floor / time; "
+        "x floor: time / floor; vs dense: dense time / time, above 1 is faster",
+        *(f"{name}: {IMPLEMENTATIONS[name].title}" for name in options.implementations),
+        *(f"{name} skipped: {reason}" for name, reason in skipped.items()),
+    ]
+
+
+def run(options: Options) -> list[Row]:
+    """Measure everything that was asked for on the current CUDA device; print rows as they come.
+
+    Raises:
+        CheckError: lowbit's result is wrong.
+        ValueError: none of the wished implementations is there.
+    """
+    options.implementations, skipped = present(options.implementations)
+    if not options.implementations:
+        why = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(f"--impl: none of them can run here ({why})")
+    torch.manual_seed(0)
+    benchmark = Benchmark(options, timing.measure_ceilings(options.dtype), skipped)
+    torch.cuda.empty_cache()
+    title = f"a linear layer with a LoRA adapter, forward, r {options.r}, us per layer"
+    print_header(title, notes(options, benchmark.ceilings, skipped))
+    for layer in options.layers:
+        benchmark.layer(layer)
+        torch.cuda.empty_cache()
+        benchmark.save_unfinished()
+    for line in summary(benchmark.rows):
+        print(line)
+    if options.json is not None:
+        unfinished(options.json).replace(options.json)
+        print(f"written: {options.json}")
+    if options.plot is not None:
+        from .plots import plot_linear
+
+        for path in plot_linear(benchmark.rows, options.plot):
+            print(f"written: {path}")
+    return benchmark.rows

@@ -1,0 +1,206 @@
+"""Clocks. All contenders of a case are timed in turn, round by round, so that a clock change or a
+noisy neighbour meets all of them alike; results are (median, p20, p80).
+
+A kernel of a few microseconds is shorter than the time to launch it. A `Replay` is therefore a CUDA
+graph of many launches, and `time_replays` queues all rounds before it waits: the card never waits
+for the host.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Times = tuple[float, float, float]  # median, p20, p80
+
+MIN_ROUNDS = 3
+COPY_BYTES = 1 << 30  # moved to measure the bandwidth; twenty times the L2 of an H100
+MATMUL_SIZE = 8192  # of the square product that measures the arithmetic
+
+
+def percentiles(values: Sequence[float]) -> Times:
+    """Median, 20th and 80th percentile."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+
+
+# ---- calls as they are ---------------------------------------------------------------------------
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], object]],
+    *,
+    seconds: float = 0.6,
+    rounds: int = 7,
+    device: str = "cpu",
+) -> dict[str, Times]:
+    """Time callables in turn: {name: (median, p20, p80)} in microseconds per call.
+
+    Each round runs every contender often enough to fill its share of `seconds`, at least once. On
+    CUDA the calls of a round sit between two events; the caller rotates its inputs so that they do
+    not stay in the cache.
+    """
+    clock = cuda_seconds if device == "cuda" else cpu_seconds
+    repeats = {}
+    for name, call in contenders.items():
+        call()
+        repeats[name] = max(1, int(seconds / rounds / max(clock(call, 1), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            samples[name].append(clock(call, repeats[name]) / repeats[name] * 1e6)
+    return {name: percentiles(values) for name, values in samples.items()}
+
+
+def cpu_seconds(call: Callable[[], object], times: int) -> float:
+    """Wall time of `times` calls; work left on a GPU is not waited for."""
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - start
+
+
+def cuda_seconds(call: Callable[[], object], times: int) -> float:
+    """Time of `times` calls on the current stream, launch gaps included."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def host_times(
+    contenders: dict[str, Callable[[], object]], *, calls: int, rounds: int
+) -> dict[str, Times]:
+    """Microseconds of host time per call: a loop that does not wait for the card.
+
+    `calls` must be few enough for the launch queue (1024 entries) not to fill up.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            torch.cuda.synchronize()
+            samples[name].append(cpu_seconds(call, calls) / calls * 1e6)
+            torch.cuda.synchronize()
+    return {name: percentiles(values) for name, values in samples.items()}
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Replay:
+    """`launches` calls of one contender that run as a whole."""
+
+    run: Callable[[], object]
+    launches: int
+    eager: bool = False  # not captured: every launch comes from the host
+
+
+def capture(calls: Sequence[Callable[[], object]], pool: object = None) -> Replay:
+    """Capture calls, one after the other, in a CUDA graph.
+
+    Results are dropped, so that the graph needs the memory of one call. What the calls read must
+    stay alive: a graph holds addresses. Graphs that never run at the same time may share a pool.
+
+    Raises:
+        RuntimeError: a call does what cannot be captured, a synchronization for instance.
+    """
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        for call in calls:
+            call()
+    return Replay(graph.replay, len(calls))
+
+
+def eager(calls: Sequence[Callable[[], object]]) -> Replay:
+    """The same calls from the host, for what cannot be captured."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return Replay(run, len(calls), eager=True)
+
+
+def rounds_that_fit(estimates: Sequence[float], seconds: float, most: int) -> int:
+    """Rounds of contenders that take `estimates` seconds each: at least 3, at most `most`."""
+    fitting = int(seconds / max(sum(estimates), 1e-9))
+    return max(min(MIN_ROUNDS, most), min(most, fitting))
+
+
+def time_replays(replays: dict[str, Replay], *, seconds: float, rounds: int) -> dict[str, Times]:
+    """Time replays in turn: {name: (median, p20, p80)} in microseconds per launch.
+
+    Args:
+        replays: by name; eager ones last, since the card idles before them.
+        seconds: GPU time to spend on all of them together.
+        rounds: the most rounds; fewer when they would take longer than `seconds`, at least 3.
+    """
+    for replay in replays.values():
+        replay.run()
+    estimates = [cuda_seconds(replay.run, 1) for replay in replays.values()]
+    events: dict[str, list] = {name: [] for name in replays}
+    idle = True
+    for _ in range(rounds_that_fit(estimates, seconds, rounds)):
+        for name, replay in replays.items():
+            if replay.eager:
+                torch.cuda.synchronize()
+            elif idle:
+                replay.run()  # untimed: its launch latency would be in the sample
+            idle = replay.eager
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay.run()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {
+        name: percentiles([_us(pair) / replays[name].launches for pair in pairs])
+        for name, pairs in events.items()
+    }
+
+
+def _us(pair: tuple) -> float:
+    return pair[0].elapsed_time(pair[1]) * 1e3
+
+
+# ---- what the card can do ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates: GB/s of a large copy, read and written; TFLOP/s of a large square product."""
+
+    copy_gbps: float
+    matmul_tflops: float
+
+
+def measure_ceilings(dtype: torch.dtype, rounds: int = 9) -> Ceilings:
+    """Copy bandwidth and product rate of the current device, median of `rounds`."""
+    source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+    copy = Replay(lambda: target.copy_(source), 1)
+    n = MATMUL_SIZE
+    a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+    y = torch.empty_like(a)
+    product = Replay(lambda: torch.mm(a, b, out=y), 1)
+    times = time_replays({"copy": copy, "product": product}, seconds=1.0, rounds=rounds)
+    return Ceilings(2 * COPY_BYTES / times["copy"][0] / 1e3, 2 * n**3 / times["product"][0] / 1e6)
+
+
+def extra_bytes(call: Callable[[], torch.Tensor]) -> int:
+    """Device memory a call takes at its peak beyond what was there and beyond its result."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    return max(0, torch.cuda.max_memory_allocated() - before - result.nbytes)
