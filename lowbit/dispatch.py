@@ -33,6 +33,7 @@ _BACKWARD = ("linear_dx", "lora_linear_backward")
 _MATMUL = (*_FORWARD, *_BACKWARD, "dropout")
 OPERATIONS = _QUANTIZE + _MATMUL
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 class Layer(NamedTuple):
@@ -70,8 +71,21 @@ class Row:
     serves: Callable[[Layer], bool] | None = None
 
 
+def _fused(kernel: str, tokens: tuple[int, int | None], reason: str) -> Row:
+    return Row(
+        _FORWARD, "cuda", "cuda", reason, kernel, (9, 0), (9, 0), _HALVES, tokens,
+        Layer.whole_blocks,
+    )  # fmt: skip
+
+
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
+    _fused("nf4_lora_gemv", (1, 1), "one pass over the weight at 90 % of read bandwidth"),
+    _fused("nf4_lora_matmul_small", (2, 64), "weights from registers, split evenly over the SMs"),
+    _fused(
+        "nf4_lora_matmul_mid", (65, 4095), "decode shared by two CTAs, hidden under the product"
+    ),
+    _fused("nf4_lora_matmul_large", (4096, None), "each weight decoded once; faster from 4096 on"),
     Row(_MATMUL, "cuda", "cuda", "dequantize by panels, cuBLAS", "panels", (8, 0)),
     Row(
         OPERATIONS,

@@ -107,6 +107,13 @@ def _aligned(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | 
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def _readable(weight) -> bool:
+    """Whether the kernels' wide loads can read the weight; a view into a larger tensor may start
+    anywhere, and is then multiplied by panels.
+    """
+    return weight[0].data_ptr() % 16 == 0 and weight[1].data_ptr() % 16 == 0
+
+
 def _fused_linear(kernel, x, weight, bias):
     return getattr(_ops, kernel)(
         _aligned(x, x.dtype), *weight, None, None, None, 1.0, _aligned(bias, x.dtype), None, None
@@ -127,7 +134,7 @@ def _fused_lora_linear(kernel, x, weight, lora_A, lora_B, lora_scaling, scaling,
 
 def linear(x, *weight_and_bias, kernel="panels"):
     *weight, bias = weight_and_bias
-    if kernel != "panels":
+    if kernel != "panels" and _readable(weight):
         return _fused_linear(kernel, x, weight, bias)
     bias = None if bias is None else bias.to(x.dtype)
     if _is_dense(weight):
@@ -152,7 +159,7 @@ def linear_dx(dy, *weight):
 
 def lora_linear(x, *rest, kernel="panels"):
     weight, rest = rest[:_WEIGHT_COUNT], rest[_WEIGHT_COUNT:]
-    if kernel != "panels":
+    if kernel != "panels" and _readable(weight):
         return _fused_lora_linear(kernel, x, weight, *rest)
     lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, seed = rest
     dropped = dropout(x, dropout_p, seed) if dropout_p > 0 else x

@@ -1,0 +1,147 @@
+// What the operators' bindings share: checks, the current stream, and the weight arguments.
+//
+// The Python layer has already raised readable errors for what users can get wrong; the checks here
+// keep a direct call from reading out of bounds. Every operator runs on the current stream of its
+// tensors' device.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "weight.h"
+
+// The weight arguments in a schema.
+// clang-format off
+#define LOWBIT_WEIGHT \
+    "Tensor qweight, Tensor? absmax, Tensor? codebook, Tensor? nested_absmax, Tensor? nested_codebook, " \
+    "Tensor? nested_offset, int N, int K, int blocksize, int nested_blocksize, bool row_blocks"
+// clang-format on
+
+namespace lowbit::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype to_dtype(ScalarType type, const char* argument) {
+    switch (type) {
+    case ScalarType::Float:
+        return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+        return Dtype::kBFloat16;
+    case ScalarType::Half:
+        return Dtype::kFloat16;
+    default:
+        STD_TORCH_CHECK(
+            false, argument, " must be float32, bfloat16 or float16, got ",
+            torch::headeronly::toString(type));
+    }
+}
+
+inline int checked_log2(int64_t value, int64_t low, int64_t high, const char* argument) {
+    STD_TORCH_CHECK(
+        value >= low && value <= high && (value & (value - 1)) == 0, argument,
+        " must be a power of two from ", low, " to ", high, ", got ", value);
+    return __builtin_ctzll(static_cast<uint64_t>(value));
+}
+
+// All tensors of a call live on one CUDA device.
+class Call {
+public:
+    explicit Call(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
+    }
+
+    cudaStream_t stream() const {
+        return static_cast<cudaStream_t>(stream_);
+    }
+
+    void check_here(const Tensor& tensor, const char* argument) const {
+        STD_TORCH_CHECK(
+            tensor.is_cuda() && tensor.get_device_index() == device_, argument,
+            " must be on cuda:", device_);
+        STD_TORCH_CHECK(tensor.is_contiguous(), argument, " must be contiguous");
+    }
+
+    template <typename T>
+    const T*
+    data(const Tensor& tensor, ScalarType type, int64_t numel, const char* argument) const {
+        check_here(tensor, argument);
+        STD_TORCH_CHECK(
+            tensor.scalar_type() == type, argument, " must be ", torch::headeronly::toString(type),
+            ", got ", torch::headeronly::toString(tensor.scalar_type()));
+        STD_TORCH_CHECK(
+            tensor.numel() == numel, argument, " must have ", numel, " elements, got ",
+            tensor.numel());
+        return static_cast<const T*>(tensor.const_data_ptr());
+    }
+
+private:
+    int32_t device_;
+    torch::stable::accelerator::DeviceGuard guard_;
+    void* stream_ = nullptr;
+};
+
+inline void check_launch(cudaError_t error, const char* operation) {
+    STD_TORCH_CHECK(error == cudaSuccess, "lowbit ", operation, ": ", cudaGetErrorString(error));
+}
+
+inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+    return torch::stable::new_empty(
+        like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+}
+
+// The weight arguments, in the order every operator has them.
+inline WeightView make_weight_view(
+    const Call& call,
+    const Tensor& qweight,
+    const OptionalTensor& absmax,
+    const OptionalTensor& codebook,
+    const OptionalTensor& nested_absmax,
+    const OptionalTensor& nested_codebook,
+    const OptionalTensor& nested_offset,
+    int64_t N,
+    int64_t K,
+    int64_t blocksize,
+    int64_t nested_blocksize,
+    bool row_blocks) {
+    STD_TORCH_CHECK(N >= 0 && K >= 0, "N and K must be non-negative, got ", N, " and ", K);
+    STD_TORCH_CHECK(
+        absmax.has_value() && codebook.has_value(),
+        "absmax and codebook are required: weight is not dense");
+    WeightView w{};
+    w.N = N;
+    w.K = K;
+    w.blocksize_log2 = checked_log2(blocksize, 32, 4096, "blocksize");
+    w.flat = !row_blocks || K % blocksize == 0;
+    const int64_t bytes = row_blocks ? N * ceil_div(K, 2) : ceil_div(N * K, 2);
+    const int64_t blocks = row_blocks ? N * ceil_div(K, blocksize) : ceil_div(N * K, blocksize);
+    w.qweight = call.data<uint8_t>(qweight, ScalarType::Byte, bytes, "qweight");
+    w.codebook = call.data<float>(*codebook, ScalarType::Float, 16, "codebook");
+    if (absmax->scalar_type() == ScalarType::Float) {
+        w.absmax = call.data<float>(*absmax, ScalarType::Float, blocks, "absmax");
+        return w;
+    }
+    STD_TORCH_CHECK(
+        nested_absmax.has_value() && nested_codebook.has_value() && nested_offset.has_value(),
+        "8-bit absmax needs nested_absmax, nested_codebook and nested_offset");
+    w.nested_blocksize_log2 =
+        checked_log2(nested_blocksize, 1, int64_t{1} << 30, "nested_blocksize");
+    const int64_t nested_blocks = ceil_div(blocks, nested_blocksize);
+    w.absmax_8bit = call.data<uint8_t>(*absmax, ScalarType::Byte, blocks, "absmax");
+    w.nested_absmax =
+        call.data<float>(*nested_absmax, ScalarType::Float, nested_blocks, "nested_absmax");
+    w.nested_codebook =
+        call.data<float>(*nested_codebook, ScalarType::Float, 256, "nested_codebook");
+    w.nested_offset = call.data<float>(*nested_offset, ScalarType::Float, 1, "nested_offset");
+    return w;
+}
+
+}  // namespace lowbit::cuda

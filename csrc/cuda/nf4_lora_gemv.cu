@@ -1,0 +1,268 @@
+// One token through a 4-bit linear layer with a low-rank update, in one launch, no workspace.
+//
+//     y[n] = sum_k x[k] W[n, k] + sum_j s_j z[j] lora_B[n, j] + bias[n]
+//     W[n, k] = codebook[q[n, k]] absmax[block(n, k)],  z = x lora_A^T,
+//     s_j = scaling * lora_scaling[j]
+//
+// x [K], lora_A [r, K], lora_B [N, r], bias [N], y [N]: one 16-bit dtype; weight: see weight.h,
+// flat, scales plain or nested. x and the codebook are multiplied by powers of two that make them
+// fit fp16, runs of 8 products are added up in fp16, everything else in fp32; y is rounded once.
+// Relative error 1.7e-3 for bf16, nearly all from rounding y, and 2e-4 to 5e-4 for fp16.
+//
+// Rows are dealt to one CTA per SM in groups of 4, and a CTA's work, (group, 1024 columns) steps,
+// to its 16 warps in equal runs: a run may start or end within a group, so each leaves partial sums
+// in shared memory, added in a fixed order at the end. A byte of codes is decoded by one lookup in
+// a table of 256 pairs, held 32 times over so that lane l only touches bank l; a row of the table
+// takes 256 bytes (the upper half is unused) because then one PRMT makes the address.
+//
+// z: the CTAs of a cluster divide K among them, and send their partial sums to all others straight
+// into shared memory. They are needed only when a group ends, so nobody waits for a neighbour.
+//
+// Bound by the weight's bytes for large N K (90 % of copy rate at 28672 x 8192 with rank 16; H100,
+// 2026-11); at 4096 x 4096 by the latency from launch to first product. Shared memory lookups come
+// next: 104 wavefronts per 4096 weights, 39 weights per clock and SM where HBM needs 22.
+// Callers have checked sizes, dtypes, alignment and serves_nf4_lora_gemv.
+
+#include "nf4_lora_gemv.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "nf4_lora_gemv_parts.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+template <typename T, bool kNested>
+__device__ __forceinline__ void gemv(const LoraMatmulArgs& args, const Plan& plan) {
+    extern __shared__ __align__(1024) unsigned char smem[];
+    unsigned char* smem_x = smem + kTableBytes;
+    Scratch& scratch = *reinterpret_cast<Scratch*>(smem + plan.scratch_bytes);
+    float* sums = scratch.sums;  // [most_groups + kWarps][kRows], warp w's of group g at g + w
+    float* nested = sums + (plan.most_groups + kWarps) * kRows;
+    const int tid = threadIdx.x, lane = tid % kWarpSize, warp = tid / kWarpSize;
+    const WeightView& w = args.w;
+    const uint32_t N = static_cast<uint32_t>(w.N), K = static_cast<uint32_t>(w.K);
+    const Share share(plan, N);
+    uint32_t unit = warp * share.each + min(static_cast<uint32_t>(warp), share.extra);
+    const uint32_t unit_end = unit + share.each + (warp < share.extra);
+    uint32_t group = unit / plan.steps, step = unit % plan.steps;
+
+    if (plan.exchange) {
+        if (tid == 0)
+            expect_bytes(&scratch.z_arrived, cluster_size() * args.r * sizeof(float));
+        __syncwarp();
+        cluster_arrive();  // thread 0 has fenced its barrier
+    }
+    prefetch_inputs<T, kNested>(args, plan, share, share.row_of(group, N), step, unit < unit_end);
+    if (plan.exchange)
+        cluster_wait();
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
+
+    Operands operands;
+    load_operands<T, kNested>(operands, args, plan, share);
+    // Lanes past the end of a row take its start, and meet zeros of x.
+    const auto element_at = [&](uint32_t group, uint32_t step) {
+        const uint32_t k = step * kStep + lane * kColumnsPerLane;
+        return share.row_of(group, N) * K + (k < K ? k : 0);
+    };
+    Rows rows;
+    uint32_t element = element_at(group, step);
+#pragma unroll
+    for (int i = 0; i < kRows; i++)
+        load_row<kNested>(rows, i, unit < unit_end, w, element);
+
+    const float unscale = store_operands<T, kNested>(operands, args, plan, smem, scratch, nested);
+    if (plan.exchange)
+        send_z_parts<T>(operands.z, args, scratch);
+
+    const int nested_shift = w.blocksize_log2 + w.nested_blocksize_log2;
+    float acc[kRows] = {};
+    float2 z = {0, 0};
+    bool has_z = false;
+    for (; unit < unit_end; unit++) {
+        const bool ends_group = step + 1 == plan.steps, more = unit + 1 < unit_end;
+        const uint32_t next_group = group + ends_group, next_step = ends_group ? 0 : step + 1;
+        const uint32_t next_element = element_at(next_group, next_step);
+        const bool low_rank = ends_group && args.r > 0;
+        uint32_t b[kRows];
+        load_lora_b(b, low_rank, args, share.row_of(group, N));
+        uint4 x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            x[i] =
+                *reinterpret_cast<const uint4*>(smem_x + step * (2 * kStep) + i * 512 + lane * 16);
+#pragma unroll
+        for (int i = 0; i < kRows; i++) {
+            const float sum = dot(smem, rows.codes[i], x);
+            float scale = __uint_as_float(rows.scale[i]);
+            if constexpr (kNested) {
+                const uint32_t at = ((element + i * K) >> nested_shift) - operands.nested_first;
+                scale = scratch.absmax_codebook[rows.scale[i]];
+                scale = __fadd_rn(__fmul_rn(scale, nested[at]), operands.offset);
+            }
+            acc[i] = __fmaf_rn(sum, scale, acc[i]);
+            // Its registers are free from here on, and have a whole step to be filled again.
+            load_row<kNested>(rows, i, more, w, next_element);
+        }
+        if (ends_group || !more) {
+#pragma unroll
+            for (int i = 0; i < kRows; i++)
+                acc[i] *= unscale;
+            if (low_rank) {
+                if (!has_z)
+                    z = scaled_z<T>(args, plan, scratch), has_z = true;
+#pragma unroll
+                for (int i = 0; i < kRows; i++) {
+                    const float2 factor = unpack_pair(b[i], T{});
+                    acc[i] = __fmaf_rn(z.x, factor.x, __fmaf_rn(z.y, factor.y, acc[i]));
+                }
+            }
+            const float sum = sum_rows(acc);
+            if (lane % (kWarpSize / kRows) == 0)
+                sums[(group + warp) * kRows + lane / (kWarpSize / kRows)] = sum;
+#pragma unroll
+            for (int i = 0; i < kRows; i++)
+                acc[i] = 0;
+        }
+        group = next_group, step = next_step, element = next_element;
+    }
+    // Peers may still be writing here: a CTA stays until all parts of z have come.
+    if (plan.exchange && warp == 0 && !has_z)
+        scaled_z<T>(args, plan, scratch);
+    __syncthreads();
+    store_y<T>(args, plan, share, sums);
+}
+
+#else  // serves_nf4_lora_gemv keeps such devices away
+
+template <typename T, bool kNested>
+__device__ __forceinline__ void gemv(const LoraMatmulArgs&, const Plan&) {
+    __trap();
+}
+
+#endif
+
+template <typename T, bool kNested>
+__global__ void __launch_bounds__(kThreads, 1) nf4_lora_gemv_kernel(
+    const __grid_constant__ LoraMatmulArgs args,  // M = 1
+    const __grid_constant__ Plan plan) {
+    gemv<T, kNested>(args, plan);
+}
+
+// ---- launch -------------------------------------------------------------------------------------
+
+int64_t ctas_of(const LoraMatmulArgs& args, int ctas, int cluster) {
+    const int64_t groups = ceil_div(args.w.N, kRows);
+    return std::min<int64_t>(ctas / cluster, ceil_div(groups, cluster)) * cluster;
+}
+
+size_t make_plan(const LoraMatmulArgs& args, int64_t ctas, Plan& plan) {
+    const WeightView& w = args.w;
+    const int64_t groups = ceil_div(w.N, kRows), most = ceil_div(groups, ctas);
+    plan.groups_each = static_cast<uint32_t>(groups / ctas);
+    plan.groups_extra = static_cast<uint32_t>(groups % ctas);
+    plan.steps = static_cast<uint32_t>(ceil_div(w.K, kStep));
+    plan.most_groups = static_cast<uint32_t>(most);
+    plan.scratch_bytes = kTableBytes + plan.steps * 2 * kStep;
+    plan.exchange = args.r > 0 && args.lora_A != nullptr;
+    const int nested_shift = w.blocksize_log2 + w.nested_blocksize_log2;
+    const int64_t nested = w.absmax == nullptr ? ((most * kRows * w.K) >> nested_shift) + 2 : 0;
+    return plan.scratch_bytes + sizeof(Scratch) +
+           sizeof(float) * ((most + kWarps) * kRows + nested);
+}
+
+template <typename T, bool kNested>
+cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
+    const auto kernel = nf4_lora_gemv_kernel<T, kNested>;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {1, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.blockDim = kThreads;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+
+    // How many clusters fit at one CTA per SM depends on how the chip's SMs are grouped: asked for
+    // once per device. Half the SMs may be lost before smaller clusters, which read more of lora_A
+    // per CTA, are the better choice.
+    constexpr int kMaxDevices = 64;
+    static std::atomic<int> known[kMaxDevices];  // 16 * CTAs + cluster size
+    int device = 0, sms = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess)
+        return error;
+    int fit = known[device % kMaxDevices].load(std::memory_order_acquire);
+    if (fit == 0) {
+        error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+        if (error != cudaSuccess)
+            return error;
+        fit = 16 * sms + 1;
+        for (int size = kMaxCluster; size > 1; size /= 2) {
+            int clusters = 0;
+            config.gridDim = size;
+            config.dynamicSmemBytes = kMaxSharedBytes;
+            attributes[0].val.clusterDim.x = size;
+            error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+            if (error != cudaSuccess)
+                return error;
+            if (2 * clusters * size >= sms) {
+                fit = 16 * clusters * size + size;
+                break;
+            }
+        }
+        known[device % kMaxDevices].store(fit, std::memory_order_release);
+    }
+
+    const bool exchange = args.r > 0 && args.lora_A != nullptr;
+    const int cluster = exchange ? fit % 16 : 1;
+    const int64_t ctas = ctas_of(args, exchange ? fit / 16 : sms, cluster);
+    Plan plan;
+    config.dynamicSmemBytes = make_plan(args, ctas, plan);
+    config.gridDim = static_cast<unsigned>(ctas);
+    attributes[0].val.clusterDim.x = cluster;
+    return cudaLaunchKernelEx(&config, kernel, args, plan);
+}
+
+template <typename T>
+cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
+    return args.w.absmax == nullptr ? launch<T, true>(args, stream)
+                                    : launch<T, false>(args, stream);
+}
+
+}  // namespace
+
+bool serves_nf4_lora_gemv(const LoraMatmulArgs& args) {
+    const WeightView& w = args.w;
+    if (args.M != 1 || !w.flat || w.K % 64 != 0 || w.K > kMaxColumns || w.N < kRows ||
+        w.N * w.K >= int64_t{1} << 32 || w.blocksize_log2 < 5 || args.r < 0 || args.r > kMaxRank ||
+        (args.dtype != Dtype::kBFloat16 && args.dtype != Dtype::kFloat16) ||
+        reinterpret_cast<uintptr_t>(w.qweight) % 16 != 0 ||
+        (args.r > 0 && args.lora_A == nullptr && args.z_in == nullptr))
+        return false;
+    int device = 0, major = 0, sms = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+        major != 9)
+        return false;
+    Plan plan;
+    const int fewest = std::max(1, sms / 2);  // see launch
+    return make_plan(args, ctas_of(args, fewest, 1), plan) <= kMaxSharedBytes;
+}
+
+cudaError_t launch_nf4_lora_gemv(const LoraMatmulArgs& args, cudaStream_t stream) {
+    return args.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(args, stream)
+                                          : launch<__half>(args, stream);
+}
+
+}  // namespace lowbit::cuda

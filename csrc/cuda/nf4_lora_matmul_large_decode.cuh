@@ -1,0 +1,194 @@
+// The decoders of nf4_lora_matmul_large.cu: warps that turn the 4-bit weight into bf16 or fp16 for
+// all CTAs, once per wave of tiles, through a ring of chunks in global memory.
+//
+// A chunk is 512 columns of all panels of a wave. Its tasks, 32 rows x 128 columns, are dealt to
+// the decoders of the whole grid in turn. One counter per chunk says how many of its tasks are
+// written (`ready`), another how many CTAs have read it (`done`); a slot is written again when all
+// have.
+// No tile waits for a chunk beyond the one that it reads, and no decoder before it has published
+// what it wrote, so the ring cannot lock up.
+#pragma once
+
+#include "nf4_lora_matmul_large.cuh"
+#include "nf4_lora_matmul_large_plan.h"
+
+namespace lowbit::cuda {
+
+constexpr int kTaskBytes = kTaskRows * kTaskColumns * 2;
+constexpr int kNestedBytes = 256 * 4;  // the codebook of double-quantized scales
+constexpr uint32_t kSlotPollNs = 500;  // a full ring lasts for tens of microseconds
+
+// Tasks in the order in which the tiles need them: waves, chunks, then panels and columns. Worker i
+// takes every workers-th.
+struct TaskCursor {
+    int wave, chunk, task, tasks;
+    int slot, index;  // of the chunk
+    Wave range;
+
+    // prepare_kernel has written the first chunk.
+    __device__ __forceinline__ TaskCursor(const Plan& plan, int worker)
+        : wave(0), chunk(0), slot(0), index(0), range(locate_wave(plan, 0)) {
+        tasks = range.panels * kTasksPerPanel;
+        task = tasks + worker;
+    }
+
+    // Carries what goes beyond the chunk into the next ones; false at the end.
+    __device__ __forceinline__ bool settle(const Plan& plan) {
+        while (task >= tasks) {
+            task -= tasks;
+            index++;
+            if (++slot == plan.slots)
+                slot = 0;
+            if (++chunk == plan.chunks) {
+                chunk = 0;
+                if (++wave == plan.waves)
+                    return false;
+                range = locate_wave(plan, wave);
+                tasks = range.panels * kTasksPerPanel;
+            }
+        }
+        return true;
+    }
+
+    __device__ __forceinline__ int slot_row() const {
+        return task / (kChunkColumns / kTaskColumns) * kTaskRows;
+    }
+    __device__ __forceinline__ int slot_column() const {
+        return task % (kChunkColumns / kTaskColumns) * kTaskColumns;
+    }
+};
+
+// What a lane needs of its row, as loaded.
+struct Packed {
+    uint4 codes[4];
+    uint32_t absmax[2];  // 8-bit code, or the bits of the fp32 value
+    float nested[2];
+};
+
+__device__ __forceinline__ int64_t
+first_element(const Plan& plan, const TaskCursor& at, int block) {
+    const int row = weight_row(plan, at.range, at.slot_row()) + threadIdx.x % kWarpSize;
+    const int column = at.chunk * kChunkColumns + at.slot_column() + block * kStepColumns;
+    // Beyond the weight's edges anything will do: no tile reads those columns, and what comes of
+    // those rows is not stored.
+    return static_cast<int64_t>(min(row, plan.N - 1)) * plan.K + min(column, plan.K - kStepColumns);
+}
+
+__device__ __forceinline__ void load_packed(const Params& p, const TaskCursor& at, Packed& packed) {
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+        const int64_t element = first_element(p.plan, at, b);
+        const uint4* codes = reinterpret_cast<const uint4*>(p.w.qweight + element / 2);
+        packed.codes[2 * b] = load_streaming(codes);
+        packed.codes[2 * b + 1] = load_streaming(codes + 1);
+        const int64_t block = element >> p.w.blocksize_log2;
+        if (p.w.absmax == nullptr) {
+            packed.absmax[b] = __ldg(p.w.absmax_8bit + block);
+            packed.nested[b] = __ldg(p.w.nested_absmax + (block >> p.w.nested_blocksize_log2));
+        } else {
+            packed.absmax[b] = __float_as_uint(__ldg(p.w.absmax + block));
+        }
+    }
+}
+
+// Rows of 128 bytes, swizzled as TMA and wgmma expect it; without bank conflicts.
+template <typename T>
+__device__ __forceinline__ void decode_block(
+    uint4* row, int lane, const ScaledTable& table, const uint4& first, const uint4& second) {
+    const int swizzle = lane % 8;
+    row[0 ^ swizzle] = decode_word(table, first.x);
+    row[1 ^ swizzle] = decode_word(table, first.y);
+    row[2 ^ swizzle] = decode_word(table, first.z);
+    row[3 ^ swizzle] = decode_word(table, first.w);
+    row[4 ^ swizzle] = decode_word(table, second.x);
+    row[5 ^ swizzle] = decode_word(table, second.y);
+    row[6 ^ swizzle] = decode_word(table, second.z);
+    row[7 ^ swizzle] = decode_word(table, second.w);
+}
+
+// One warp. A task is published one task late, when its store is sure to have ended.
+template <typename T>
+__device__ __forceinline__ void decode_weight(
+    const Params& p,
+    const CUtensorMap& ring,
+    uint8_t* staging,
+    float* nested_codebook,
+    int worker,
+    int workers) {
+    const Plan& plan = p.plan;
+    const int lane = threadIdx.x % kWarpSize;
+    TaskCursor at(plan, worker);
+    bool more = at.settle(plan);
+    if (more)
+        prefetch_l2(p.w.qweight + first_element(plan, at, 0) / 2);
+    wait_for_previous_kernel();
+
+    Packed next;
+    if (more)
+        load_packed(p, at, next);
+    const Codebook codebook = load_codebook(p.w.codebook);
+    float offset = 0.0f;
+    if (p.w.absmax == nullptr) {
+        offset = __ldg(p.w.nested_offset);
+#pragma unroll
+        for (int i = 0; i < 256; i += kWarpSize)
+            nested_codebook[i + lane] = __ldg(p.w.nested_codebook + i + lane);
+        __syncwarp();
+    }
+    uint4* row = reinterpret_cast<uint4*>(staging) + lane * 8;
+    const uint32_t staging_address = shared_address(staging);
+    int unpublished = -1, free_index = -1;
+    while (more) {
+        const Packed packed = next;
+        const int index = at.index;
+        const int slot_row = at.slot * (plan.slot_panels * kPanelRows) + at.slot_row();
+        const int slot_column = at.slot_column();
+        at.task += workers;
+        more = at.settle(plan);
+        if (more)
+            load_packed(p, at, next);
+
+        float scale[2];
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            scale[b] =
+                p.w.absmax != nullptr
+                    ? __uint_as_float(packed.absmax[b])
+                    : __fadd_rn(
+                          __fmul_rn(nested_codebook[packed.absmax[b]], packed.nested[b]), offset);
+        }
+        const ScaledTable first = scale_codebook<T>(codebook, scale[0]);
+        const ScaledTable second = scale_codebook<T>(codebook, scale[1]);
+        if (lane == 0)
+            wait_stores_read<0>();
+        __syncwarp();
+        decode_block<T>(row, lane, first, packed.codes[0], packed.codes[1]);
+        decode_block<T>(row + kTaskRows * 8, lane, second, packed.codes[2], packed.codes[3]);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) {
+            if (unpublished >= 0) {
+                wait_stores();
+                increment_release(p.ready + unpublished);
+            }
+            const int before = index - plan.slots;  // the chunk that had this slot
+            if (before >= 0 && index != free_index) {
+                const int absent = before < plan.chunks ? plan.idle : 0;
+                wait_for_count(p.done + before, kCtas * (plan.clusters - absent), kSlotPollNs);
+                free_index = index;
+            }
+            store_tile(ring, staging_address, slot_column, slot_row);
+            store_tile(
+                ring, staging_address + kTaskBytes / 2, slot_column + kStepColumns, slot_row);
+            commit_stores();
+        }
+        unpublished = index;
+    }
+    if (lane == 0 && unpublished >= 0) {
+        wait_stores();
+        increment_release(p.ready + unpublished);
+    }
+    __syncwarp();
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,191 @@
+// The consumer warpgroups of nf4_lora_matmul_mid.cu: products of the stages, the sum over a split
+// K, and the store of y.
+#pragma once
+
+#include "nf4_lora_matmul_mid_tile.cuh"
+
+namespace lowbit::cuda::mid {
+
+// Where a consumer warpgroup stands in the ring.
+template <class P>
+struct Reader {
+    uint32_t smem;
+    uint32_t w_offset;  // of its 64 rows in a stage
+    uint32_t empty;     // barriers of the CTA whose stages this thread frees, or 0
+    Position<P> at;
+    int previous;
+
+    __device__ __forceinline__ void free_previous() {
+        if (empty != 0)
+            barrier_arrive_remote(empty + previous * 8);
+    }
+
+    __device__ __forceinline__ uint32_t next_stage() {
+        barrier_wait(smem + P::kFull + at.slot * 8, at.parity);
+        return smem + at.slot * P::kStageBytes;
+    }
+
+    // Leaves `kPending` of the products running, none of which reads the stage before.
+    template <int kPending>
+    __device__ __forceinline__ void leave_stage(bool free) {
+        wgmma_wait<kPending>();
+        if (free)
+            free_previous();
+        previous = at.slot;
+        at.advance(1);
+    }
+};
+
+// Sums of one tile in d.
+template <typename T, class P>
+__device__ __forceinline__ void
+multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Tile& tile, int r) {
+#pragma unroll 1
+    for (int step = 0; step < tile.weight_steps; step++) {
+        const uint32_t stage = reader.next_stage();
+        const uint64_t x = operand_descriptor(stage);
+        const uint64_t w = operand_descriptor(stage + reader.w_offset);
+        wgmma_fence();
+        wgmma(d, w, x, step > 0, T{});
+        wgmma(d, w + 2, x + 2, true, T{});
+        wgmma(d, w + 4, x + 4, true, T{});
+        wgmma(d, w + 6, x + 6, true, T{});
+        wgmma_commit();
+        reader.template leave_stage<1>(step > 0);
+    }
+    // Of a split tile's CTAs, one has the low-rank term, and one may have fewer steps.
+    const bool low_rank = r > 0 && !(tile.split && blockIdx.x % kCluster != 0);
+    for (int step = tile.weight_steps + low_rank; step < tile.steps; step++) {
+        reader.next_stage();
+        reader.template leave_stage<0>(true);
+    }
+    if (low_rank) {
+        const uint32_t stage = reader.next_stage();
+        const uint64_t x = operand_descriptor(stage);
+        const uint64_t w = operand_descriptor(stage + reader.w_offset);
+#pragma unroll 1
+        for (int k16 = 0; k16 < (r + 15) / 16; k16++) {
+            wgmma_fence();
+            wgmma(d, w + 2 * k16, x + 2 * k16, true, T{});
+            wgmma_commit();
+        }
+        reader.template leave_stage<0>(true);
+    }
+    wgmma_wait<0>();
+    reader.free_previous();
+}
+
+// K was split: each CTA of the pair keeps one half of the tokens and is sent the other's sums of
+// them, through the stages, which nobody fills any more.
+template <class P>
+__device__ __forceinline__ void
+add_halves(float (&d)[P::kTokens / 2], uint32_t smem, const uint8_t* smem_generic) {
+    constexpr int kHalf = P::kTokens / 4;
+    constexpr int kVectorBytes = kConsumers * 16;
+    const int rank = blockIdx.x % kCluster;
+    const int thread = threadIdx.x - P::kProducers;
+    const uint32_t buffer = in_cta(smem + thread * 16, rank ^ 1);
+    cluster_sync();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half == rank)
+            continue;
+#pragma unroll
+        for (int i = 0; i < kHalf; i += 4) {
+            const float* v = d + half * kHalf + i;
+            store_remote(buffer + i / 4 * kVectorBytes, v[0], v[1], v[2], v[3]);
+        }
+    }
+    cluster_sync();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half != rank)
+            continue;
+#pragma unroll
+        for (int i = 0; i < kHalf; i += 4) {
+            const float4 v =
+                *reinterpret_cast<const float4*>(smem_generic + i / 4 * kVectorBytes + thread * 16);
+            float* own = d + half * kHalf + i;
+            own[0] += v.x, own[1] += v.y, own[2] += v.z, own[3] += v.w;
+        }
+    }
+}
+
+// Adds the bias, rounds, and stores the warpgroup's 64 columns of y. Two staging buffers: one fills
+// while the other is read.
+template <typename T, class P>
+__device__ __forceinline__ void store_output(
+    const float (&d)[P::kTokens / 2],
+    const Maps& maps,
+    const Params& p,
+    const Tile& tile,
+    uint32_t smem) {
+    constexpr int kChunks = P::kTokens / kChunkTokens;
+    const int thread = threadIdx.x - P::kProducers;
+    const int group = thread / kWarpgroup;
+    const int warp = thread % kWarpgroup / kWarpSize, lane = thread % kWarpSize;
+    const bool stores = thread % kWarpgroup == 0;
+    const int column0 = tile.row0 + group * 64;
+    float bias[2] = {};
+    if (p.bias != nullptr) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int64_t n = column0 + warp * 16 + lane / 4 + h * 8;
+            bias[h] = to_float(static_cast<const T*>(p.bias)[min(n, p.w.N - 1)]);
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+        if (tile.split && c / (kChunks / 2) != blockIdx.x % kCluster)
+            continue;
+        const uint32_t buffer = smem + P::kOutput + (group * 2 + c % 2) * kChunkBytes;
+        if (stores)
+            wait_stores_read<1>();
+        named_barrier(1 + group, kWarpgroup);
+#pragma unroll
+        for (int j = 0; j < kChunkTokens / 8; j += 2) {
+            const float* v = d + (c * kChunkTokens / 8 + j) * 4;
+            uint32_t pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                pairs[i] = pack_pair(v[2 * i] + bias[i % 2], v[2 * i + 1] + bias[i % 2], T{});
+            const int matrix = lane / 8, line = lane % 8;
+            const int token = 8 * (j + matrix / 2) + line;
+            const int chunk = (2 * warp + matrix % 2) ^ line;
+            store_matrices_transposed(
+                buffer + token * kRowBytes + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+        fence_async_proxy();
+        named_barrier(1 + group, kWarpgroup);
+        if (stores) {
+            store_tile(maps.y, buffer, column0, tile.token0 + c * kChunkTokens);
+            commit_stores();
+        }
+    }
+}
+
+template <typename T, class P>
+__device__ __forceinline__ void
+consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_generic) {
+    const uint32_t thread = threadIdx.x - P::kProducers;
+    const uint32_t group = thread / kWarpgroup, own = thread % kWarpgroup;
+    Reader<P> reader{
+        smem,
+        P::kXBytes + group * 64 * kRowBytes,
+        own < kCluster ? in_cta(smem + P::kEmpty, own) : 0,
+        {0, 0},
+        0};
+    const int tiles = tile_count<P>(p);
+    for (int index = 0; index < tiles; index++) {
+        const Tile tile = tile_at<P>(p, index);
+        float d[P::kTokens / 2];
+        multiply<T, P>(d, reader, tile, p.r);
+        if (tile.split)
+            add_halves<P>(d, smem, smem_generic);
+        store_output<T, P>(d, maps, p, tile, smem);
+    }
+    if (own == 0)
+        wait_stores_read<0>();
+}
+
+}  // namespace lowbit::cuda::mid

@@ -1,0 +1,271 @@
+// The producer warps of nf4_lora_matmul_mid.cu: they fill the stages with decoded weights and have
+// TMA bring x and packed weights.
+//
+// A warp decodes 32 rows of one step at a time, a lane one block of 64 codes; warps that share rows
+// take steps in turn. Packed weights come in groups of two turns, into two buffers, and their
+// scales in fours. The stage is waited for first; then words are decoded and stored one by one, and
+// the next table is built while the stores drain. Decoding into registers ahead of the wait, with
+// the table built where it is needed, was 1 to 11% slower (H100, 2026-11).
+#pragma once
+
+#include "nf4_lora_matmul_mid_tile.cuh"
+
+namespace lowbit::cuda::mid {
+
+// Keeps two groups of packed weights loaded or on their way. One thread.
+template <class P>
+struct PackedLoader {
+    const Maps& maps;
+    const Params& p;
+    uint32_t smem;
+    int own_row;
+    int tiles;
+    Tile tile;
+    int index, step, buffer;
+
+    __device__ __forceinline__ void load_next() {
+        if (step >= tile.weight_steps) {
+            if (index + 1 >= tiles)
+                return;
+            tile = tile_at<P>(p, ++index);
+            step = 0;
+        }
+        const uint32_t full = smem + P::kPackedFull + buffer * 8;
+        barrier_arrive_expect(full, P::kPackedBytes);
+        load_tile(
+            smem + P::kPacked + buffer * P::kPackedBytes, maps.packed,
+            (tile.first_step + step) * (kStepK / 2), tile.row0 + own_row, full);
+        step += P::kGroupSteps;
+        buffer ^= 1;
+    }
+};
+
+// Scales of four steps of a row, as loaded.
+template <bool kNested>
+struct RawScales {
+    float4 absmax;
+};
+template <>
+struct RawScales<true> {
+    uint32_t codes;
+    float nested;
+};
+
+template <bool kNested>
+__device__ __forceinline__ RawScales<kNested> load_scales(const WeightView& w, uint32_t block) {
+    if constexpr (kNested) {
+        return {
+            __ldg(reinterpret_cast<const uint32_t*>(w.absmax_8bit) + block / 4),
+            __ldg(w.nested_absmax + (block >> w.nested_blocksize_log2))};
+    } else {
+        return {__ldg(reinterpret_cast<const float4*>(w.absmax) + block / 4)};
+    }
+}
+
+__device__ __forceinline__ void
+unpack_scales(float (&scales)[4], RawScales<false> raw, const float*, float) {
+    scales[0] = raw.absmax.x, scales[1] = raw.absmax.y;
+    scales[2] = raw.absmax.z, scales[3] = raw.absmax.w;
+}
+
+__device__ __forceinline__ void
+unpack_scales(float (&scales)[4], RawScales<true> raw, const float* nested_codes, float offset) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float value = nested_codes[raw.codes >> (8 * i) & 0xff];
+        scales[i] = __fadd_rn(__fmul_rn(value, raw.nested), offset);
+    }
+}
+
+// Table of step `step`. The codebook is read anew each time: registers are scarce here.
+template <typename T>
+__device__ __forceinline__ ScaledTable
+table_of(uint32_t smem_codebook, const float (&scales)[4], int step) {
+    Codebook codebook;
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+        const uint4 v = load_shared(smem_codebook + i * 4);
+        codebook.value[i] = __uint_as_float(v.x), codebook.value[i + 1] = __uint_as_float(v.y);
+        codebook.value[i + 2] = __uint_as_float(v.z), codebook.value[i + 3] = __uint_as_float(v.w);
+    }
+    const float low = step & 1 ? scales[1] : scales[0], high = step & 1 ? scales[3] : scales[2];
+    return scale_codebook<T>(codebook, step & 2 ? high : low);
+}
+
+// r elements of lora_B as a row of a stage, with zeros behind them. Once per tile: plain is enough.
+template <typename T>
+__device__ __forceinline__ void store_lora_row(uint32_t row, const T* lora_B, int r) {
+#pragma unroll 1
+    for (int c = 0; c < 8; c++) {
+        uint32_t pair[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int j = c * 8 + i * 2;
+            const float first = j < r ? to_float(lora_B[j]) : 0.0f;
+            const float second = j + 1 < r ? to_float(lora_B[j + 1]) : 0.0f;
+            pair[i] = pack_pair(first, second, T{});
+        }
+        store_shared(row ^ (c << 4), {pair[0], pair[1], pair[2], pair[3]});
+    }
+}
+
+// The tokens of a tile from x or z, for this CTA alone.
+template <class P>
+__device__ __forceinline__ void
+load_tokens(uint32_t stage, const CUtensorMap& map, int column, int token0, uint32_t full) {
+#pragma unroll 1
+    for (int part = 0; part < P::kRowTiles; part++) {
+        const uint32_t destination = stage + part * P::kXBoxBytes;
+        load_tile(destination, map, column, token0 + part * P::kXBoxTokens, full);
+    }
+}
+
+// The same of x, each CTA a half for both where they share it.
+template <class P>
+__device__ __forceinline__ void
+load_x(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t full) {
+    const int column = (tile.first_step + step) * kStepK;
+    if (P::kSharesW || tile.split) {
+        load_tokens<P>(stage, maps.x, column, tile.token0, full);
+    } else {
+        const int part = blockIdx.x % kCluster;
+        load_tile_multicast(
+            stage + part * P::kXBoxBytes, maps.x, column, tile.token0 + part * P::kXBoxTokens, full,
+            0b11);
+    }
+}
+
+// After a warp's stores: tells the consumers here, and gives the peer its copy.
+template <class P>
+__device__ __forceinline__ void publish(uint32_t smem_peer, uint32_t piece, uint32_t full) {
+    fence_async_proxy();
+    __syncwarp();
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane == 0)
+        barrier_arrive(full);
+    if (P::kSharesW && lane == 1)
+        copy_to_cta(smem_peer + piece, piece, kUnitRows * kRowBytes, smem_peer + full);
+}
+
+template <typename T, bool kNested, class P>
+__device__ __forceinline__ void
+produce(const Maps& maps, const Params& p, uint32_t smem, const float* tables) {
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int rank = blockIdx.x % kCluster;
+    const int own_row = P::kSharesW ? rank * P::kOwnRows : 0;  // the first that this CTA decodes
+    const int unit_row = warp % P::kUnits * kUnitRows;
+    const bool loads_x = warp % P::kUnits == 0 && lane == 0;
+    const uint32_t peer = in_cta(smem, rank ^ 1) - smem;
+    const int tiles = tile_count<P>(p);
+
+    PackedLoader<P> loader{maps, p, smem, own_row, tiles, tile_at<P>(p, 0), 0, 0, 0};
+    if (threadIdx.x == 0) {
+        loader.load_next();
+        loader.load_next();
+    }
+    __syncwarp();
+    int buffer = 0;
+    uint32_t buffer_parity = 0;
+    const uint32_t packed_swizzle = P::kPackedRow == 128 ? lane % 8 : lane / 2 % 4;
+    const uint32_t packed_row = smem + P::kPacked + (unit_row + lane) * P::kPackedRow;
+
+    auto lane_row = [&](const Tile& t) {
+        return min(static_cast<int64_t>(t.row0 + own_row + unit_row + lane), p.w.N - 1);
+    };
+    Tile tile = tile_at<P>(p, 0);
+    uint32_t block = static_cast<uint32_t>(lane_row(tile) * p.steps + tile.first_step);
+    const float nested_offset = kNested ? __ldg(p.w.nested_offset) : 0.0f;
+    RawScales<kNested> raw{};
+    if (p.quick_scales)
+        raw = load_scales<kNested>(p.w, block);
+    float scales[4];
+
+    int step = warp / P::kUnits;
+    Position<P> at{step, 1};
+    for (int index = 0; index < tiles; index++) {
+        const Tile next = tile_at<P>(p, min(index + 1, tiles - 1));
+        const auto next_block = static_cast<uint32_t>(lane_row(next) * p.steps + next.first_step);
+#pragma unroll 1
+        for (int group = 0; group < tile.weight_steps; group += P::kGroupSteps) {
+            const uint32_t packed_empty = smem + P::kPackedEmpty + buffer * 8;
+            barrier_wait(smem + P::kPackedFull + buffer * 8, buffer_parity);
+            uint4 packed[2][2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t chunk = (step - group + i / 2 * P::kStride) * 2 + i % 2;
+                packed[i / 2][i % 2] = load_shared(
+                    packed_row + buffer * P::kPackedBytes + ((chunk ^ packed_swizzle) << 4));
+            }
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(packed_empty);
+            if (group % 4 == 0 && p.quick_scales) {
+                unpack_scales(scales, raw, tables + 16, nested_offset);
+                const bool last = group + 4 >= tile.weight_steps;
+                raw = load_scales<kNested>(p.w, last ? next_block : block + group + 4);
+            } else if (group % 4 == 0) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const uint32_t own = block + min(group + i, tile.weight_steps - 1);
+                    scales[i] = block_scale<kNested>(p.w, own >> (p.w.blocksize_log2 - 6));
+                }
+            }
+            ScaledTable table = table_of<T>(smem + P::kTables, scales, step);
+#pragma unroll
+            for (int unit = 0; unit < 2; unit++) {
+                if (step < tile.weight_steps) {
+                    const uint32_t full = smem + P::kFull + at.slot * 8;
+                    const uint32_t stage = smem + at.slot * P::kStageBytes;
+                    barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
+                    if (loads_x) {
+                        barrier_arrive_expect(full, P::kArrivingBytes);
+                        load_x<P>(maps, tile, step, stage, full);
+                    }
+                    __syncwarp();
+                    const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kRowBytes;
+                    const uint32_t row = piece + lane * kRowBytes + lane % 8 * 16;
+                    const uint32_t* words = &packed[unit][0].x;
+#pragma unroll
+                    for (int c = 0; c < 8; c++)
+                        store_shared(row ^ (c << 4), decode_word(table, words[c]));
+                    if (unit == 0)  // while the stores drain
+                        table = table_of<T>(smem + P::kTables, scales, step + P::kStride);
+                    publish<P>(peer, piece, full);
+                    step += P::kStride;
+                    at.advance(P::kStride);
+                }
+                if (unit == 0 && threadIdx.x == 0) {
+                    barrier_wait(packed_empty, buffer_parity);
+                    loader.load_next();
+                }
+                __syncwarp();
+            }
+            buffer ^= 1;
+            buffer_parity ^= buffer == 0;
+        }
+        for (; step < tile.steps; step += P::kStride, at.advance(P::kStride)) {
+            const bool low_rank = p.r > 0 && step == tile.steps - 1;
+            const uint32_t full = smem + P::kFull + at.slot * 8;
+            const uint32_t stage = smem + at.slot * P::kStageBytes;
+            barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
+            if (loads_x) {
+                barrier_arrive_expect(full, P::kArrivingBytes);
+                if (low_rank)
+                    wait_for_previous_kernel();
+                load_tokens<P>(stage, low_rank ? maps.z : maps.x, 0, tile.token0, full);
+            }
+            __syncwarp();
+            const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kRowBytes;
+            if (low_rank) {
+                const T* lora_B = static_cast<const T*>(p.lora_B) + lane_row(tile) * p.r;
+                store_lora_row(piece + lane * kRowBytes + lane % 8 * 16, lora_B, p.r);
+            }
+            publish<P>(peer, piece, full);
+        }
+        step -= tile.steps;
+        tile = next;
+        block = next_block;
+    }
+}
+
+}  // namespace lowbit::cuda::mid

@@ -1,0 +1,137 @@
+// The compiled products of the CUDA backend: one operator per kernel, all with one schema. Which of
+// them runs is decided in lowbit/dispatch.py; an operator refuses what its kernel does not serve.
+
+#include <algorithm>
+
+#include "bindings.h"
+#include "nf4_lora_gemv.h"
+#include "nf4_lora_matmul_large.h"
+#include "nf4_lora_matmul_mid.h"
+#include "nf4_lora_matmul_small.h"
+
+namespace lowbit::cuda {
+namespace {
+
+// What a kernel's header offers.
+struct Kernel {
+    const char* name;
+    bool (*serves)(const LoraMatmulArgs&);
+    size_t (*workspace_bytes)(const LoraMatmulArgs&);  // null: needs none
+    cudaError_t (*launch)(const LoraMatmulArgs&, cudaStream_t);
+};
+
+// A 16-bit matrix or vector argument: its pointer, or null when absent.
+const void* checked_data(
+    const Call& call,
+    const OptionalTensor& tensor,
+    ScalarType type,
+    int64_t rows,
+    int64_t columns,
+    const char* argument) {
+    if (!tensor.has_value())
+        return nullptr;
+    call.check_here(*tensor, argument);
+    STD_TORCH_CHECK(
+        tensor->scalar_type() == type, argument, " must be ", torch::headeronly::toString(type),
+        " like x, got ", torch::headeronly::toString(tensor->scalar_type()));
+    STD_TORCH_CHECK(
+        tensor->numel() == rows * columns && tensor->size(0) == rows, argument, " must have ", rows,
+        " rows and ", rows * columns, " elements, got ", tensor->size(0), " and ", tensor->numel());
+    const void* data = tensor->const_data_ptr();
+    STD_TORCH_CHECK(
+        reinterpret_cast<uintptr_t>(data) % 16 == 0, argument, " must be 16-byte aligned");
+    return data;
+}
+
+template <const Kernel& kKernel>
+Tensor lora_matmul(
+    Tensor x,
+    Tensor qweight,
+    OptionalTensor absmax,
+    OptionalTensor codebook,
+    OptionalTensor nested_absmax,
+    OptionalTensor nested_codebook,
+    OptionalTensor nested_offset,
+    int64_t N,
+    int64_t K,
+    int64_t blocksize,
+    int64_t nested_blocksize,
+    bool row_blocks,
+    OptionalTensor lora_A,
+    OptionalTensor lora_B,
+    OptionalTensor lora_scaling,
+    double scaling,
+    OptionalTensor bias,
+    OptionalTensor z_in,
+    OptionalTensor z_out) {
+    const Call call(x);
+    const ScalarType type = x.scalar_type();
+    LoraMatmulArgs a{};
+    a.w = make_weight_view(
+        call, qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K,
+        blocksize, nested_blocksize, row_blocks);
+    a.dtype = to_dtype(type, "x");
+    STD_TORCH_CHECK(x.dim() == 2, "x must be [M, K], got ", x.dim(), " dimensions");
+    a.M = x.size(0);
+    a.r = lora_B.has_value() ? static_cast<int>(lora_B->size(1)) : 0;
+    STD_TORCH_CHECK(
+        !lora_B.has_value() || lora_A.has_value() != z_in.has_value(),
+        "lora_B needs either lora_A or z_in");
+    a.x = checked_data(call, x, type, a.M, K, "x");
+    a.lora_A = checked_data(call, lora_A, type, a.r, K, "lora_A");
+    a.lora_B = checked_data(call, lora_B, type, N, a.r, "lora_B");
+    a.bias = checked_data(call, bias, type, N, 1, "bias");
+    a.z_in = checked_data(call, z_in, type, a.M, a.r, "z_in");
+    a.z_out = const_cast<void*>(checked_data(call, z_out, type, a.M, a.r, "z_out"));
+    if (lora_scaling.has_value())
+        a.lora_scaling = call.data<float>(*lora_scaling, ScalarType::Float, a.r, "lora_scaling");
+    a.scaling = static_cast<float>(scaling);
+    STD_TORCH_CHECK(kKernel.serves(a), kKernel.name, " does not serve these sizes");
+
+    Tensor y = new_tensor(x, {a.M, N}, type);
+    a.y = y.mutable_data_ptr();
+    // Freed on return: the allocator hands it out again on this stream only.
+    std::optional<Tensor> workspace;
+    const size_t bytes = kKernel.workspace_bytes == nullptr ? 0 : kKernel.workspace_bytes(a);
+    if (bytes > 0) {
+        workspace = new_tensor(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+        a.workspace = workspace->mutable_data_ptr();
+    }
+    check_launch(kKernel.launch(a, call.stream()), kKernel.name);
+    return y;
+}
+
+constexpr Kernel kGemv{"nf4_lora_gemv", serves_nf4_lora_gemv, nullptr, launch_nf4_lora_gemv};
+constexpr Kernel kSmall{
+    "nf4_lora_matmul_small", serves_nf4_lora_matmul_small, nf4_lora_matmul_small_workspace_bytes,
+    launch_nf4_lora_matmul_small};
+constexpr Kernel kMid{
+    "nf4_lora_matmul_mid", serves_nf4_lora_matmul_mid, workspace_nf4_lora_matmul_mid_bytes,
+    launch_nf4_lora_matmul_mid};
+constexpr Kernel kLarge{
+    "nf4_lora_matmul_large", serves_lora_matmul_large, workspace_lora_matmul_large_bytes,
+    launch_lora_matmul_large};
+
+}  // namespace
+}  // namespace lowbit::cuda
+
+// clang-format off
+#define LOWBIT_PRODUCT \
+    "(Tensor x, " LOWBIT_WEIGHT ", Tensor? lora_A, Tensor? lora_B, Tensor? lora_scaling, float scaling, " \
+    "Tensor? bias, Tensor? z_in, Tensor(a!)? z_out) -> Tensor"
+// clang-format on
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lowbit_cuda, m) {
+    m.def("nf4_lora_gemv" LOWBIT_PRODUCT);
+    m.def("nf4_lora_matmul_small" LOWBIT_PRODUCT);
+    m.def("nf4_lora_matmul_mid" LOWBIT_PRODUCT);
+    m.def("nf4_lora_matmul_large" LOWBIT_PRODUCT);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit_cuda, CUDA, m) {
+    using namespace lowbit::cuda;
+    m.impl("nf4_lora_gemv", TORCH_BOX(&lora_matmul<kGemv>));
+    m.impl("nf4_lora_matmul_small", TORCH_BOX(&lora_matmul<kSmall>));
+    m.impl("nf4_lora_matmul_mid", TORCH_BOX(&lora_matmul<kMid>));
+    m.impl("nf4_lora_matmul_large", TORCH_BOX(&lora_matmul<kLarge>));
+}

@@ -1,0 +1,301 @@
+"""The fused forward kernels of the CUDA library, each forced by name, against float64.
+
+Weights, scales and adapters are those the kernels read, so quantization error plays no part. All of
+it needs a card the kernels are compiled for; a GPU they do not serve skips with the reason.
+"""
+
+import functools
+
+import pytest
+import torch
+from helpers import assert_bitwise_equal, assert_close_to_float64
+
+import lowbit
+from lowbit import dispatch, reference
+
+pytestmark = pytest.mark.gpu
+
+# Each kernel with values of M in its range: the least, odd ones, tile edges and one beyond, many.
+TOKENS = {
+    "nf4_lora_gemv": (1,),
+    "nf4_lora_matmul_small": (2, 7, 8, 16, 17, 33, 64),
+    "nf4_lora_matmul_mid": (65, 128, 200, 256, 257, 1000),
+    "nf4_lora_matmul_large": (300, 2048, 2500),
+}
+CASES = [(kernel, M) for kernel, values in TOKENS.items() for M in values]
+# N, K: the least; N a multiple of 16 only; one row tile and a long K; a layer with K = 1280 (a
+# vision tower); more row tiles than an H100 has SMs and a K that is an odd number of blocks.
+LAYERS = [(16, 64), (208, 512), (128, 18944), (1280, 1280), (18944, 448)]
+
+
+@functools.cache
+def _why_not() -> str | None:
+    if (why := dispatch.unavailable("cuda")) is not None:
+        return f"the compiled CUDA backend is not there: {why}"
+    capability = torch.cuda.get_device_capability()
+    served = {row.newest for row in dispatch.TABLE if row.kernel in TOKENS}
+    if capability not in served:
+        return f"the kernels are compiled for {sorted(served)}, this card is {capability}"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if (why := _why_not()) is not None:
+        pytest.skip(why)
+
+
+class _Case:
+    """A layer and its input; options are those of lowbit.quantize and lowbit.lora_matmul."""
+
+    def __init__(
+        self, M, N, K, r=16, dtype=torch.bfloat16, *, bias=True, vector=False, dropout_p=0.0,
+        scaling=1.7, **options,
+    ):  # fmt: skip
+        def randn(*shape):
+            return torch.randn(shape, device="cuda")
+
+        self.q = lowbit.quantize((randn(N, K) / K**0.5).to(dtype), **options)
+        self.x = randn(M, K).to(dtype)
+        self.lora_A = (randn(r, K) / K**0.5).to(dtype) if r else None
+        self.lora_B = randn(N, r).to(dtype) if r else None
+        self.bias = randn(N).to(dtype) if bias else None
+        self.vector = torch.rand(r, device="cuda") + 0.5 if vector else None
+        self.scaling, self.dropout_p = scaling, dropout_p
+        self.seed = torch.tensor([1234567890123], device="cuda") if dropout_p else None
+
+    def run(self, kernel):
+        """(y, z), or (y, None) without an adapter."""
+        with dispatch.force(f"cuda:{kernel}"):
+            if self.lora_A is None:
+                return torch.ops.lowbit.linear(self.x, *self.q.args(), self.bias), None
+            return torch.ops.lowbit.lora_linear(
+                self.x, *self.q.args(), self.lora_A, self.lora_B, self.vector, self.scaling,
+                self.bias, self.dropout_p, self.seed,
+            )  # fmt: skip
+
+    def formula(self, dtype):
+        """reference.py in `dtype`; for 16 bits the weight is rounded to them first, as torch has
+        it.
+        """
+        weight = reference.dequantize_4bit(*self.q.args(), torch.float64)
+        weight = weight.to(self.x.dtype).to(dtype) if dtype != torch.float64 else weight
+        x = self.x.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if self.lora_A is None:
+            y = x @ weight.t()
+            return (y if bias is None else y + bias), None
+        return reference.lora_linear(
+            x, weight, self.lora_A.to(dtype), self.lora_B.to(dtype), self.vector, self.scaling,
+            bias, self.dropout_p, self.seed,
+        )  # fmt: skip
+
+    def check(self, kernel):
+        for name, actual, exact, low in zip(
+            "yz",
+            self.run(kernel),
+            self.formula(torch.float64),
+            self.formula(self.x.dtype),
+            strict=True,
+        ):
+            if exact is not None:
+                assert_close_to_float64(name, actual, exact, low)
+
+
+@pytest.mark.parametrize(("kernel", "M"), CASES)
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+def test_layers_against_float64(kernel, M, N, K):
+    _Case(M, N, K).check(kernel)
+
+
+@pytest.mark.parametrize(("kernel", "M"), CASES)
+@pytest.mark.parametrize("r", [0, 1, 8, 24, 32, 64])
+def test_ranks_against_float64(kernel, M, r):
+    """r = 0 is a layer without an adapter."""
+    _Case(M, 320, 768, r, vector=r > 8).check(kernel)
+
+
+OPTIONS = {
+    "fp16": {"dtype": torch.float16},
+    "fp32-absmax": {"double_quant": False},
+    "fp16-fp32-absmax": {"dtype": torch.float16, "double_quant": False},
+    "fp4": {"quant_type": "fp4"},
+    "blocksize-128": {"blocksize": 128},
+    "blocksize-512": {"blocksize": 512},
+    "nested-blocksize-64": {"nested_blocksize": 64},
+    "flat": {"layout": "flat"},
+    "no-bias": {"bias": False},
+    "dropout": {"dropout_p": 0.25},
+    "scaling-0": {"scaling": 0.0},
+}
+
+
+@pytest.mark.parametrize(("kernel", "M"), CASES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_against_float64(kernel, M, options):
+    _Case(M, 272, 1536, **options).check(kernel)
+
+
+@pytest.mark.parametrize(("kernel", "M"), CASES)
+def test_one_hot_rows_read_the_weight(kernel, M):
+    """x = e_k gives column k of the weight: every element in its place.
+
+    A kernel may round codebook value, scale and their product to 16 bits before y: four times 2^-8.
+    """
+    N, K = 144, 512
+    case = _Case(M, N, K, r=0, bias=False)
+    weight = reference.dequantize_4bit(*case.q.args(), torch.float32)
+    for first in range(0, K, M):
+        k = (first + torch.arange(M, device="cuda")) % K
+        case.x = torch.nn.functional.one_hot(k, K).to(torch.bfloat16)
+        y, _ = case.run(kernel)
+        torch.testing.assert_close(y.float(), weight[:, k].t(), rtol=2**-6, atol=0)
+
+
+@pytest.mark.parametrize(("kernel", "M"), CASES)
+def test_results_repeat_bit_for_bit(kernel, M):
+    """Also on another stream, and after other work has used the same memory."""
+    case = _Case(M, 1024, 4096)
+    y, z = case.run(kernel)
+    for _ in range(5):
+        scratch = torch.full((8 << 20,), 255, dtype=torch.uint8, device="cuda")
+        del scratch
+        again, z_again = case.run(kernel)
+        assert_bitwise_equal(again, y, "y")
+        assert_bitwise_equal(z_again, z, "z")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other, _ = case.run(kernel)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_bitwise_equal(other, y, "y on a side stream")
+
+
+@pytest.mark.parametrize(("kernel", "M"), CASES)
+def test_inputs_written_by_the_kernel_before(kernel, M):
+    """A kernel may start before its predecessor has ended; it must not read too early.
+
+    A chain of layers, each reading what the one before wrote, against the same chain with a
+    synchronization after every step.
+    """
+    cases = [_Case(M, 512, 512) for _ in range(6)]
+
+    def chain(wait):
+        x = cases[0].x
+        for _ in range(4):
+            for case in cases:
+                case.x = x
+                x = case.run(kernel)[0] * 0.5
+                if wait:
+                    torch.cuda.synchronize()
+        return x
+
+    start = cases[0].x
+    expected = chain(wait=True)
+    for _ in range(3):
+        cases[0].x = start
+        assert_bitwise_equal(chain(wait=False), expected, "y")
+
+
+@pytest.mark.parametrize(("kernel", "M"), [(k, values[-1]) for k, values in TOKENS.items()])
+def test_a_cuda_graph_replays_with_new_inputs(kernel, M):
+    case = _Case(M, 512, 1024)
+    case.run(kernel)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, z = case.run(kernel)
+    for _ in range(3):
+        case.x.copy_(torch.randn_like(case.x))
+        graph.replay()
+        expected = case.run(kernel)
+        assert_bitwise_equal(y, expected[0], "y")
+        assert_bitwise_equal(z, expected[1], "z")
+
+
+@pytest.mark.parametrize(("kernel", "M"), [(k, values[-1]) for k, values in TOKENS.items()])
+def test_two_streams_at_once(kernel, M):
+    """The kernels of two streams may share the card; neither may wait for the other's CTAs."""
+    cases = [_Case(M, 2048, 2048) for _ in range(2)]
+    expected = [case.run(kernel)[0] for case in cases]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    results = [[], []]
+    for _ in range(10):
+        for case, stream, out in zip(cases, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                out.append(case.run(kernel)[0])
+    torch.cuda.synchronize()
+    for out, y in zip(results, expected, strict=True):
+        for result in out:
+            assert_bitwise_equal(result, y, "y")
+
+
+@pytest.mark.parametrize(("kernel", "M"), CASES)
+def test_views_that_are_not_16_byte_aligned(kernel, M):
+    case = _Case(M, 128, 256)
+    y, _ = case.run(kernel)
+    storage = torch.empty(M * 256 + 1, dtype=case.x.dtype, device="cuda")
+    case.x = storage[1:].view(M, 256).copy_(case.x)
+    assert case.x.data_ptr() % 16 != 0
+    assert_bitwise_equal(case.run(kernel)[0], y, "y")
+    shifted = torch.empty(case.q.qweight.numel() + 1, dtype=torch.uint8, device="cuda")
+    case.q.qweight = shifted[1:].view_as(case.q.qweight).copy_(case.q.qweight)
+    assert_bitwise_equal(case.run(kernel)[0], case.run("panels")[0], "y by panels")
+
+
+@pytest.mark.parametrize("M", [1, 4, 64, 256, 1024, 4096])
+def test_memory_of_a_call(M):
+    """Output, z and at most 32 MiB, whatever the weight."""
+    case = _Case(M, 14336, 4096)
+
+    def call():
+        return lowbit.lora_matmul(
+            case.x, case.q, case.lora_A, case.lora_B, case.scaling, bias=case.bias
+        )
+
+    with torch.no_grad():
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = call()
+    extra = torch.cuda.max_memory_allocated() - before - y.numel() * y.element_size()
+    assert extra <= (32 << 20) + 2 * M * 16 + (2 << 20)
+
+
+@pytest.mark.parametrize("M", [1, 5, 64, 300, 2100])
+def test_compiled_model_gives_the_same(M):
+    case = _Case(M, 512, 512)
+
+    def layer(x):
+        y = lowbit.lora_matmul(x, case.q, case.lora_A, case.lora_B, 1.7, bias=case.bias)
+        return torch.relu(y)
+
+    with torch.no_grad():
+        expected = layer(case.x)
+        assert_bitwise_equal(torch.compile(layer, fullgraph=True)(case.x), expected, "y")
+
+
+def test_the_table_has_a_kernel_for_every_m():
+    device = torch.device("cuda")
+    layer = dispatch.Layer(4096, 4096, 64, True, 16)
+    chosen = {
+        M: dispatch.choose("lora_linear", device, torch.bfloat16, M, layer).kernel
+        for M in (1, 2, 64, 65, 1024, 4096, 100_000)
+    }
+    assert "panels" not in chosen.values()
+    ragged = dispatch.Layer(4096, 3420, 64, True, 16)
+    assert dispatch.choose("lora_linear", device, torch.bfloat16, 1, ragged).kernel == "panels"
+    assert dispatch.choose("lora_linear", device, torch.float32, 1, layer).kernel == "panels"
+
+
+@pytest.mark.parametrize("kernel", TOKENS)
+def test_what_a_kernel_does_not_serve_is_refused(kernel):
+    case = _Case(TOKENS[kernel][0], 128, 96)
+    with pytest.raises(RuntimeError, match=f"kernel '{kernel}' was forced but does not serve"):
+        case.run(kernel)
+    op = getattr(torch.ops.lowbit_cuda, kernel)
+    weight = lowbit.quantize(torch.randn(128, 96, device="cuda", dtype=torch.bfloat16)).args()
+    with pytest.raises(RuntimeError, match="does not serve these sizes"):
+        op(case.x, *weight, None, None, None, 1.0, None, None, None)
