@@ -105,6 +105,7 @@ TABLE = (
 )
 
 _forced: list[str] = []
+_environment = os.environ.get("LOWBIT_BACKEND") or None  # read once: a lookup costs a microsecond
 
 
 @contextlib.contextmanager
@@ -132,10 +133,9 @@ def forced() -> str | None:
     """The backend every operation must use, or None."""
     if _forced:
         return _forced[-1]
-    name = os.environ.get("LOWBIT_BACKEND") or None
-    if name is not None:
-        _check_name(name, "LOWBIT_BACKEND")
-    return name
+    if _environment is not None:
+        _check_name(_environment, "LOWBIT_BACKEND")
+    return _environment
 
 
 def _check_name(name: str, argument: str) -> None:
@@ -261,20 +261,46 @@ def _choose(
     return Row(OPERATIONS, device.type, backend, "forced")
 
 
-def select(operation: str, args: tuple) -> Callable:
-    """Return the function that runs an operation on these arguments."""
+def select(operation: str, args: tuple, for_backward: bool = True) -> Callable:
+    """Return the function that runs an operation on these arguments.
+
+    Args:
+        operation: one of OPERATIONS.
+        args: those of torch.ops.lowbit.<operation>.
+        for_backward: False allows a forward kernel to leave out what only backward reads (z).
+    """
     first = args[0]
-    if operation in _QUANTIZE:
-        dtype = args[-1] if operation == "dequantize_4bit" else first.dtype
-        row = choose(operation, first.device, dtype, first.shape[0])
-    elif operation in _FORWARD:
+    if operation in _FORWARD:
         # x, the eleven of the weight, lora_A
         r = args[12].shape[0] if operation == "lora_linear" else 0
-        layer = Layer(args[7], args[8], args[9] if args[2] is not None else 0, args[11], r)
-        row = choose(operation, first.device, first.dtype, first.shape[0], layer)
-    else:
-        row = choose(operation, first.device, first.dtype, first.shape[0])
+        blocksize = args[9] if args[2] is not None else 0
+        return _forward(
+            operation, first.device, first.dtype, first.shape[0], args[7], args[8], blocksize,
+            args[11], r, for_backward, forced(),
+        )  # fmt: skip
+    dtype = args[-1] if operation == "dequantize_4bit" else first.dtype
+    row = choose(operation, first.device, dtype, first.shape[0])
+    return getattr(_module(row.backend), operation)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    N: int,
+    K: int,
+    blocksize: int,
+    row_blocks: bool,
+    r: int,
+    for_backward: bool,
+    name: str | None,
+) -> Callable:
+    row = _choose(operation, device, dtype, tokens, Layer(N, K, blocksize, row_blocks, r), name)
     function = getattr(_module(row.backend), operation)
-    if row.kernel and operation in _FORWARD:
-        return functools.partial(function, kernel=row.kernel)
-    return function
+    if not row.kernel:
+        return function
+    if operation == "lora_linear" and not for_backward:
+        return functools.partial(function, kernel=row.kernel, for_backward=False)
+    return functools.partial(function, kernel=row.kernel)

@@ -13,7 +13,6 @@ from . import dispatch, ops  # noqa: F401  (ops registers torch.ops.lowbit)
 from .weight import QuantizedWeight, WeightArgs
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SEED_LIMIT = 2**63 - 1
 
 
@@ -121,7 +120,7 @@ def _run(operation: str, *args):
     do: an operator registered from Python costs more host time than a small layer's arithmetic.
     """
     if _nothing_intercepts(args):
-        return dispatch.select(operation, args)(*args)
+        return dispatch.select(operation, args, for_backward=False)(*args)
     return getattr(torch.ops.lowbit, operation)(*args)
 
 
@@ -139,10 +138,10 @@ def _nothing_intercepts(args: tuple) -> bool:
     recording = torch.is_grad_enabled()
     for arg in args:
         kind = type(arg)
-        if kind in _PLAIN:
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
             if recording and arg.requires_grad:
                 return False
-        elif issubclass(kind, torch.Tensor):
+        elif isinstance(arg, torch.Tensor):
             return False
     return True
 
@@ -246,27 +245,25 @@ def _check_bias(x: torch.Tensor, weight: WeightArgs, bias: torch.Tensor | None) 
 
 
 def _adapter(x, weight: WeightArgs, lora_A, lora_B) -> tuple[torch.Tensor, torch.Tensor]:
-    if lora_A.dim() != 2 or lora_A.shape[1] != weight.K or lora_A.shape[0] == 0:
+    shape = lora_A.shape
+    if len(shape) != 2 or shape[1] != weight.K or shape[0] == 0:
+        raise ValueError(f"lora_A must be [r, K] with K = {weight.K} and r >= 1, got {list(shape)}")
+    if lora_B.shape != (weight.N, shape[0]):
         raise ValueError(
-            f"lora_A must be [r, K] with K = {weight.K} and r >= 1, got {list(lora_A.shape)}"
+            f"lora_B must be [N, r] = [{weight.N}, {shape[0]}], got {list(lora_B.shape)}"
         )
-    if lora_B.shape != (weight.N, lora_A.shape[0]):
-        raise ValueError(
-            f"lora_B must be [N, r] = [{weight.N}, {lora_A.shape[0]}], got {list(lora_B.shape)}"
-        )
-    cast = _casts(x)
-    ready = []
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-        if tensor.dtype not in (x.dtype, torch.float32):
-            if not cast:
-                raise TypeError(
-                    f"{name} must be {x.dtype} like x, or float32, got {tensor.dtype}; cast it"
-                )
-            tensor = tensor.to(x.dtype)
-        ready.append(tensor if tensor.is_contiguous() else tensor.contiguous())
-    return ready[0], ready[1]
+    return _factor(x, lora_A, "lora_A"), _factor(x, lora_B, "lora_B")
+
+
+def _factor(x: torch.Tensor, tensor: torch.Tensor, name: str) -> torch.Tensor:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    dtype = tensor.dtype
+    if dtype != x.dtype and dtype != torch.float32:
+        if not _casts(x):
+            raise TypeError(f"{name} must be {x.dtype} like x, or float32, got {dtype}; cast it")
+        tensor = tensor.to(x.dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _scaling(x, scaling, r: int) -> tuple[torch.Tensor | None, float]:

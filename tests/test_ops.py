@@ -12,7 +12,7 @@ X, R = (5, 128), 4
 @pytest.fixture(autouse=True)
 def _free_choice(monkeypatch):
     """These tests are about the choice itself, whatever the run forces."""
-    monkeypatch.delenv("LOWBIT_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_environment", None)
 
 
 def _samples(device):
@@ -91,9 +91,9 @@ def test_force_is_scoped_and_checked():
 
 
 def test_environment_forces_a_backend(monkeypatch):
-    monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+    monkeypatch.setattr(dispatch, "_environment", "reference")
     assert dispatch.choose("linear", torch.device("cpu"), torch.float32).reason == "forced"
-    monkeypatch.setenv("LOWBIT_BACKEND", "fast")
+    monkeypatch.setattr(dispatch, "_environment", "fast")
     with pytest.raises(ValueError, match=r"LOWBIT_BACKEND must be one of .* got 'fast'"):
         dispatch.choose("linear", torch.device("cpu"), torch.float32)
 

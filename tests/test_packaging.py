@@ -362,7 +362,7 @@ def test_report_is_complete_and_plain():
 
 
 def test_report_survives_wrong_settings(monkeypatch):
-    monkeypatch.setenv("LOWBIT_BACKEND", "quantum")
+    monkeypatch.setattr(_info.dispatch, "_environment", "quantum")
     report = _info.report()
     assert "LOWBIT_BACKEND must be one of" in report["forced"]
     assert all(entry["backend"] is None for entry in report["operations"])

@@ -120,15 +120,17 @@ def _fused_linear(kernel, x, weight, bias):
     )
 
 
-def _fused_lora_linear(kernel, x, weight, lora_A, lora_B, lora_scaling, scaling, bias, p, seed):
+def _fused_lora_linear(
+    kernel, for_backward, x, weight, lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, seed
+):
     dtype = x.dtype
     x, lora_A = _aligned(x, dtype), _aligned(lora_A, dtype)
     adapter = (_aligned(lora_B, dtype), lora_scaling, scaling, _aligned(bias, dtype))
     op = getattr(_ops, kernel)
-    if p > 0:
-        z = dropout(x, p, seed) @ lora_A.t()
+    if dropout_p > 0:
+        z = dropout(x, dropout_p, seed) @ lora_A.t()
         return op(x, *weight, None, *adapter, z, None), z
-    z = x.new_empty((x.shape[0], lora_A.shape[0]))
+    z = x.new_empty((x.shape[0], lora_A.shape[0])) if for_backward else None
     return op(x, *weight, lora_A, *adapter, None, z), z
 
 
@@ -157,10 +159,11 @@ def linear_dx(dy, *weight):
     return dx
 
 
-def lora_linear(x, *rest, kernel="panels"):
+def lora_linear(x, *rest, kernel="panels", for_backward=True):
+    """(y, z); without `for_backward` z may be None."""
     weight, rest = rest[:_WEIGHT_COUNT], rest[_WEIGHT_COUNT:]
     if kernel != "panels" and _readable(weight):
-        return _fused_lora_linear(kernel, x, weight, *rest)
+        return _fused_lora_linear(kernel, for_backward, x, weight, *rest)
     lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, seed = rest
     dropped = dropout(x, dropout_p, seed) if dropout_p > 0 else x
     z = dropped @ lora_A.to(x.dtype).t()
