@@ -51,7 +51,8 @@ def _architectures(source: Path) -> list[str]:
 
 
 def _compile(source: Path, folder: Path) -> str:
-    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra", *DEFINITIONS]
+    hidden = "-fvisibility=hidden"  # as CMake sets it: no warning about types that are hidden
+    flags = ["-O3", "-std=c++17", f"-Xcompiler=-fPIC,-Wall,-Wextra,{hidden}", *DEFINITIONS]
     flags += [f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in include_paths())]
     if source.suffix == ".cu":
         flags += ["-Xptxas=-v"]

@@ -20,12 +20,11 @@
 // Storing straight from the owner of a block is 3.2-3.8 times slower (H100, 2026-11), hence the
 // transpose through shared memory.
 //
-// Callers have checked sizes, dtypes and devices. PRMT on byte planes follows CUTLASS'
-// lookup_table_convert.
+// Callers have checked sizes, dtypes and devices.
 
 #include <type_traits>
 
-#include "common.cuh"
+#include "block_decode.cuh"
 #include "nf4_dequantize.h"
 
 namespace lowbit::cuda {
@@ -66,70 +65,6 @@ Source make_source(const WeightView& w, const DequantizeWindow& window) {
 constexpr int kUnit = 64;            // codes per thread
 constexpr int kBlocksThreads = 128;  // small CTAs end together better than large ones
 constexpr int kBlocksPerSm = 10;     // 48 registers; left alone ptxas takes 32, and loads in series
-
-struct Codebook {
-    float value[16];
-};
-
-// From memory on purpose: constants would sit in uniform registers, copied back before each use (+1
-// instruction per weight).
-__device__ __forceinline__ Codebook load_codebook(const float* codebook) {
-    Codebook c;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float4 v = __ldg(reinterpret_cast<const float4*>(codebook) + i);
-        c.value[4 * i] = v.x, c.value[4 * i + 1] = v.y, c.value[4 * i + 2] = v.z,
-                    c.value[4 * i + 3] = v.w;
-    }
-    return c;
-}
-
-// The 16 values of one block in T, split into planes of low and of high bytes, 4 codes per word.
-struct ScaledTable {
-    uint32_t low[4];
-    uint32_t high[4];
-};
-
-template <typename T>
-__device__ __forceinline__ ScaledTable scale_codebook(const Codebook& c, float scale) {
-    ScaledTable t;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float* v = c.value + 4 * i;
-        const uint32_t first = pack_pair(__fmul_rn(v[0], scale), __fmul_rn(v[1], scale), T{});
-        const uint32_t second = pack_pair(__fmul_rn(v[2], scale), __fmul_rn(v[3], scale), T{});
-        t.low[i] = prmt(first, second, 0x6420);
-        t.high[i] = prmt(first, second, 0x7531);
-    }
-    return t;
-}
-
-// Bytes of four codes from one plane: three bits of a code select within each half, the fourth
-// between the halves.
-__device__ __forceinline__ uint32_t
-look_up(const uint32_t (&plane)[4], uint32_t select, uint32_t half) {
-    return prmt(prmt(plane[0], plane[1], select), prmt(plane[2], plane[3], select), half);
-}
-
-// Eight codes of a word (little endian, first code in the high nibble of byte 0) to eight 16-bit
-// values.
-__device__ __forceinline__ uint4 decode_word(const ScaledTable& t, uint32_t word) {
-    uint32_t select = word & 0x77777777u;
-    uint32_t half = ((word & 0x88888888u) | 0x64206420u) >>
-                    1;  // nibble i: i, plus 4 where bit 3 of code i is set
-    uint32_t out[4];
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        const uint32_t low = look_up(t.low, select, half);
-        const uint32_t high = look_up(t.high, select, half);
-        out[i] =
-            prmt(low, high, 0x4051);  // nibbles of a byte are swapped: code 1 is the first value
-        out[i + 1] = prmt(low, high, 0x6273);
-        select >>= 16;
-        half >>= 16;
-    }
-    return {out[0], out[1], out[2], out[3]};
-}
 
 struct Unit {
     uint4 packed[2];
@@ -173,9 +108,9 @@ __global__ void __launch_bounds__(kBlocksThreads, kBlocksPerSm) dequantize_block
     uint4* tile = smem[threadIdx.x / kWarpSize];
 
     const Unit u = load_unit<kNested, kTwoScales>(w, s, first + min(lane, left - 1));
-    const Codebook codebook = load_codebook(w.codebook);
+    const Codebook codebook = load_aligned_codebook(w.codebook);
     uint4* chunks = tile + lane * 8;
-    ScaledTable table = scale_codebook<T>(codebook, u.scale[0]);
+    ScaledTable<> table = scale_codebook<T>(codebook, u.scale[0]);
     chunks[0 ^ (lane % 8)] = decode_word(table, u.packed[0].x);
     chunks[1 ^ (lane % 8)] = decode_word(table, u.packed[0].y);
     chunks[2 ^ (lane % 8)] = decode_word(table, u.packed[0].z);

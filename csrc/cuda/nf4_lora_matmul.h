@@ -20,13 +20,28 @@ struct LoraMatmulArgs {
     const void* lora_B;         // [N, r], null when r = 0
     const float* lora_scaling;  // [r], or null: all 1
     float scaling;
-    const void* bias;           // [N] or null
-    const void* z_in;           // [M, r], z computed elsewhere, or null
-    void* z_out;                // [M, r], receives x lora_A^T rounded (unscaled), or null
-    void* y;                    // [M, N]
+    const void* bias;  // [N] or null
+    const void* z_in;  // [M, r], z computed elsewhere, or null
+    void* z_out;       // [M, r], receives x lora_A^T rounded (unscaled), or null
+    void* y;           // [M, N]
     int64_t M;
     int r;
-    void* workspace;            // as many bytes as the kernel asks for, uninitialized
+    void* workspace;  // as many bytes as the kernel asks for, uninitialized
 };
+
+inline bool is_aligned(const void* p, uintptr_t bytes = 16) {
+    return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// Whether the current device runs the *_sm90.cu kernels: compute capability 9.0, not later ones.
+inline bool device_is_sm90() {
+    int device = 0, major = 0, minor = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+               cudaSuccess &&
+           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) ==
+               cudaSuccess &&
+           major == 9 && minor == 0;
+}
 
 }  // namespace lowbit::cuda

@@ -1,5 +1,5 @@
-// The decoders of nf4_lora_matmul_large.cu: warps that turn the 4-bit weight into bf16 or fp16 for
-// all CTAs, once per wave of tiles, through a ring of chunks in global memory.
+// The decoders of nf4_lora_matmul_large_sm90.cu: warps that turn the 4-bit weight into bf16 or fp16
+// for all CTAs, once per wave of tiles, through a ring of chunks in global memory.
 //
 // A chunk is 512 columns of all panels of a wave. Its tasks, 32 rows x 128 columns, are dealt to
 // the decoders of the whole grid in turn. One counter per chunk says how many of its tasks are
@@ -9,14 +9,23 @@
 // what it wrote, so the ring cannot lock up.
 #pragma once
 
-#include "nf4_lora_matmul_large.cuh"
+#include "block_decode.cuh"
 #include "nf4_lora_matmul_large_plan.h"
+#include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
+namespace {
 
 constexpr int kTaskBytes = kTaskRows * kTaskColumns * 2;
 constexpr int kNestedBytes = 256 * 4;  // the codebook of double-quantized scales
 constexpr uint32_t kSlotPollNs = 500;  // a full ring lasts for tens of microseconds
+
+// Until the counter has reached `count`.
+__device__ __forceinline__ void
+wait_for_count(const uint32_t* counter, uint32_t count, uint32_t poll_ns) {
+    while (load_acquire(counter) < count)
+        __nanosleep(poll_ns);
+}
 
 // Tasks in the order in which the tiles need them: waves, chunks, then panels and columns. Worker i
 // takes every workers-th.
@@ -94,7 +103,7 @@ __device__ __forceinline__ void load_packed(const Params& p, const TaskCursor& a
 // Rows of 128 bytes, swizzled as TMA and wgmma expect it; without bank conflicts.
 template <typename T>
 __device__ __forceinline__ void decode_block(
-    uint4* row, int lane, const ScaledTable& table, const uint4& first, const uint4& second) {
+    uint4* row, int lane, const ScaledTable<>& table, const uint4& first, const uint4& second) {
     const int swizzle = lane % 8;
     row[0 ^ swizzle] = decode_word(table, first.x);
     row[1 ^ swizzle] = decode_word(table, first.y);
@@ -157,8 +166,8 @@ __device__ __forceinline__ void decode_weight(
                     : __fadd_rn(
                           __fmul_rn(nested_codebook[packed.absmax[b]], packed.nested[b]), offset);
         }
-        const ScaledTable first = scale_codebook<T>(codebook, scale[0]);
-        const ScaledTable second = scale_codebook<T>(codebook, scale[1]);
+        const ScaledTable<> first = scale_codebook<T>(codebook, scale[0]);
+        const ScaledTable<> second = scale_codebook<T>(codebook, scale[1]);
         if (lane == 0)
             wait_stores_read<0>();
         __syncwarp();
@@ -191,4 +200,5 @@ __device__ __forceinline__ void decode_weight(
     __syncwarp();
 }
 
+}  // namespace
 }  // namespace lowbit::cuda

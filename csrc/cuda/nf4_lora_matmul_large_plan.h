@@ -1,4 +1,4 @@
-// Who computes what, and when, in nf4_lora_matmul_large.cu: numbers and formulas that host and
+// Who computes what, and when, in nf4_lora_matmul_large_sm90.cu: numbers and formulas that host and
 // device share.
 //
 // A tile is 256 rows of the weight (a panel) x 256 tokens; a cluster of CTAs computes it. Token
@@ -19,6 +19,7 @@
 #include "nf4_lora_matmul.h"
 
 namespace lowbit::cuda {
+namespace {
 
 constexpr int kCtas = 2;  // of a cluster; the device holds too few clusters of 4
 constexpr int kTileTokens = 256;
@@ -169,4 +170,5 @@ inline Plan make_plan(const LoraMatmulArgs& args, int clusters) {
     return plan;
 }
 
+}  // namespace
 }  // namespace lowbit::cuda

@@ -1,5 +1,4 @@
-// The 4-bit linear layer with a low-rank update for 65 to about 2048 tokens, sm_90a. See
-// nf4_lora_matmul_mid.cu.
+// Some hundred tokens, 65 to about 4000, through a 4-bit linear layer with a low-rank update.
 #pragma once
 
 #include <cstddef>
@@ -8,11 +7,13 @@
 
 namespace lowbit::cuda {
 
-// 16-bit dtype, flat weight, K % 64 == 0, N % 16 == 0, blocksize 64 to 4096, r <= 64, 16-byte
-// aligned x, y, lora_A and qweight. Any M is computed right; outside 65..2048 others are faster.
+// Whether launch_nf4_lora_matmul_mid computes this call on the current device: compute capability
+// 9.0, a flat weight of blocks of 64 to 4096 with K % 64 == 0 and N % 16 == 0, r <= 64, bf16 or
+// fp16, x, y, lora_A and qweight 16-byte aligned. Right for any M; worth it from 65 to about 4000.
 bool serves_nf4_lora_matmul_mid(const LoraMatmulArgs& args);
 
-size_t workspace_nf4_lora_matmul_mid_bytes(const LoraMatmulArgs& args);
+// Bytes that args.workspace must hold, 16-byte aligned; any contents. 2 M r, r rounded up to 16.
+size_t nf4_lora_matmul_mid_workspace_bytes(const LoraMatmulArgs& args);
 
 // Two to three kernels, one after the other in the stream, as programmatic dependent launches.
 cudaError_t launch_nf4_lora_matmul_mid(const LoraMatmulArgs& args, cudaStream_t stream);

@@ -1,10 +1,12 @@
-// The consumer warpgroups of nf4_lora_matmul_mid.cu: products of the stages, the sum over a split
-// K, and the store of y.
+// The consumer warpgroups of nf4_lora_matmul_mid_sm90.cu: products of the stages, the sum over a
+// split K, and the store of y.
 #pragma once
 
 #include "nf4_lora_matmul_mid_tile.cuh"
+#include "wgmma_sm90.cuh"
 
-namespace lowbit::cuda::mid {
+namespace lowbit::cuda {
+namespace {
 
 // Where a consumer warpgroup stands in the ring.
 template <class P>
@@ -85,7 +87,7 @@ add_halves(float (&d)[P::kTokens / 2], uint32_t smem, const uint8_t* smem_generi
     const int rank = blockIdx.x % kCluster;
     const int thread = threadIdx.x - P::kProducers;
     const uint32_t buffer = in_cta(smem + thread * 16, rank ^ 1);
-    cluster_sync();
+    cluster_sync_unaligned();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         if (half == rank)
@@ -96,7 +98,7 @@ add_halves(float (&d)[P::kTokens / 2], uint32_t smem, const uint8_t* smem_generi
             store_remote(buffer + i / 4 * kVectorBytes, v[0], v[1], v[2], v[3]);
         }
     }
-    cluster_sync();
+    cluster_sync_unaligned();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         if (half != rank)
@@ -188,4 +190,5 @@ consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_ge
         wait_stores_read<0>();
 }
 
-}  // namespace lowbit::cuda::mid
+}  // namespace
+}  // namespace lowbit::cuda

@@ -1,5 +1,5 @@
-// The producer warps of nf4_lora_matmul_mid.cu: they fill the stages with decoded weights and have
-// TMA bring x and packed weights.
+// The producer warps of nf4_lora_matmul_mid_sm90.cu: they fill the stages with decoded weights and
+// have TMA bring x and packed weights.
 //
 // A warp decodes 32 rows of one step at a time, a lane one block of 64 codes; warps that share rows
 // take steps in turn. Packed weights come in groups of two turns, into two buffers, and their
@@ -8,9 +8,12 @@
 // the table built where it is needed, was 1 to 11% slower (H100, 2026-11).
 #pragma once
 
+#include "block_decode.cuh"
 #include "nf4_lora_matmul_mid_tile.cuh"
+#include "ptx_sm90.cuh"
 
-namespace lowbit::cuda::mid {
+namespace lowbit::cuda {
+namespace {
 
 // Keeps two groups of packed weights loaded or on their way. One thread.
 template <class P>
@@ -79,7 +82,7 @@ unpack_scales(float (&scales)[4], RawScales<true> raw, const float* nested_codes
 
 // Table of step `step`. The codebook is read anew each time: registers are scarce here.
 template <typename T>
-__device__ __forceinline__ ScaledTable
+__device__ __forceinline__ ScaledTable<true>
 table_of(uint32_t smem_codebook, const float (&scales)[4], int step) {
     Codebook codebook;
 #pragma unroll
@@ -89,7 +92,7 @@ table_of(uint32_t smem_codebook, const float (&scales)[4], int step) {
         codebook.value[i + 2] = __uint_as_float(v.z), codebook.value[i + 3] = __uint_as_float(v.w);
     }
     const float low = step & 1 ? scales[1] : scales[0], high = step & 1 ? scales[3] : scales[2];
-    return scale_codebook<T>(codebook, step & 2 ? high : low);
+    return scale_codebook<T, true>(codebook, step & 2 ? high : low);
 }
 
 // r elements of lora_B as a row of a stage, with zeros behind them. Once per tile: plain is enough.
@@ -210,7 +213,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, const float* tables) {
                     scales[i] = block_scale<kNested>(p.w, own >> (p.w.blocksize_log2 - 6));
                 }
             }
-            ScaledTable table = table_of<T>(smem + P::kTables, scales, step);
+            ScaledTable<true> table = table_of<T>(smem + P::kTables, scales, step);
 #pragma unroll
             for (int unit = 0; unit < 2; unit++) {
                 if (step < tile.weight_steps) {
@@ -268,4 +271,5 @@ produce(const Maps& maps, const Params& p, uint32_t smem, const float* tables) {
     }
 }
 
-}  // namespace lowbit::cuda::mid
+}  // namespace
+}  // namespace lowbit::cuda

@@ -1,10 +1,14 @@
-// Sizes and the division of work of nf4_lora_matmul_mid.cu: what lies where in shared memory, which
-// tile a CTA computes when, and how far along the ring of stages a warp is.
+// Sizes and the division of work of nf4_lora_matmul_mid_sm90.cu: what lies where in shared memory,
+// which tile a CTA computes when, and how far along the ring of stages a warp is.
 #pragma once
 
-#include "nf4_lora_matmul_mid.cuh"
+#include <cuda.h>
 
-namespace lowbit::cuda::mid {
+#include "common.cuh"
+#include "nf4_lora_matmul.h"
+
+namespace lowbit::cuda {
+namespace {
 
 constexpr int kStepK = 64;  // a row of a step is one swizzled line of 128 bytes
 constexpr int kRowBytes = kStepK * 2;
@@ -125,4 +129,5 @@ struct Position {
     }
 };
 
-}  // namespace lowbit::cuda::mid
+}  // namespace
+}  // namespace lowbit::cuda

@@ -1,9 +1,10 @@
-// From codes to operands in nf4_lora_matmul_small.cu: the pair table, the scales of a warp's rows,
-// z.
+// From codes to operands in nf4_lora_matmul_small_sm90.cu: the pair table, the scales of a warp's
+// rows, z.
 #pragma once
 
-#include "nf4_lora_matmul_small.cuh"
+#include "common.cuh"
 #include "nf4_lora_matmul_small_tile.cuh"
+#include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {

@@ -1,9 +1,10 @@
-// From a CTA's sums to y in nf4_lora_matmul_small.cu: the low-rank term, the sums of other K groups
-// and of other CTAs, bias and stores.
+// From a CTA's sums to y in nf4_lora_matmul_small_sm90.cu: the low-rank term, the sums of other K
+// groups and of other CTAs, bias and stores.
 #pragma once
 
-#include "nf4_lora_matmul_small.cuh"
+#include "common.cuh"
 #include "nf4_lora_matmul_small_tile.cuh"
+#include "wgmma_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -32,9 +33,9 @@ add_low_rank(float (&sums)[Tile::kSums], const Problem& p, int row0, uint32_t z)
             load_lora_pair(low, j + 2 * t, p.r), load_lora_pair(high, j + 2 * t, p.r),
             load_lora_pair(low, j + 8 + 2 * t, p.r), load_lora_pair(high, j + 8 + 2 * t, p.r)};
         wgmma_fence();
-        Wgmma<T, Tile::kTokens>::run(sums, a, descriptor(z + 2 * j), 1);
+        wgmma(sums, a, own_operand_descriptor(z + 2 * j), true, T{});
         wgmma_commit();
-        wgmma_wait();
+        wgmma_wait<0>();
     }
 }
 

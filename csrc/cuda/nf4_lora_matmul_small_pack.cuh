@@ -1,11 +1,12 @@
-// Packing of x for nf4_lora_matmul_small.cu and, from the same loads, z = x lora_A^T. x [M, K] and
-// lora_A [r, K] row-major, 16 bit; see packed_offset for the result. One short wave of CTAs: what
-// limits it is the latency of two loads, two reductions and the launch, 2 to 3 us on an H100.
+// Packing of x for nf4_lora_matmul_small_sm90.cu and, from the same loads, z = x lora_A^T. x [M, K]
+// and lora_A [r, K] row-major, 16 bit; see packed_offset for the result. One short wave of CTAs:
+// what limits it is the latency of two loads, two reductions and the launch, 2 to 3 us on an H100.
 #pragma once
 
+#include "common.cuh"
 #include "nf4_lora_matmul.h"
-#include "nf4_lora_matmul_small.cuh"
 #include "nf4_lora_matmul_small_tile.cuh"
+#include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_tokens_kernel(const PackPro
         for (int j = 0; j < kPackWarps; j++)
             sum += smem_z[j * values + i];
         const uint32_t place = shared_address(smem_ctas + rank * share + i % share);
-        store_cluster(in_cta(place, i / share), sum);
+        store_remote(in_cta(place, i / share), sum);
     }
     cluster_arrive();
     cluster_wait();

@@ -1,5 +1,5 @@
-// How nf4_lora_matmul_small.cu cuts the product into tiles and units, what its kernels are told,
-// and the order in which x is packed.
+// How nf4_lora_matmul_small_sm90.cu cuts the product into tiles and units, what its kernels are
+// told, and the order in which x is packed.
 #pragma once
 
 #include "common.cuh"
@@ -31,7 +31,7 @@ constexpr int kScaleBytes = kChunkBlocks * 16 * 4;  // per warp
 constexpr int kTableStride = 256;
 constexpr int kTableBytes = 256 * kTableStride;
 // Where dynamic shared memory starts on sm_90 in a kernel without static shared memory. A constant,
-// so that the base is part of the load instruction; matmul_kernel checks it.
+// so that the base is part of the load instruction; nf4_lora_matmul_small_kernel checks it.
 constexpr int kSharedStart = 1024;
 
 // kRowGroups warpgroups share the rows of a tile, 64 each, and 4 / kRowGroups the columns.

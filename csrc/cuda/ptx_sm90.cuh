@@ -1,33 +1,84 @@
-// Wrappers around single PTX instructions of sm_90: thread block clusters, transaction barriers,
-// programmatic dependent launch; and loads and prefetches that C++ cannot express.
+// Wrappers around single PTX instructions for kernels of sm_90: clusters, transaction barriers,
+// bulk copies and TMA, programmatic dependent launch, and the warpgroup products' bookkeeping (the
+// products are in wgmma_sm90.cuh). One function, one instruction, unless it says otherwise.
+//
+// Addresses in shared memory are 32-bit: in the window of the own CTA, from shared_address(), or in
+// that of the cluster, from in_cta().
 #pragma once
 
-#include <cuda_runtime.h>
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
 namespace lowbit::cuda {
+
+// ---- shared memory ------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
 }
 
-// Whole 16-byte units of [begin, begin + bytes), by the bulk engine.
-__device__ __forceinline__ void prefetch_l2(const void* begin, uint64_t bytes) {
-    const uint64_t at = reinterpret_cast<uint64_t>(begin), first = at & ~uint64_t{15};
-    const uint32_t size = static_cast<uint32_t>((at + bytes - first) & ~uint64_t{15});
-    if (size > 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(size));
+__device__ __forceinline__ uint2 load_shared_pair(uint32_t address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
 }
 
-// The loads of the main loop. Predicated by hand: behind a branch the compiler moves them down to
-// where their values are used. Not the read-only path: the grid may start before x is written.
+// At `address` + kOffset; the constant becomes part of the instruction.
+template <int kOffset>
+__device__ __forceinline__ uint32_t load_shared_at(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
+    return v;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint16_t value) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// The same word four times, 16-byte aligned.
+__device__ __forceinline__ void store_shared_four(uint32_t address, uint32_t value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(value) : "memory");
+}
+
+// Four 8x8 tiles of 16-bit elements, transposed; each lane gives the address of one row.
+__device__ __forceinline__ void
+store_matrices_transposed(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a),
+        "r"(b), "r"(c), "r"(d)
+        : "memory");
+}
+
+// ---- global memory ------------------------------------------------------------------------------
+
+// Loads predicated by hand: behind a branch the compiler moves them down to where their values are
+// used. Not the read-only path, which may not see what a previous kernel is still writing.
 __device__ __forceinline__ void load_if(bool wanted, uint32_t& v, const uint8_t* p) {
     asm volatile("{.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t@p ld.global.u8 %0, [%1];}"
                  : "+r"(v)
@@ -50,6 +101,44 @@ __device__ __forceinline__ void load_if(bool wanted, uint4& v, const uint8_t* p)
                  : "memory");
 }
 
+// 16 bytes that are not read again soon.
+__device__ __forceinline__ void store_streaming(void* p, const uint4& v) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// Fetches the line into L2 only, which is right even while an earlier kernel still writes it.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// The same by the bulk engine; both arguments are multiples of 16.
+__device__ __forceinline__ void prefetch_bulk_l2(uint64_t address, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
+}
+
+// Flags and counters.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release(uint32_t* counter, uint32_t value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void increment_release(uint32_t* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ __forceinline__ void increment_relaxed(uint32_t* counter) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// ---- cluster ------------------------------------------------------------------------------------
+
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -62,46 +151,20 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return size;
 }
 
-// Stores to the same place in a peer's shared memory and counts it on the peer's barrier.
-__device__ __forceinline__ void
-send(const float* slot, const uint64_t* barrier, uint32_t peer, float value) {
-    asm volatile(
-        "{.reg .b32 slot, bar;\n\t"
-        "mapa.shared::cluster.u32 slot, %0, %2;\n\t"
-        "mapa.shared::cluster.u32 bar, %1, %2;\n\t"
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [slot], %3, [bar];}" ::"r"(
-            shared_address(slot)),
-        "r"(shared_address(barrier)), "r"(peer), "r"(__float_as_uint(value))
-        : "memory");
+// Where another CTA of the cluster keeps what this one keeps at `address`.
+__device__ __forceinline__ uint32_t in_cta(uint32_t address, uint32_t rank) {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
 }
 
-__device__ __forceinline__ void expect_bytes(const uint64_t* barrier, uint32_t bytes) {
-    const uint32_t at = shared_address(barrier);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
-                 : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void wait_for_bytes(const uint64_t* barrier) {
-    asm volatile("{.reg .pred done;\n\t"
-                 "again:\n\t"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n\t"
-                 "@!done bra again;}" ::"r"(shared_address(barrier))
-                 : "memory");
-}
-
-// Waits until the kernels in front of this one have ended and their writes are visible.
-__device__ __forceinline__ void wait_for_earlier_kernels() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-__device__ __forceinline__ void let_next_kernel_start() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// Relaxed: orders nothing; a release would wait for all of memory.
+// What threads of the cluster wrote before they arrived is visible to those that waited.
 __device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// Orders nothing; a release would wait for all of memory.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
@@ -109,6 +172,287 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-}  // namespace lowbit::cuda
+// Both at once (two instructions).
+__device__ __forceinline__ void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
 
-#endif
+// The same where the compiler cannot tell that a warp's threads are together.
+__device__ __forceinline__ void cluster_sync_unaligned() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Remote addresses come from in_cta().
+__device__ __forceinline__ float load_remote(uint32_t address) {
+    float value;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_remote(uint32_t address, float value) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_remote(uint32_t address, float a, float b, float c, float d) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b),
+                 "f"(c), "f"(d)
+                 : "memory");
+}
+
+// In the background; the barrier beside the destination counts the 4 bytes.
+__device__ __forceinline__ void
+store_remote_async(uint32_t address, float value, uint32_t barrier) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+            address),
+        "r"(__float_as_uint(value)), "r"(barrier)
+        : "memory");
+}
+
+// ---- barriers -----------------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
+}
+
+// Makes initialized barriers visible to bulk copies and to the cluster.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives and adds `bytes` to what the phase still waits for.
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+// Address from in_cta(). Without .release.cluster on purpose: that compiles to a memory barrier
+// over the whole GPU, and what must come before these arrivals are only reads of finished products.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Blocks until the phase of this parity is complete (several instructions, like the next two).
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+        asm volatile("{.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+                     "selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (done == 0);
+}
+
+// With a hint that lets the hardware put the warp to sleep: where the card is power limited, a
+// spinning warp costs clock.
+__device__ __forceinline__ void barrier_wait_asleep(uint32_t barrier, uint32_t parity) {
+    constexpr uint32_t kSleepNs = 1000000;
+    uint32_t done;
+    do {
+        asm volatile(
+            "{.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n\t"
+            "selp.u32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity), "r"(kSleepNs)
+            : "memory");
+    } while (done == 0);
+}
+
+// The same, and sees what other CTAs of the cluster have stored.
+template <int kParity>
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier) {
+    asm volatile("{.reg .pred done;\n\t"
+                 "again:\n\t"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+                 "@!done bra again;}" ::"r"(barrier),
+                 "n"(kParity)
+                 : "memory");
+}
+
+// Barrier over `threads` threads of the CTA; id 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts for the barrier without waiting at it.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- bulk copies --------------------------------------------------------------------------------
+
+// Ordinary stores to shared memory before it are visible to bulk copies and wgmma after it.
+__device__ __forceinline__ void fence_async_proxy() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The same for global memory.
+__device__ __forceinline__ void fence_async_proxy_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+__device__ __forceinline__ void
+load_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(destination),
+        "l"(source), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// Shared memory to that of another CTA, whose barrier counts the bytes.
+__device__ __forceinline__ void
+copy_to_cta(uint32_t destination, uint32_t source, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(destination),
+        "r"(source), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// A box of a tensor map (tensor_map.h); what lies outside the tensor is zero.
+__device__ __forceinline__ void
+load_tile(uint32_t destination, const CUtensorMap& map, int column, int row, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4}], [%2];" ::"r"(destination),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row)
+        : "memory");
+}
+
+// Read once: gives way in L2 to what is read again.
+__device__ __forceinline__ void load_tile_once(
+    uint32_t destination, const CUtensorMap& map, int column, int row, uint32_t barrier) {
+    constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // as createpolicy encodes it
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
+                 "l"(&map), "r"(barrier), "r"(column), "r"(row), "l"(kEvictFirst)
+                 : "memory");
+}
+
+// To the same place in every CTA of the mask; each one's barrier counts its bytes.
+__device__ __forceinline__ void load_tile_multicast(
+    uint32_t destination,
+    const CUtensorMap& map,
+    int column,
+    int row,
+    uint32_t barrier,
+    uint16_t mask) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
+                 "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(mask)
+                 : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tile_l2(const CUtensorMap& map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map),
+                 "r"(column), "r"(row)
+                 : "memory");
+}
+
+// Shared to global memory; what lies outside the tensor is dropped.
+__device__ __forceinline__ void
+store_tile(const CUtensorMap& map, uint32_t source, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+        "r"(source), "r"(column), "r"(row)
+        : "memory");
+}
+
+__device__ __forceinline__ void commit_stores() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// All but the last kPending committed groups have read their shared memory.
+template <int kPending>
+__device__ __forceinline__ void wait_stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// All committed groups have been written.
+__device__ __forceinline__ void wait_stores() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// ---- registers and dependent launches -----------------------------------------------------------
+
+// By all warps of a warpgroup: registers per thread from here on.
+template <int kRegisters>
+__device__ __forceinline__ void shrink_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void grow_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The kernels before this one in the stream are complete and their writes visible.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// ---- products within a warp ---------------------------------------------------------------------
+
+// 16-bit pairs, each product rounded.
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b, __nv_bfloat16) {
+    uint32_t d;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b, __half) {
+    uint32_t d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// An 8 x 8 matrix of 16-bit elements, two per lane, row lane / 4: transposed.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+    return d;
+}
+
+// d += a b over a 16 x 8 tile, a's rows along K like b's columns.
+#define LOWBIT_MMA(TYPE, NAME)                                                                     \
+    __device__ __forceinline__ void mma_16x8x16(                                                   \
+        float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, TYPE) {                   \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                        \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));              \
+    }
+LOWBIT_MMA(__nv_bfloat16, "bf16")
+LOWBIT_MMA(__half, "f16")
+#undef LOWBIT_MMA
+
+// ---- products of a warpgroup: see wgmma_sm90.cuh ------------------------------------------------
+
+// Registers and shared memory that products use are as the program last left them.
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// All but the last kPending committed groups of products are complete.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace lowbit::cuda

@@ -106,11 +106,11 @@ constexpr Kernel kSmall{
     "nf4_lora_matmul_small", serves_nf4_lora_matmul_small, nf4_lora_matmul_small_workspace_bytes,
     launch_nf4_lora_matmul_small};
 constexpr Kernel kMid{
-    "nf4_lora_matmul_mid", serves_nf4_lora_matmul_mid, workspace_nf4_lora_matmul_mid_bytes,
+    "nf4_lora_matmul_mid", serves_nf4_lora_matmul_mid, nf4_lora_matmul_mid_workspace_bytes,
     launch_nf4_lora_matmul_mid};
 constexpr Kernel kLarge{
-    "nf4_lora_matmul_large", serves_lora_matmul_large, workspace_lora_matmul_large_bytes,
-    launch_lora_matmul_large};
+    "nf4_lora_matmul_large", serves_nf4_lora_matmul_large, nf4_lora_matmul_large_workspace_bytes,
+    launch_nf4_lora_matmul_large};
 
 }  // namespace
 }  // namespace lowbit::cuda

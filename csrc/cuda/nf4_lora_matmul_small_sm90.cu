@@ -1,7 +1,6 @@
-// NF4 dequantize + matmul for a few tokens, with the LoRA branch as one more step along K.
+// A few tokens through a 4-bit linear layer with a low-rank update, in two launches.
 //
-//     y[m, n] = sum_k x[m, k] codebook[q[n, k]] absmax[n, k / blocksize]
-//             + sum_j T(s_j z[m, j]) lora_B[n, j] + bias[n],   z = x lora_A^T,  M = 2..64
+//     y[m, n] = sum_k x[m, k] W[n, k] + sum_j T(s_j z[m, j]) lora_B[n, j] + bias[n],  M = 2..64
 //
 // Operands: see nf4_lora_matmul.h and weight.h (flat, K % 64 == 0, N % 16 == 0, r <= 64). T = bf16
 // or fp16. Codebook values are rounded to T and multiplied on the tensor cores into fp32; absmax is
@@ -10,9 +9,10 @@
 // once. Sums have a fixed order: the result depends on the number of SMs, not on timing.
 //
 // Two launches. pack_tokens_kernel brings x into the order the products read it in, padded with
-// zero tokens to 8, 16, 32 or 64, and computes z. matmul_kernel has at most one CTA per SM, and
-// each an equal share of the weight: the tiles of 64, 128 or 256 rows, cut along K into units, form
-// one sequence, and a CTA takes a contiguous piece of it. make_plan chooses tile height and CTAs.
+// zero tokens to 8, 16, 32 or 64, and computes z. nf4_lora_matmul_small_kernel has at most one CTA
+// per SM, and each an equal share of the weight: the tiles of 64, 128 or 256 rows, cut along K into
+// units, form one sequence, and a CTA takes a contiguous piece of it. make_plan chooses tile height
+// and CTAs.
 //
 //     CTA    |---- 0 ----|---- 1 ----|---- 2 ----|
 //     tile   |---- 0 ----+-|-- 1 ------+---|--- 2
@@ -28,11 +28,14 @@
 
 #include "nf4_lora_matmul_small.h"
 
-#include "nf4_lora_matmul_small.cuh"
+#include "launch_config.h"
 #include "nf4_lora_matmul_small_decode.cuh"
 #include "nf4_lora_matmul_small_finish.cuh"
 #include "nf4_lora_matmul_small_pack.cuh"
+#include "nf4_lora_matmul_small_plan.h"
 #include "nf4_lora_matmul_small_tile.cuh"
+#include "tensor_map.h"
+#include "wgmma_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -64,7 +67,7 @@ copy_stages(const Problem& p, const CUtensorMap& map, uint32_t smem) {
             const uint32_t codes = smem + Tile::kStage0 + stage * Tile::kStageBytes;
             for (int group = 0; group < Tile::kGroups; group++) {
                 const int block = block_of(s, group, i);
-                load_tile(
+                load_tile_once(
                     codes + group * Tile::kBoxBytes, map, block * (kBlock / 8),
                     s.tile * Tile::kRows, full + 8 * stage);
                 load_bulk(
@@ -176,7 +179,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
                     for (int e = 0; e < 16; e++)
                         a[j][e] = multiply_pair(a[j][e], e % 2 == 0 ? low : high, T{});
                 }
-                wgmma_wait();
+                wgmma_wait<0>();
                 if (!Tile::kScaleWeight)
                     add_scaled(sums, of_block, pending);
                 if (j == 0 && i > 0 && lane == 0)
@@ -184,12 +187,12 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    const uint64_t x =
-                        descriptor(base + tokens + j * Tile::kTokens * kPackRow + k * 32);
+                    const uint64_t x = own_operand_descriptor(
+                        base + tokens + j * Tile::kTokens * kPackRow + k * 32);
                     if constexpr (Tile::kScaleWeight)
-                        Wgmma<T, Tile::kTokens>::run(sums, a[j] + 4 * k, x, 1);
+                        wgmma(sums, a[j] + 4 * k, x, true, T{});
                     else
-                        Wgmma<T, Tile::kTokens>::run(of_block, a[j] + 4 * k, x, k > 0);
+                        wgmma(of_block, a[j] + 4 * k, x, k > 0, T{});
                 }
                 wgmma_commit();
                 pending = scale;
@@ -198,7 +201,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
             if (++stage == Tile::kStages)
                 stage = 0, phase ^= 1;
         }
-        wgmma_wait();
+        wgmma_wait<0>();
         if (!Tile::kScaleWeight)
             add_scaled(sums, of_block, pending);
         if (lane == 0)
@@ -222,7 +225,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
 
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(kThreads, 1)
-    matmul_kernel(const Problem p, const __grid_constant__ CUtensorMap map) {
+    nf4_lora_matmul_small_kernel(const Problem p, const __grid_constant__ CUtensorMap map) {
     extern __shared__ __align__(1024) uint8_t smem_bytes[];
     const uint32_t smem = shared_address(smem_bytes);
     if ((smem & 0xffffu) != kSharedStart)
@@ -249,97 +252,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- host ---------------------------------------------------------------------------------------
 
-struct Plan {
-    int tokens;      // padded
-    int row_groups;  // see Tile
-    int ctas;
-};
-
-int padded_tokens(int64_t M) {
-    return M <= 8 ? 8 : M <= 16 ? 16 : M <= 32 ? 32 : 64;
-}
-
-int units_of(const LoraMatmulArgs& a, const Plan& plan) {
-    return static_cast<int>(ceil_div(a.w.K / kBlock, kUnitBlocks * (4 / plan.row_groups)));
-}
-
-int tiles_of(const LoraMatmulArgs& a, const Plan& plan) {
-    return static_cast<int>(ceil_div(a.w.N, 64 * plan.row_groups));
-}
-
-// Microseconds the product will take, fitted to layers of 0.4 to 235 million weights (H100,
-// 2026-11-24). A unit is 16 KB of codes in every plan.
-double estimate(const LoraMatmulArgs& a, const Plan& plan) {
-    constexpr double kUnitMemory = 0.00615;  // times the number of CTAs that share the bandwidth
-    constexpr double kSegment = 1.0;         // a CTA's change to another tile
-    constexpr double kExchange = 0.6;        // CTAs of a tile wait for each other; times row groups
-    constexpr double kPartial = 0.4;         // each one's sums, latency
-    constexpr double kPartialPerKb = 0.0125;  // and transfer
-    const double decode = plan.tokens <= 32 ? 0.75 : plan.row_groups == 4 ? 1.05 : 1.15;
-    const double memory = kUnitMemory * plan.ctas;
-    const int units = units_of(a, plan), tiles = tiles_of(a, plan);
-    const auto per_cta = static_cast<double>(ceil_div(int64_t{units} * tiles, plan.ctas));
-    double time = per_cta * (decode > memory ? decode : memory);
-    if (plan.ctas % tiles != 0)
-        time += kSegment * static_cast<double>(ceil_div(tiles, plan.ctas));
-    if (plan.ctas != tiles) {
-        const int partials = plan.ctas <= tiles ? 1 : (plan.ctas - 1) / tiles;
-        const double kilobytes = plan.row_groups * plan.tokens / 4;
-        time += kExchange * plan.row_groups + partials * (kPartial + kPartialPerKb * kilobytes);
-    }
-    return time;
-}
-
-Plan make_plan(const LoraMatmulArgs& a, int sms) {
-    Plan best{};
-    double best_time = 0.0;
-    const auto consider = [&](const Plan& plan) {
-        const double time = estimate(a, plan);
-        if (best.ctas == 0 || time < best_time)
-            best = plan, best_time = time;
-    };
-    for (const int row_groups : {1, 2, 4}) {
-        Plan plan{padded_tokens(a.M), row_groups, 0};
-        if (row_groups == 1 && plan.tokens > 16)  // sums of four K groups do not fit
-            continue;
-        const int tiles = tiles_of(a, plan), units = units_of(a, plan);
-        // Equal shares of each tile, or of everything.
-        for (int share = 1; share <= units && tiles * share <= sms; share++) {
-            plan.ctas = tiles * share;
-            consider(plan);
-        }
-        plan.ctas = int64_t{tiles} * units < sms ? tiles * units : sms;
-        consider(plan);
-    }
-    return best;
-}
-
-// Of K, one cluster of pack_tokens_kernel each. Whole units end with a slice at the latest: its 64
-// blocks are a multiple of any unit.
-int slices_of(const LoraMatmulArgs& a) {
-    return static_cast<int>(ceil_div(a.w.K / kBlock, kSliceBlocks));
-}
-
-size_t round_up(size_t bytes) {
-    return (bytes + 1023) / 1024 * 1024;
-}
-
-struct Workspace {
-    size_t packed_x, partial_z, flags, partials, bytes;
-};
-
-Workspace layout_workspace(const LoraMatmulArgs& a, const Plan& plan) {
-    Workspace s{};
-    const size_t blocks =
-        static_cast<size_t>(units_of(a, plan)) * kUnitBlocks * (4 / plan.row_groups);
-    s.packed_x = 0;
-    s.partial_z = round_up(blocks * plan.tokens * kPackRow);
-    s.flags = s.partial_z + round_up(sizeof(float) * slices_of(a) * plan.tokens * kMaxRank);
-    s.partials = s.flags + round_up(plan.ctas * sizeof(uint32_t));
-    s.bytes = s.partials + sizeof(float) * plan.ctas * plan.row_groups * 64 * plan.tokens;
-    return s;
-}
-
 int sm_count() {
     int device = 0, sms = 0;
     cudaGetDevice(&device);
@@ -347,59 +259,23 @@ int sm_count() {
     return sms;
 }
 
-// Codes as [N][K / 8] words, in boxes of [rows][64 bytes].
-cudaError_t encode_map(CUtensorMap* map, const WeightView& w, int rows) {
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found{};
-        cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-    }();
-    if (encode == nullptr)
-        return cudaErrorNotSupported;
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(w.K / 8), static_cast<cuuint64_t>(w.N)};
-    const cuuint64_t stride = w.K / 2;
-    const cuuint32_t box[2] = {kUnitBlocks * kBlock / 8, static_cast<cuuint32_t>(rows)};
-    const cuuint32_t steps[2] = {1, 1};
-    const CUresult result = encode(
-        map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 2, const_cast<uint8_t*>(w.qweight), sizes, &stride,
-        box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_64B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-struct Launch {
-    cudaLaunchConfig_t config{};
-    cudaLaunchAttribute attributes[2]{};
-
-    Launch(dim3 grid, int threads, size_t shared, int cluster, cudaStream_t stream) {
-        attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[0].val.programmaticStreamSerializationAllowed = 1;
-        attributes[1].id = cudaLaunchAttributeClusterDimension;
-        attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-        config.gridDim = grid;
-        config.blockDim = dim3(threads);
-        config.dynamicSmemBytes = shared;
-        config.stream = stream;
-        config.attrs = attributes;
-        config.numAttrs = cluster > 1 ? 2 : 1;
-    }
-};
-
 template <typename T, int kTokens, int kRowGroups>
 cudaError_t launch_matmul(const Problem& problem, int ctas, cudaStream_t stream) {
     using Shape = Tile<kTokens, kRowGroups>;
-    const auto kernel = matmul_kernel<T, Shape>;
+    const auto kernel = nf4_lora_matmul_small_kernel<T, Shape>;
     CUtensorMap map;
-    cudaError_t error = encode_map(&map, problem.w, Shape::kRows);
+    const WeightView& w = problem.w;
+    // Codes as [N][K / 8] words.
+    cudaError_t error = make_tensor_map(
+        map, CU_TENSOR_MAP_DATA_TYPE_UINT32, w.qweight, w.N, w.K / 8,
+        {Shape::kRows, kUnitBlocks * kBlock / 8}, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
     if (error == cudaSuccess)
         error = cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
     if (error != cudaSuccess)
         return error;
-    const Launch launch(dim3(ctas), kThreads, Shape::kBytes, 1, stream);
-    return cudaLaunchKernelEx(&launch.config, kernel, problem, map);
+    const LaunchConfig config(ctas, kThreads, Shape::kBytes, stream);
+    return cudaLaunchKernelEx(config.get(), kernel, problem, map);
 }
 
 template <typename T>
@@ -408,7 +284,6 @@ cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t strea
     uint8_t* const workspace = static_cast<uint8_t*>(a.workspace);
     const int units = units_of(a, plan);
 
-    cudaError_t error = cudaSuccess;
     PackProblem pack{};
     pack.a = a;
     pack.packed_x = workspace + space.packed_x;
@@ -420,10 +295,11 @@ cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t strea
     pack.packed_blocks = units * kUnitBlocks * (4 / plan.row_groups);
     const int rank_tiles = a.lora_A == nullptr ? 0 : (a.r + 15) / 16;
     const size_t z_bytes = sizeof(float) * (kPackWarps + 1) * 16 * rank_tiles * kPackTokens;
-    const Launch packing(
+    LaunchConfig packing(
         dim3(kPackCluster * slices_of(a), plan.tokens / kPackTokens), kPackThreads, z_bytes,
-        kPackCluster, stream);
-    error = cudaLaunchKernelEx(&packing.config, pack_tokens_kernel<T>, pack);
+        stream);
+    packing.cluster(kPackCluster);
+    cudaError_t error = cudaLaunchKernelEx(packing.get(), pack_tokens_kernel<T>, pack);
     if (error != cudaSuccess)
         return error;
 
@@ -467,18 +343,12 @@ cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t strea
 }  // namespace
 
 bool serves_nf4_lora_matmul_small(const LoraMatmulArgs& a) {
-    int device = 0, major = 0, minor = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    const auto aligned = [](const void* p, uintptr_t bytes) {
-        return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-    };
-    return major == 9 && minor == 0 && aligned(a.w.qweight, 16) && aligned(a.w.absmax, 16) &&
-           aligned(a.w.absmax_8bit, 4) && a.M >= 1 && a.M <= 64 && a.dtype != Dtype::kFloat32 &&
-           a.w.flat && a.w.K % kBlock == 0 && a.w.N % 16 == 0 && a.w.N > 0 && a.w.K > 0 &&
-           a.w.blocksize_log2 >= 6 && a.r >= 0 && a.r <= kMaxRank &&
-           a.w.N / 64 * a.w.K < (int64_t{1} << 31);
+    const WeightView& w = a.w;
+    return device_is_sm90() && is_aligned(w.qweight) && is_aligned(w.absmax) &&
+           is_aligned(w.absmax_8bit, 4) && a.M >= 1 && a.M <= 64 && a.dtype != Dtype::kFloat32 &&
+           w.flat && w.K % kBlock == 0 && w.N % 16 == 0 && w.N > 0 && w.K > 0 &&
+           w.blocksize_log2 >= 6 && a.r >= 0 && a.r <= kMaxRank &&
+           w.N / 64 * w.K < (int64_t{1} << 31);
 }
 
 size_t nf4_lora_matmul_small_workspace_bytes(const LoraMatmulArgs& a) {

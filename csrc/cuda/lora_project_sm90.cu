@@ -13,7 +13,10 @@
 // Callers have checked shapes, dtypes and alignment.
 
 #include "lora_project.h"
-#include "nf4_lora_matmul_mid.cuh"
+
+#include "common.cuh"
+#include "launch_config.h"
+#include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -24,38 +27,6 @@ constexpr int kTokens = 16;
 constexpr int kRun = 64;
 constexpr int kMaxRanks = 8;  // the portable cluster size
 constexpr int kWantedCtas = 2 * 132;
-
-// d += a (16 x 16, row-major) b (16 x 8, column-major).
-// clang-format off
-#define LOWBIT_MMA(type)                                                                     \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "              \
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                            \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
-// clang-format on
-__device__ __forceinline__ void
-mma(float (&d)[4],
-    uint32_t a0,
-    uint32_t a1,
-    uint32_t a2,
-    uint32_t a3,
-    uint32_t b0,
-    uint32_t b1,
-    __nv_bfloat16) {
-    LOWBIT_MMA("bf16");
-}
-
-__device__ __forceinline__ void
-mma(float (&d)[4],
-    uint32_t a0,
-    uint32_t a1,
-    uint32_t a2,
-    uint32_t a3,
-    uint32_t b0,
-    uint32_t b1,
-    __half) {
-    LOWBIT_MMA("f16");
-}
 
 // s_j of the formula.
 __device__ __forceinline__ float column_scale(const float* lora_scaling, float scaling, int j) {
@@ -93,8 +64,8 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
             for (int t = 0; t < kColumns / 8; t++) {
                 const uint4 a = __ldg(reinterpret_cast<const uint4*>(a_row[t] + half));
-                mma(d[t], low.x, high.x, low.y, high.y, a.x, a.y, T{});
-                mma(d[t], low.z, high.z, low.w, high.w, a.z, a.w, T{});
+                mma_16x8x16(d[t], {low.x, high.x, low.y, high.y}, a.x, a.y, T{});
+                mma_16x8x16(d[t], {low.z, high.z, low.w, high.w}, a.z, a.w, T{});
             }
         }
     }
@@ -136,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) project_kernel(
             sum += partial[w][i / kColumns][i % kColumns];
         sums[i] = sum;
     }
-    cluster_sync();
+    cluster_sync_unaligned();
     for (int i = threadIdx.x * ranks + rank; i < kTokens * kColumns; i += kThreads * ranks) {
         float z = 0;
         for (int from = 0; from < ranks; from++)
@@ -151,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) project_kernel(
         if (z_out != nullptr && j < r)
             z_out[m * r + j] = from_float<T>(z);
     }
-    cluster_sync();  // nobody leaves while its sums are being read
+    cluster_sync_unaligned();  // nobody leaves while its sums are being read
 }
 
 // z computed elsewhere: scaled and padded only.
@@ -180,23 +151,6 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(
 
 // ---- launch -------------------------------------------------------------------------------------
 
-struct Launch {
-    cudaLaunchConfig_t config{};
-    cudaLaunchAttribute attributes[2];
-
-    Launch(dim3 grid, unsigned cluster, cudaStream_t stream) {
-        attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[0].val.programmaticStreamSerializationAllowed = 1;
-        attributes[1].id = cudaLaunchAttributeClusterDimension;
-        attributes[1].val.clusterDim = {cluster, 1, 1};
-        config.gridDim = grid;
-        config.blockDim = kThreads;
-        config.stream = stream;
-        config.attrs = attributes;
-        config.numAttrs = 2;
-    }
-};
-
 template <typename T, int kColumns>
 cudaError_t launch_project(const LoraMatmulArgs& a, T* z_scaled, cudaStream_t stream) {
     const auto tiles = static_cast<int>(ceil_div(a.M, kTokens));
@@ -204,9 +158,10 @@ cudaError_t launch_project(const LoraMatmulArgs& a, T* z_scaled, cudaStream_t st
     int ranks = 1;
     while (ranks < kMaxRanks && tiles * ranks * 2 <= kWantedCtas && runs >= ranks * 2 * kWarps)
         ranks *= 2;
-    Launch launch(dim3(ranks, tiles), ranks, stream);
+    LaunchConfig config(dim3(ranks, tiles), kThreads, 0, stream);
+    config.cluster(ranks);
     return cudaLaunchKernelEx(
-        &launch.config, project_kernel<T, kColumns>, static_cast<const T*>(a.x),
+        config.get(), project_kernel<T, kColumns>, static_cast<const T*>(a.x),
         static_cast<const T*>(a.lora_A), a.lora_scaling, a.scaling, static_cast<int>(a.M),
         static_cast<int>(a.w.K), a.r, static_cast<T*>(a.z_out), z_scaled);
 }
@@ -216,10 +171,11 @@ cudaError_t launch(const LoraMatmulArgs& a, void* z_scaled, cudaStream_t stream)
     T* z = static_cast<T*>(z_scaled);
     const int columns = padded_rank(a.r);
     if (a.z_in != nullptr) {
-        Launch launch(dim3(static_cast<unsigned>(ceil_div(a.M * columns, kThreads))), 1, stream);
+        const auto grid = static_cast<unsigned>(ceil_div(a.M * columns, kThreads));
+        const LaunchConfig config(grid, kThreads, 0, stream);
         return cudaLaunchKernelEx(
-            &launch.config, scale_kernel<T>, static_cast<const T*>(a.z_in), a.lora_scaling,
-            a.scaling, a.M, a.r, columns, z);
+            config.get(), scale_kernel<T>, static_cast<const T*>(a.z_in), a.lora_scaling, a.scaling,
+            a.M, a.r, columns, z);
     }
     switch (columns) {
     case 16:

@@ -1,13 +1,11 @@
 // One token through a 4-bit linear layer with a low-rank update, in one launch, no workspace.
 //
-//     y[n] = sum_k x[k] W[n, k] + sum_j s_j z[j] lora_B[n, j] + bias[n]
-//     W[n, k] = codebook[q[n, k]] absmax[block(n, k)],  z = x lora_A^T,
-//     s_j = scaling * lora_scaling[j]
+//     y[n] = sum_k x[k] W[n, k] + sum_j s_j z[j] lora_B[n, j] + bias[n],  z = x lora_A^T,  M = 1
 //
-// x [K], lora_A [r, K], lora_B [N, r], bias [N], y [N]: one 16-bit dtype; weight: see weight.h,
-// flat, scales plain or nested. x and the codebook are multiplied by powers of two that make them
-// fit fp16, runs of 8 products are added up in fp16, everything else in fp32; y is rounded once.
-// Relative error 1.7e-3 for bf16, nearly all from rounding y, and 2e-4 to 5e-4 for fp16.
+// Operands: see nf4_lora_matmul.h and weight.h (flat). x and the codebook are multiplied by powers
+// of two that make them fit fp16, runs of 8 products are added up in fp16, everything else, z
+// included, stays in fp32; y is rounded once. Relative error 1.7e-3 for bf16, nearly all from
+// rounding y, and 2e-4 to 5e-4 for fp16.
 //
 // Rows are dealt to one CTA per SM in groups of 4, and a CTA's work, (group, 1024 columns) steps,
 // to its 16 warps in equal runs: a run may start or end within a group, so each leaves partial sums
@@ -21,22 +19,26 @@
 // Bound by the weight's bytes for large N K (90 % of copy rate at 28672 x 8192 with rank 16; H100,
 // 2026-11); at 4096 x 4096 by the latency from launch to first product. Shared memory lookups come
 // next: 104 wavefronts per 4096 weights, 39 weights per clock and SM where HBM needs 22.
-// Callers have checked sizes, dtypes, alignment and serves_nf4_lora_gemv.
+// Callers have checked sizes, dtypes, alignment and serves_nf4_lora_gemv. The kernel is in parts:
+// nf4_lora_gemv_plan.cuh (sizes), _operands.cuh (before the loop), _rows.cuh (in it), _z.cuh.
 
 #include "nf4_lora_gemv.h"
 
 #include <algorithm>
 #include <atomic>
 
-#include "nf4_lora_gemv_parts.cuh"
+#include "nf4_lora_gemv_operands.cuh"
+#include "nf4_lora_gemv_plan.cuh"
+#include "nf4_lora_gemv_rows.cuh"
+#include "nf4_lora_gemv_z.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
 template <typename T, bool kNested>
-__device__ __forceinline__ void gemv(const LoraMatmulArgs& args, const Plan& plan) {
+__global__ void __launch_bounds__(kThreads, 1) nf4_lora_gemv_kernel(
+    const __grid_constant__ LoraMatmulArgs args,  // M = 1
+    const __grid_constant__ Plan plan) {
     extern __shared__ __align__(1024) unsigned char smem[];
     unsigned char* smem_x = smem + kTableBytes;
     Scratch& scratch = *reinterpret_cast<Scratch*>(smem + plan.scratch_bytes);
@@ -51,15 +53,20 @@ __device__ __forceinline__ void gemv(const LoraMatmulArgs& args, const Plan& pla
     uint32_t group = unit / plan.steps, step = unit % plan.steps;
 
     if (plan.exchange) {
-        if (tid == 0)
-            expect_bytes(&scratch.z_arrived, cluster_size() * args.r * sizeof(float));
+        if (tid == 0) {
+            const uint32_t bytes = cluster_size() * args.r * sizeof(float);
+            const uint32_t z_arrived = shared_address(&scratch.z_arrived);
+            barrier_init(z_arrived, 1);
+            barrier_arrive_expect(z_arrived, bytes);
+            barrier_init_fence();
+        }
         __syncwarp();
-        cluster_arrive();  // thread 0 has fenced its barrier
+        cluster_arrive_relaxed();  // thread 0 has fenced its barrier
     }
     prefetch_inputs<T, kNested>(args, plan, share, share.row_of(group, N), step, unit < unit_end);
     if (plan.exchange)
         cluster_wait();
-    wait_for_earlier_kernels();
+    wait_for_previous_kernel();
     let_next_kernel_start();
 
     Operands operands;
@@ -135,22 +142,6 @@ __device__ __forceinline__ void gemv(const LoraMatmulArgs& args, const Plan& pla
         scaled_z<T>(args, plan, scratch);
     __syncthreads();
     store_y<T>(args, plan, share, sums);
-}
-
-#else  // serves_nf4_lora_gemv keeps such devices away
-
-template <typename T, bool kNested>
-__device__ __forceinline__ void gemv(const LoraMatmulArgs&, const Plan&) {
-    __trap();
-}
-
-#endif
-
-template <typename T, bool kNested>
-__global__ void __launch_bounds__(kThreads, 1) nf4_lora_gemv_kernel(
-    const __grid_constant__ LoraMatmulArgs args,  // M = 1
-    const __grid_constant__ Plan plan) {
-    gemv<T, kNested>(args, plan);
 }
 
 // ---- launch -------------------------------------------------------------------------------------
@@ -245,15 +236,12 @@ bool serves_nf4_lora_gemv(const LoraMatmulArgs& args) {
     const WeightView& w = args.w;
     if (args.M != 1 || !w.flat || w.K % 64 != 0 || w.K > kMaxColumns || w.N < kRows ||
         w.N * w.K >= int64_t{1} << 32 || w.blocksize_log2 < 5 || args.r < 0 || args.r > kMaxRank ||
-        (args.dtype != Dtype::kBFloat16 && args.dtype != Dtype::kFloat16) ||
-        reinterpret_cast<uintptr_t>(w.qweight) % 16 != 0 ||
-        (args.r > 0 && args.lora_A == nullptr && args.z_in == nullptr))
+        args.dtype == Dtype::kFloat32 || !is_aligned(w.qweight) ||
+        (args.r > 0 && args.lora_A == nullptr && args.z_in == nullptr) || !device_is_sm90())
         return false;
-    int device = 0, major = 0, sms = 0;
+    int device = 0, sms = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-        major != 9)
+        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
         return false;
     Plan plan;
     const int fewest = std::max(1, sms / 2);  // see launch

@@ -1,12 +1,12 @@
-// 4-bit linear layer with a low-rank update for 65 to about 2048 tokens: the weight is decoded
-// inside the product, sm_90a.
+// Some hundred tokens through a 4-bit linear layer with a low-rank update: the weight is decoded
+// inside the product.
 //
-//     y[m, n] = sum_k x[m, k] W[n, k] + sum_j z_scaled[m, j] lora_B[n, j] + bias[n]
+//     y[m, n] = sum_k x[m, k] W[n, k] + sum_j z_scaled[m, j] lora_B[n, j] + bias[n],  M > 64
 //
-// x [M, K], lora_B [N, r], bias [N], y [M, N]: one 16-bit dtype T, row-major. W: weight.h, flat;
-// its elements enter as RN_T(codebook * absmax), the same bits as dequantization gives. z_scaled
-// [M, r rounded up to 16] comes from lora_project.cu, launched just before. fp32 accumulators, one
-// rounding, on store. No atomics: every sum has a fixed order.
+// Operands: see nf4_lora_matmul.h and weight.h (flat). W enters as RN_T(codebook[q] * absmax), T =
+// bf16 or fp16, the same bits as dequantization gives. z_scaled [M, r rounded up to 16] comes from
+// lora_project_sm90.cu, launched just before. fp32 accumulators, one rounding, on store. No
+// atomics: every sum has a fixed order.
 //
 // A CTA computes 128 rows of W (the M side of wgmma) x 256 or 128 tokens in steps of 64 along K,
 // through a ring of stages in shared memory. Two consumer warpgroups own 64 rows each. The producer
@@ -29,15 +29,15 @@
 
 #include <algorithm>
 
+#include "launch_config.h"
 #include "lora_project.h"
 #include "nf4_lora_matmul_mid.h"
 #include "nf4_lora_matmul_mid_consume.cuh"
 #include "nf4_lora_matmul_mid_produce.cuh"
+#include "tensor_map.h"
 
 namespace lowbit::cuda {
 namespace {
-
-using namespace mid;
 
 // ---- kernel -------------------------------------------------------------------------------------
 
@@ -75,82 +75,41 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     if (kNested && threadIdx.x < kNestedCodes)
         tables[16 + threadIdx.x] = __ldg(p.w.nested_codebook + threadIdx.x);
     __syncthreads();
-    cluster_sync();
+    cluster_sync_unaligned();
     constexpr bool kMovesRegisters = P::kTokens == 256;
     if (threadIdx.x < P::kProducers) {
         if (kMovesRegisters)
-            release_registers<104>();
+            shrink_registers<104>();
         produce<T, kNested, P>(maps, p, smem, tables);
         __syncwarp();
         if (blockIdx.x / kCluster < p.split_tiles) {  // the two of add_halves
-            cluster_sync();
-            cluster_sync();
+            cluster_sync_unaligned();
+            cluster_sync_unaligned();
         }
     } else {
         if (kMovesRegisters)
-            claim_registers<200>();
+            grow_registers<200>();
         consume<T, P>(maps, p, smem, smem_generic);
     }
     __syncwarp();
-    cluster_sync();  // nobody leaves while the other may write here
+    cluster_sync_unaligned();  // nobody leaves while the other may write here
 }
 
 // ---- launch -------------------------------------------------------------------------------------
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver, so that nothing links against libcuda.
-Encode tensor_map_encoder() {
-    static const Encode encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        const cudaError_t error = cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-        const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-        return found ? reinterpret_cast<Encode>(function) : nullptr;
-    }();
-    return encode;
-}
-
-// Boxes of box_columns x box_rows of a contiguous matrix, swizzled as their width asks for; reads
-// outside give zeros.
-cudaError_t make_map(
-    CUtensorMap& map,
-    CUtensorMapDataType type,
-    const void* data,
-    int64_t columns,
-    int64_t rows,
-    int box_columns,
-    int box_rows) {
-    const int element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t strides[1] = {sizes[0] * element_bytes};
-    const cuuint32_t box[2] = {
-        static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-    const cuuint32_t element_strides[2] = {1, 1};
-    const CUresult result = tensor_map_encoder()(
-        &map, type, 2, const_cast<void*>(data), sizes, strides, box, element_strides,
-        CU_TENSOR_MAP_INTERLEAVE_NONE,
-        box_columns * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 template <class P>
 cudaError_t make_maps(Maps& maps, const LoraMatmulArgs& a) {
-    const CUtensorMapDataType type = a.dtype == Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    if (tensor_map_encoder() == nullptr)
-        return cudaErrorNotSupported;
-    cudaError_t error = make_map(maps.x, type, a.x, a.w.K, a.M, kStepK, P::kXBoxTokens);
+    const CUtensorMapDataType type = tensor_map_type(a.dtype);
+    cudaError_t error = make_tensor_map(maps.x, type, a.x, a.M, a.w.K, {P::kXBoxTokens, kStepK});
     if (error == cudaSuccess)
-        error = make_map(maps.y, type, a.y, a.w.N, a.M, 64, kChunkTokens);
+        error = make_tensor_map(maps.y, type, a.y, a.M, a.w.N, {kChunkTokens, 64});
     if (error == cudaSuccess)
-        error = make_map(
-            maps.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, a.w.qweight, a.w.K / 2, a.w.N,
-            P::kPackedRow, P::kOwnRows);
+        error = make_tensor_map(
+            maps.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, a.w.qweight, a.w.N, a.w.K / 2,
+            {P::kOwnRows, P::kPackedRow});
     if (error == cudaSuccess && a.r > 0)
-        error = make_map(maps.z, type, a.workspace, padded_rank(a.r), a.M, kStepK, P::kXBoxTokens);
+        error = make_tensor_map(
+            maps.z, type, a.workspace, a.M, padded_rank(a.r), {P::kXBoxTokens, kStepK});
     return error;
 }
 
@@ -204,19 +163,10 @@ cudaError_t launch_product(const LoraMatmulArgs& a, Rows rows, int clusters, cud
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kSmemBytes);
     if (error != cudaSuccess)
         return error;
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {kCluster, 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = kCluster * std::min(clusters, std::max(p.full_tiles, p.split_tiles));
-    config.blockDim = P::kThreads;
-    config.dynamicSmemBytes = P::kSmemBytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, kernel, maps, p);
+    const int grid = kCluster * std::min(clusters, std::max(p.full_tiles, p.split_tiles));
+    LaunchConfig config(grid, P::kThreads, P::kSmemBytes, stream);
+    config.cluster(kCluster);
+    return cudaLaunchKernelEx(config.get(), kernel, maps, p);
 }
 
 using SharedX256 = Plan<256, false>;
@@ -269,21 +219,17 @@ cudaError_t launch(const LoraMatmulArgs& a, int clusters, cudaStream_t stream) {
                                  : launch_products<T, false>(a, clusters, stream);
 }
 
-bool aligned(const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
 }  // namespace
 
 bool serves_nf4_lora_matmul_mid(const LoraMatmulArgs& a) {
     const WeightView& w = a.w;
     return a.dtype != Dtype::kFloat32 && w.flat && w.K % kStepK == 0 && w.N % 16 == 0 &&
            w.blocksize_log2 >= 6 && w.blocksize_log2 <= 12 && a.r <= 64 &&
-           w.N * (w.K / kStepK) <= UINT32_MAX && a.M <= (1 << 19) && aligned(a.x) &&
-           aligned(a.lora_A) && aligned(a.y) && aligned(w.qweight);
+           w.N * (w.K / kStepK) <= UINT32_MAX && a.M <= (1 << 19) && is_aligned(a.x) &&
+           is_aligned(a.lora_A) && is_aligned(a.y) && is_aligned(w.qweight) && device_is_sm90();
 }
 
-size_t workspace_nf4_lora_matmul_mid_bytes(const LoraMatmulArgs& a) {
+size_t nf4_lora_matmul_mid_workspace_bytes(const LoraMatmulArgs& a) {
     return static_cast<size_t>(a.M) * padded_rank(a.r) * 2;
 }
 

@@ -1,0 +1,228 @@
+// What surrounds the main loop of nf4_lora_gemv_sm90.cu: prefetches, the table of code pairs, x and
+// the other small operands on their way to shared memory.
+#pragma once
+
+#include "nf4_lora_gemv_plan.cuh"
+#include "nf4_lora_gemv_z.cuh"
+#include "ptx_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+// Whole 16-byte units of [begin, begin + bytes).
+__device__ __forceinline__ void prefetch_range(const void* begin, uint64_t bytes) {
+    const uint64_t at = reinterpret_cast<uint64_t>(begin), first = at & ~uint64_t{15};
+    const uint32_t size = static_cast<uint32_t>((at + bytes - first) & ~uint64_t{15});
+    if (size > 0)
+        prefetch_bulk_l2(first, size);
+}
+
+// What this warp reads first, and small operands of the CTA. Single lanes with few requests: the
+// bulk engine takes about 30 ns for each, and a queue of weights would hold up lora_A.
+template <typename T, bool kNested>
+__device__ __forceinline__ void prefetch_inputs(
+    const LoraMatmulArgs& args,
+    const Plan& plan,
+    const Share& share,
+    uint32_t row,
+    uint32_t step,
+    bool has_steps) {
+    const WeightView& w = args.w;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    if (warp == 1 && lane == 16)
+        prefetch_l2(w.codebook);
+    if (kNested && warp == 1 && lane == 17)
+        prefetch_l2(w.nested_offset);
+    if (kNested && warp == 1 && lane < 8)
+        prefetch_l2(w.nested_codebook + lane * 32);
+    if (lane != 0)
+        return;
+    if (plan.exchange) {
+        const Columns columns = z_columns(static_cast<int>(w.K));
+        const T* a = static_cast<const T*>(args.lora_A) + columns.begin;
+#pragma unroll 1
+        for (int j = warp; j < args.r; j += kWarps)
+            prefetch_range(a + j * w.K, sizeof(T) * (columns.end - columns.begin));
+    }
+    if (kNested && warp == 0 && share.rows > 0) {
+        const int shift = w.blocksize_log2 + w.nested_blocksize_log2;
+        const int64_t first = (share.first_row * w.K) >> shift;
+        const int64_t last = ((share.first_row + share.rows) * w.K - 1) >> shift;
+        prefetch_range(w.nested_absmax + first, sizeof(float) * (last - first + 1));
+    }
+    if (has_steps) {
+        const uint64_t block = (row * w.K) >> w.blocksize_log2;
+        const uint64_t blocks = (kRows * w.K) >> w.blocksize_log2;
+        if (kNested)
+            prefetch_range(w.absmax_8bit + block, blocks);
+        else
+            prefetch_range(w.absmax + block, sizeof(float) * blocks);
+    }
+    if (args.r > 0 && warp == 2) {
+        const T* b = static_cast<const T*>(args.lora_B);
+        prefetch_range(
+            b + static_cast<int64_t>(share.first_row) * args.r, sizeof(T) * share.rows * args.r);
+    }
+    if (args.bias != nullptr && warp == 3)
+        prefetch_range(static_cast<const T*>(args.bias) + share.first_row, sizeof(T) * share.rows);
+    if (has_steps) {
+        const int64_t row_bytes = w.K / 2, at = step * (kStep / 2);
+#pragma unroll
+        for (int i = 0; i < kRows; i++)
+            prefetch_range(
+                w.qweight + (row + i) * row_bytes + at, min(int64_t{kStep / 2}, row_bytes - at));
+    }
+}
+
+// ---- x
+// -------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float power_of_two(int exponent) {
+    return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
+// Of |v|, within what power_of_two and its inverse can express whatever v is.
+__device__ __forceinline__ int exponent_of(float v) {
+    return min(max(static_cast<int>(__float_as_uint(v) >> 23 & 255) - 127, -100), 100);
+}
+
+// Thread t's unit b: half t / 32 % 2 of lane t % 32's columns, so that 8 neighbours store 128
+// bytes.
+__device__ __forceinline__ uint32_t x_column(int b) {
+    const uint32_t t = threadIdx.x;
+    return b * kXUnit * kThreads + t / 64 * kStep + t % 32 * kColumnsPerLane + t / 32 % 2 * kXUnit;
+}
+
+template <typename T>
+__device__ __forceinline__ void load_x(uint4 (&v)[2], const LoraMatmulArgs& args, uint32_t k) {
+    v[0] = v[1] = make_uint4(0, 0, 0, 0);
+    if (k >= args.w.K)
+        return;
+    const uint4* p = reinterpret_cast<const uint4*>(static_cast<const T*>(args.x) + k);
+    v[0] = p[0], v[1] = p[1];
+}
+
+__device__ __forceinline__ uint32_t max_magnitude(const uint4& v, uint32_t seen) {
+    seen = __vmaxu2(seen, __vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu));
+    return __vmaxu2(seen, __vmaxu2(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu));
+}
+
+// The 8 columns that meet word i of lane l's codes lie at 2048 * step + 512 * i + 16 * l.
+template <typename T>
+__device__ __forceinline__ void
+store_x(unsigned char* smem_x, const uint4 (&v)[2], uint32_t k, float scale) {
+    unsigned char* to = smem_x + k / kStep * (2 * kStep) + k / 16 % 2 * 1024 + k / 32 % 32 * 16;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t in[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+        uint32_t out[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float2 pair = unpack_pair(in[j], T{});
+            out[j] = cvt_f16x2(pair.x * scale, pair.y * scale);
+        }
+        *reinterpret_cast<uint4*>(to + i * 512) = make_uint4(out[0], out[1], out[2], out[3]);
+    }
+}
+
+// ---- small operands -----------------------------------------------------------------------------
+
+// All that is read before the first product, loaded in one batch: a store between the loads would
+// wait for its own and hold up the rest.
+struct Operands {
+    float first_value, second_value;  // of table entry threadIdx.x % 256
+    float offset, absmax_value, nested_value, z_scale;
+    uint32_t nested_first, nested_count;  // of nested_absmax, for the rows of the CTA
+    uint4 x[kXUnits][2];
+    ZStep z[2];
+};
+
+template <typename T, bool kNested>
+__device__ __forceinline__ void
+load_operands(Operands& o, const LoraMatmulArgs& args, const Plan& plan, const Share& share) {
+    const WeightView& w = args.w;
+    const int tid = threadIdx.x, warp = tid / kWarpSize;
+    o.first_value = w.codebook[tid / 16 % 16], o.second_value = w.codebook[tid % 16];
+    o.offset = o.absmax_value = o.nested_value = 0;
+    o.nested_first = o.nested_count = 0;
+    if (kNested) {
+        const int shift = w.blocksize_log2 + w.nested_blocksize_log2;
+        const int64_t end = (share.first_row + share.rows) * w.K - 1;
+        o.nested_first = static_cast<uint32_t>((share.first_row * w.K) >> shift);
+        if (share.rows > 0)
+            o.nested_count = static_cast<uint32_t>(end >> shift) - o.nested_first + 1;
+        o.offset = *w.nested_offset;
+        if (tid < 256)
+            o.absmax_value = w.nested_codebook[tid];
+        if (tid < o.nested_count)
+            o.nested_value = w.nested_absmax[o.nested_first + tid];
+    }
+    o.z_scale = args.scaling;
+    if (args.lora_scaling != nullptr && tid < args.r)
+        o.z_scale *= args.lora_scaling[tid];
+#pragma unroll
+    for (int b = 0; b < kXUnits; b++)
+        load_x<T>(o.x[b], args, x_column(b));
+    if (!plan.exchange)
+        return;
+    const Columns columns = z_columns(static_cast<int>(w.K));
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        load_z<T>(o.z[i], args, 0, columns.begin + (warp + i * kWarps) * 32, columns.end);
+}
+
+// Builds the table and everything else in shared memory. Returns the factor that undoes the powers
+// of two in it. Two CTA barriers.
+template <typename T, bool kNested>
+__device__ __forceinline__ float store_operands(
+    const Operands& o,
+    const LoraMatmulArgs& args,
+    const Plan& plan,
+    unsigned char* table,
+    Scratch& scratch,
+    float* nested) {
+    const int tid = threadIdx.x, lane = tid % kWarpSize, warp = tid / kWarpSize;
+    // Each warp has all 16 values. Thread t writes half of pair t % 256's copies; lanes start at
+    // different ones, since the pairs of 8 neighbours share banks.
+    const uint32_t magnitude = __float_as_uint(o.second_value) & 0x7fffffffu;
+    const int value_exponent =
+        exponent_of(__uint_as_float(__reduce_max_sync(kFullWarp, magnitude)));
+    const float value_scale = power_of_two(-value_exponent);
+    const uint32_t pair = cvt_f16x2(o.first_value * value_scale, o.second_value * value_scale);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int copy = (tid / 256 * 4 + i + tid) % 8;
+        *reinterpret_cast<uint4*>(table + tid % 256 * 256 + copy * 16) =
+            make_uint4(pair, pair, pair, pair);
+    }
+    if (kNested && tid < 256)
+        scratch.absmax_codebook[tid] = o.absmax_value;
+    if (tid < o.nested_count)
+        nested[tid] = o.nested_value;
+    if (tid < args.r)
+        scratch.z_scale[tid] = o.z_scale;
+#pragma unroll 1
+    for (uint32_t i = tid + kThreads; i < o.nested_count; i += kThreads)
+        nested[i] = args.w.nested_absmax[o.nested_first + i];
+
+    uint32_t x_max = 0;
+#pragma unroll
+    for (int b = 0; b < kXUnits; b++)
+        x_max = max_magnitude(o.x[b][0], max_magnitude(o.x[b][1], x_max));
+    x_max = __reduce_max_sync(kFullWarp, max(x_max >> 16, x_max & 0xffffu));
+    if (lane == 0)
+        scratch.x_max[warp] = x_max;
+    __syncthreads();
+    x_max = __reduce_max_sync(kFullWarp, scratch.x_max[lane % kWarps]);
+    const int x_exponent = exponent_of(unpack_pair(x_max, T{}).x) - kXExponent;
+#pragma unroll
+    for (int b = 0; b < kXUnits; b++) {
+        if (x_column(b) < plan.steps * kStep)
+            store_x<T>(table + kTableBytes, o.x[b], x_column(b), power_of_two(-x_exponent));
+    }
+    __syncthreads();
+    return power_of_two(x_exponent) * power_of_two(value_exponent);
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

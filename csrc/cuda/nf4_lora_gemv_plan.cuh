@@ -1,0 +1,75 @@
+// Sizes of nf4_lora_gemv_sm90.cu, its shared memory, and which rows a CTA and a warp compute.
+#pragma once
+
+#include "common.cuh"
+#include "nf4_lora_matmul.h"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kRows = 4;             // that share a warp's x in registers
+constexpr int kColumnsPerLane = 32;  // 16 bytes of codes, never more than one block
+constexpr int kStep = kColumnsPerLane * kWarpSize;
+constexpr int kTableBytes = 256 * 256;
+constexpr int kMaxRank = 64;
+constexpr int kMaxCluster = 8;
+constexpr int kXUnit = 16;      // columns a thread stages at a time
+constexpr int kXUnits = 4;      // times, all loaded before any is stored
+constexpr int kXExponent = 10;  // |x| < 2^11, |codebook| < 2: 8 products stay below 2^15
+constexpr int64_t kMaxColumns = kXUnits * kXUnit * kThreads;
+constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr int kZBarrier = 1;  // named barrier: all warps have their parts of z
+
+// Of CTA i: groups_each groups, one more if i < groups_extra.
+struct Plan {
+    uint32_t groups_each, groups_extra;
+    uint32_t steps;          // per group: K / 1024, rounded up
+    uint32_t most_groups;    // of a CTA
+    uint32_t scratch_bytes;  // offset of Scratch
+    bool exchange;           // z is computed here
+};
+
+// Shared memory: the table, x as fp16 (2 KiB per step), Scratch, partial sums of
+// most_groups + kWarps groups, nested_absmax of the CTA's rows; 128 KiB for K = 28672, N = 8192.
+struct Scratch {
+    float absmax_codebook[256];
+    float z_warp[kWarps][kMaxRank];        // this CTA's columns, by warp
+    float z_parts[kMaxCluster][kMaxRank];  // by CTA of the cluster
+    float z_scale[kMaxRank];
+    uint64_t z_arrived;
+    uint32_t x_max[kWarps];
+    float sums[1];  // and on: see nf4_lora_gemv_kernel
+};
+
+// What a CTA knows about its part of the weight.
+struct Share {
+    uint32_t first_group, groups, first_row, rows;
+    uint32_t steps;        // of all its groups
+    uint32_t each, extra;  // warp i takes `each` steps, one more if i < extra
+
+    __device__ __forceinline__ Share(const Plan& plan, uint32_t N) {
+        const uint32_t cta = blockIdx.x;
+        first_group = cta * plan.groups_each + min(cta, plan.groups_extra);
+        groups = plan.groups_each + (cta < plan.groups_extra);
+        first_row = row_of(0, N);
+        rows = min((first_group + groups) * kRows, N) - first_row;
+        steps = groups * plan.steps;
+        each = steps / kWarps, extra = steps % kWarps;
+    }
+
+    // The last group of the weight is moved back to end with row N - 1; it computes rows of the
+    // group before it again, and store_y drops them: their sums may be split differently.
+    __device__ __forceinline__ uint32_t row_of(uint32_t group, uint32_t N) const {
+        return min((first_group + group) * kRows, N - kRows);
+    }
+
+    __device__ __forceinline__ uint32_t warp_of(uint32_t step) const {
+        const uint32_t longer = extra * (each + 1);
+        return step < longer ? step / (each + 1) : extra + (step - longer) / each;
+    }
+};
+
+}  // namespace
+}  // namespace lowbit::cuda

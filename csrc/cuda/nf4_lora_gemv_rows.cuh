@@ -1,0 +1,100 @@
+// The main loop's parts of nf4_lora_gemv_sm90.cu: loads of weights, products, sums over warps.
+#pragma once
+
+#include "nf4_lora_gemv_plan.cuh"
+#include "ptx_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+__device__ __forceinline__ __half2 as_half2(uint32_t pair) {
+    return *reinterpret_cast<const __half2*>(&pair);
+}
+
+struct Rows {
+    uint4 codes[kRows];
+    uint32_t scale[kRows];  // absmax, or its 8-bit code
+};
+
+// `element` is that of row 0; the others follow at a distance of K.
+template <bool kNested>
+__device__ __forceinline__ void
+load_row(Rows& rows, int i, bool wanted, const WeightView& w, uint32_t element) {
+    element += i * static_cast<uint32_t>(w.K);
+    const uint32_t block = element >> w.blocksize_log2;
+    load_if(wanted, rows.codes[i], w.qweight + (element >> 1));
+    if constexpr (kNested)
+        load_if(wanted, rows.scale[i], w.absmax_8bit + block);
+    else
+        load_if(wanted, rows.scale[i], static_cast<const void*>(w.absmax + block));
+}
+
+// 32 weights of a row times x: two runs of 8 pairs are added up in fp16. A longer run would lose
+// accuracy, a shorter one spends more conversions.
+__device__ __forceinline__ float
+dot(const unsigned char* table, const uint4& codes, const uint4 (&x)[4]) {
+    const uint32_t lane_offset = threadIdx.x % kWarpSize * 4;
+    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+    float sum = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        __half2 run;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint4& eight = x[2 * half + i / 4];
+            const uint32_t columns[4] = {eight.x, eight.y, eight.z, eight.w};
+            const __half2 factor = as_half2(columns[i % 4]);
+            // Byte 1 of the address is the code pair, byte 0 the lane.
+            const uint32_t at = prmt(words[2 * half + i / 4], lane_offset, 0x7604u | i % 4 << 4);
+            const __half2 pair = as_half2(*reinterpret_cast<const uint32_t*>(table + at));
+            run = i == 0 ? __hmul2(pair, factor) : __hfma2(pair, factor, run);
+        }
+        sum += __low2float(run) + __high2float(run);
+    }
+    return sum;
+}
+
+// Sums over the warp; lane 8 i ends up with row i. Halving the rows held with each exchange takes
+// 6 shuffles where one row after the other takes 20.
+__device__ __forceinline__ float sum_rows(float (&sums)[kRows]) {
+    const uint32_t lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int rows = kRows / 2, step = kWarpSize / 2; rows > 0; rows /= 2, step /= 2) {
+        const bool upper = lane & step;
+#pragma unroll
+        for (int i = 0; i < rows; i++) {
+            const float keep = upper ? sums[i + rows] : sums[i];
+            const float give = upper ? sums[i] : sums[i + rows];
+            sums[i] = keep + __shfl_xor_sync(kFullWarp, give, step);
+        }
+    }
+    float sum = sums[0];
+#pragma unroll
+    for (int step = kWarpSize / kRows / 2; step > 0; step /= 2)
+        sum += __shfl_xor_sync(kFullWarp, sum, step);
+    return sum;
+}
+
+// Adds the warps' sums of each row and the bias.
+template <typename T>
+__device__ __forceinline__ void
+store_y(const LoraMatmulArgs& args, const Plan& plan, const Share& share, const float* sums) {
+    for (uint32_t i = threadIdx.x; i < share.groups * kRows; i += kThreads) {
+        const uint32_t group = i / kRows;
+        const uint32_t row = share.row_of(group, static_cast<uint32_t>(args.w.N)) + i % kRows;
+        if (row < (share.first_group + group) * kRows)
+            continue;  // stored by the group before
+        const uint32_t first = share.warp_of(group * plan.steps);
+        const uint32_t last = share.warp_of((group + 1) * plan.steps - 1);
+        float y = 0;
+#pragma unroll 1
+        for (uint32_t warp = first; warp <= last; warp++)
+            y += sums[warp * kRows + i];
+        if (args.bias != nullptr)
+            y += to_float(static_cast<const T*>(args.bias)[row]);
+        static_cast<T*>(args.y)[row] = from_float<T>(y);
+    }
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

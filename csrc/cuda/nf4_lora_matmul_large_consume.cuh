@@ -1,0 +1,194 @@
+// The consumer warpgroups of nf4_lora_matmul_large_sm90.cu: tiles of z, tiles of y, and the stores
+// of both.
+#pragma once
+
+#include "common.cuh"
+#include "nf4_lora_matmul_large_pipeline.cuh"
+#include "wgmma_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+// The warpgroup has read the stage: tell both producers, as both fill it.
+__device__ __forceinline__ void release(const Pipeline& pipe, int thread) {
+    if (thread < kCtas)
+        barrier_arrive_remote(in_cta(pipe.empty(), thread));
+}
+
+// z of 256 tokens, half of them by each warpgroup: here x is the operand with the rows. Stages go
+// back to the own producer alone, so two arrivals stand for those of the other CTA.
+template <typename T>
+__device__ __forceinline__ void
+multiply_z_tile(const Params& p, Pipeline& pipe, int token_tile, int rank, int group, int thread) {
+    constexpr int kRows = kTileTokens / kConsumers;
+    const Plan& plan = p.plan;
+    float z[kRows / 64][32] = {};
+    for (int k = 0; k < plan.steps; k++) {
+        barrier_wait_asleep(pipe.full(), pipe.parity());
+        const uint64_t x = operand_descriptor(pipe.x() + group * (kRows * 128));
+        const uint64_t a = operand_descriptor(pipe.w());
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            wgmma(z[0], x + 2 * i, a + 2 * i, true, T{});
+            wgmma(z[1], x + 2 * i + 64 * 128 / 16, a + 2 * i, true, T{});
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        if (thread < kCtas)
+            barrier_arrive_remote(in_cta(pipe.empty(), rank));
+        pipe.step++;
+    }
+    if (token_tile >= plan.token_tiles)
+        return;
+    T* z_scaled = static_cast<T*>(p.z_scaled);
+    T* z_out = static_cast<T*>(p.z_out);
+#pragma unroll
+    for (int i = 0; i < kRows / 2; i++) {
+        const int column = i % 32 / 4 * 8 + thread % 4 * 2 + i % 2;
+        const int64_t token = token_tile * kTileTokens + group * kRows + i / 32 * 64 +
+                              thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+        if (token >= plan.M || column >= plan.rank_columns)
+            continue;
+        const float value = z[i / 32][i % 32];
+        if (column < plan.rank && z_out != nullptr)
+            z_out[token * plan.rank + column] = from_float<T>(value);
+        z_scaled[token * plan.rank_columns + column] =
+            from_float<T>(value * column_scale(p, column));
+    }
+    __threadfence();
+    fence_async_proxy_global();
+    named_barrier(kGroupBarrier + group, 128);
+    if (thread == 0)
+        increment_release(p.z_ready + token_tile);
+}
+
+// 64 rows x 256 tokens of y from the registers of a warpgroup, turned 32 tokens at a time in shared
+// memory. Tensor cores idle meanwhile, so: two buffers, for one barrier per round; ordinary stores,
+// as bulk stores would queue behind the loads of the next tile; whole lines of 128 bytes.
+template <typename T>
+__device__ __forceinline__ void store_y(
+    const Params& p,
+    const float (&d)[128],
+    uint32_t out,
+    int first_row,
+    int first_token,
+    int group,
+    int thread) {
+    const int64_t N = p.plan.N;
+    const int warp = thread / 32, lane = thread % 32;
+    float bias[2] = {0.0f, 0.0f};
+    if (p.bias != nullptr) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = first_row + warp * 16 + lane / 4 + h * 8;
+            if (row < N)
+                bias[h] = to_float(__ldg(static_cast<const T*>(p.bias) + row));
+        }
+    }
+    // Chunk c of 8 rows of token t lies at c ^ (t % 8): free of bank conflicts both ways. Into it,
+    // a lane writes a row of one of four 8x8 tiles: a token, and 8 of the warp's 16 rows. Out of
+    // it, 8 lanes read the rows of a token.
+    const int token = lane / 16 * 8 + lane % 8;
+    const uint32_t to = out + token * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
+    const uint32_t from = out + thread / 8 * 128 + ((thread ^ thread / 8) % 8) * 16;
+    const int first = first_token + thread / 8;
+    const int row = first_row + thread % 8 * 8;
+    T* y = static_cast<T*>(p.y) + first * N + row;
+    const int tokens_left = row < N ? p.plan.M - first : 0;  // N is a multiple of 8
+#pragma unroll
+    for (int c = 0; c < kTileTokens / kOutTokens; c++) {
+        const uint32_t buffer = c % kOutBuffers * kOutBytes;
+#pragma unroll
+        for (int i = 0; i < kOutTokens / 16; i++) {
+            const float* v = d + 16 * c + 8 * i;
+            store_matrices_transposed(
+                to + buffer + i * (16 * 128), pack_pair(v[0] + bias[0], v[1] + bias[0], T{}),
+                pack_pair(v[2] + bias[1], v[3] + bias[1], T{}),
+                pack_pair(v[4] + bias[0], v[5] + bias[0], T{}),
+                pack_pair(v[6] + bias[1], v[7] + bias[1], T{}));
+        }
+        named_barrier(kGroupBarrier + group, 128);
+#pragma unroll
+        for (int i = 0; i < kOutTokens / 16; i++) {
+            const uint4 words = load_shared(from + buffer + i * (16 * 128));
+            const int ahead = c * kOutTokens + i * 16;
+            if (ahead < tokens_left)
+                store_streaming(y + ahead * N, words);
+        }
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void
+multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
+    const Plan& plan = p.plan;
+    const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
+    const uint32_t out = smem + kOutOffset + group * (kOutBuffers * kOutBytes);
+    Pipeline pipe{smem, 0};
+    const int z_count = z_tiles(plan, cluster);
+    for (int i = 0; i < z_count; i++)
+        multiply_z_tile<T>(p, pipe, z_tile(plan, cluster, rank, i), rank, group, thread);
+    if (z_count > 0 && thread < kCtas)
+        barrier_arrive_remote(in_cta(pipe.z_over(), thread));
+    const int lead = min(kLead, plan.steps);
+    if (group == 1)
+        named_barrier(kLeadBarrier, 256);
+    bool leads = group == 0;
+    float d[128];
+    for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
+        for (int k = 0; k < plan.steps; k++) {
+            barrier_wait_asleep(pipe.full(), pipe.parity());
+            const uint64_t w = operand_descriptor(pipe.w() + group * (64 * 128));
+            const uint64_t x = operand_descriptor(pipe.x());
+            wgmma_fence();
+            wgmma(d, w, x, k > 0, T{});
+            wgmma(d, w + 2, x + 2, true, T{});
+            wgmma(d, w + 4, x + 4, true, T{});
+            wgmma(d, w + 6, x + 6, true, T{});
+            wgmma_commit();
+            if (leads && k == lead - 1) {
+                named_barrier_arrive(kLeadBarrier, 256);
+                leads = false;
+            }
+            // The chunk's last columns have arrived, so all its reads are over: relaxed is enough,
+            // and a release would stall the warp.
+            if (threadIdx.x == 128 + 64 &&
+                (k % kChunkSteps == kChunkSteps - 1 || k == plan.steps - 1))
+                increment_relaxed(p.done + wave * plan.chunks + k / kChunkSteps);
+            wgmma_wait<1>();
+            if (k > 0)
+                release({smem, pipe.step - 1}, thread);
+            pipe.step++;
+        }
+        if (plan.rank_columns > 0) {
+            barrier_wait_asleep(pipe.full(), pipe.parity());
+            const uint64_t w = operand_descriptor(pipe.w() + group * (64 * 128));
+            const uint64_t x = operand_descriptor(pipe.x());
+            if (plan.rank_columns == 16) {
+                wgmma_fence();  // in both branches: ptxas adds its own otherwise
+                wgmma(d, w, x, true, T{});
+                wgmma_commit();
+            } else {
+                wgmma_fence();
+                wgmma(d, w, x, true, T{});
+                wgmma(d, w + 2, x + 2, true, T{});
+                wgmma(d, w + 4, x + 4, true, T{});
+                wgmma(d, w + 6, x + 6, true, T{});
+                wgmma_commit();
+            }
+            wgmma_wait<1>();
+            release({smem, pipe.step - 1}, thread);
+            pipe.step++;
+        }
+        wgmma_wait<0>();
+        release({smem, pipe.step - 1}, thread);
+        const Tile tile = locate(plan, wave * plan.clusters + cluster - plan.idle);
+        store_y<T>(
+            p, d, out, tile.panel * kPanelRows + rank * kCtaRows + group * 64,
+            tile.token_tile * kTileTokens, group, thread);
+    }
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

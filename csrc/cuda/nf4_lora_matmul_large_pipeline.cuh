@@ -1,0 +1,89 @@
+// What the roles of nf4_lora_matmul_large_sm90.cu share: shared memory, registers and barriers of a
+// CTA, the ring of stages, the tensors that TMA reads.
+#pragma once
+
+#include <cuda.h>
+
+#include "nf4_lora_matmul_large_decode.cuh"
+#include "nf4_lora_matmul_large_plan.h"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int kDecoders = 2;
+constexpr uint32_t kReadyPollNs = 64;
+constexpr int kConsumers = 2;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kRegistersAside = 120, kRegistersConsumer = 192;  // sum as at launch: 3 * 168
+
+// Shared memory, 226 KiB: stages of x [256][64] and W [128][64], decoders' output, y on its way
+// out, and for each decoder the codebook of double-quantized scales: waiting for stores empties L1.
+constexpr int kXBytes = kTileTokens * 128;
+constexpr int kWBytes = kCtaRows * 128;
+constexpr int kLoraABytes = 64 * 128;
+constexpr int kOutTokens = 32;  // that a warpgroup turns at a time: 64 rows, 128 bytes per token
+constexpr int kOutBuffers = 2;
+constexpr int kOutBytes = kOutTokens * 128;
+constexpr int kWOffset = kStages * kXBytes;
+constexpr int kTaskOffset = kWOffset + kStages * kWBytes;
+constexpr int kOutOffset = kTaskOffset + kDecoders * kTaskBytes;
+constexpr int kNestedOffset = kOutOffset + kConsumers * kOutBuffers * kOutBytes;
+constexpr int kBarrierOffset = kNestedOffset + kDecoders * kNestedBytes;
+constexpr int kSmemBytes = kBarrierOffset + (2 * kStages + 1) * 8;
+
+// Steps by which the first warpgroup of consumers runs ahead of the second, so that one multiplies
+// while the other stores y. With 1 the median at M = 4096 was up to 5 % slower (H100, 2026-11), not
+// much more than the noise of a card at its power limit.
+constexpr int kLead = 2;
+
+constexpr int kGroupBarrier = 1;  // and the next
+constexpr int kLeadBarrier = 3;
+
+// All with rows of 128 swizzled bytes in shared memory; outside of a tensor they read zeros.
+struct TensorMaps {
+    CUtensorMap x;           // box [128 tokens][64]
+    CUtensorMap z;           // box [128 tokens][64]
+    CUtensorMap lora_A;      // box [64 ranks][64]
+    CUtensorMap lora_B;      // box [128 rows][64]
+    CUtensorMap ring_load;   // box [128 rows][64]
+    CUtensorMap ring_store;  // box [32 rows][64]
+};
+
+// s_j, 0 in the padding.
+__device__ __forceinline__ float column_scale(const Params& p, int column) {
+    if (column >= p.plan.rank)
+        return 0.0f;
+    return p.lora_scaling ? p.scaling * __ldg(p.lora_scaling + column) : p.scaling;
+}
+
+// Stages in the order of use, the same for producer and consumers.
+struct Pipeline {
+    uint32_t smem;
+    uint32_t step;
+
+    __device__ __forceinline__ uint32_t stage() const {
+        return step % kStages;
+    }
+    __device__ __forceinline__ uint32_t parity() const {
+        return step / kStages % 2;
+    }
+    __device__ __forceinline__ uint32_t x() const {
+        return smem + stage() * kXBytes;
+    }
+    __device__ __forceinline__ uint32_t w() const {
+        return smem + kWOffset + stage() * kWBytes;
+    }
+    __device__ __forceinline__ uint32_t full() const {
+        return smem + kBarrierOffset + stage() * 8;
+    }
+    __device__ __forceinline__ uint32_t empty() const {
+        return full() + kStages * 8;
+    }
+    // Both CTAs have finished their z tiles, and may load into each other's stages.
+    __device__ __forceinline__ uint32_t z_over() const {
+        return smem + kBarrierOffset + 2 * kStages * 8;
+    }
+};
+
+}  // namespace
+}  // namespace lowbit::cuda

@@ -1,0 +1,65 @@
+// Tensor maps on the host: what TMA knows about a matrix in global memory.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "weight.h"
+
+namespace lowbit::cuda {
+
+using TensorMapEncoder = decltype(&cuTensorMapEncodeTiled);
+
+// From the driver that is loaded, so that nothing links against it; null if it has none.
+inline TensorMapEncoder tensor_map_encoder() {
+    static const TensorMapEncoder encoder = [] {
+        void* entry = nullptr;
+        cudaDriverEntryPointQueryResult result{};
+        constexpr unsigned kSince = 12000;
+        const cudaError_t error = cudaGetDriverEntryPointByVersion(
+            "cuTensorMapEncodeTiled", &entry, kSince, cudaEnableDefault, &result);
+        const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+        return found ? reinterpret_cast<TensorMapEncoder>(entry) : nullptr;
+    }();
+    return encoder;
+}
+
+inline CUtensorMapDataType tensor_map_type(Dtype dtype) {  // of the 16-bit ones
+    return dtype == Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
+struct TensorMapBox {
+    int rows;
+    int columns;  // 64 or 128 bytes of them, which decides the swizzle
+};
+
+// A row-major, contiguous matrix; reads outside give zeros. Rows take a multiple of 16 bytes.
+inline cudaError_t make_tensor_map(
+    CUtensorMap& map,
+    CUtensorMapDataType type,
+    const void* data,
+    int64_t rows,
+    int64_t columns,
+    TensorMapBox box,
+    CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
+    const TensorMapEncoder encode = tensor_map_encoder();
+    if (encode == nullptr)
+        return cudaErrorNotSupported;
+    const int element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8    ? 1
+                              : type == CU_TENSOR_MAP_DATA_TYPE_UINT32 ? 4
+                                                                       : 2;
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[1] = {sizes[0] * element_bytes};
+    const cuuint32_t box_sizes[2] = {
+        static_cast<cuuint32_t>(box.columns), static_cast<cuuint32_t>(box.rows)};
+    const cuuint32_t element_strides[2] = {1, 1};
+    const auto swizzle =
+        box.columns * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    const CUresult result = encode(
+        &map, type, 2, const_cast<void*>(data), sizes, strides, box_sizes, element_strides,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace lowbit::cuda
