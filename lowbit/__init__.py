@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import adapters, dispatch, nn
+    from . import adapters, dispatch, memory, nn, optim
     from .checkpoint import load, save
     from .codebooks import codebook, nested_codebook, normal_float
     from .functional import lora_matmul, matmul
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .quantization import dequantize, pack, quantize, unpack
     from .weight import QuantizedWeight
 
-_MODULES = ("adapters", "dispatch", "nn")
+_MODULES = ("adapters", "dispatch", "memory", "nn", "optim")
 _HOME = {
     "checkpoint": ("load", "save"),
     "codebooks": ("codebook", "nested_codebook", "normal_float"),
@@ -38,9 +38,11 @@ __all__ = [
     "load",
     "lora_matmul",
     "matmul",
+    "memory",
     "nested_codebook",
     "nn",
     "normal_float",
+    "optim",
     "pack",
     "prepare",
     "quantize",

@@ -1,0 +1,362 @@
+"""The optimizers' common part: torch.optim's interface over packed state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .. import memory
+from . import clipping, state_dicts
+from .packing import (
+    DTYPES,
+    Pack,
+    StepInputs,
+    block_starts,
+    group_numbers,
+    operators,
+    write_moment,
+)
+from .paging import POLICIES, Pager, make_pager
+
+PAGING = ("auto", "managed", "pinned")
+
+
+class PackedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state is packed into slabs and stepped by few launches.
+
+    Subclasses set `rule` ("adamw" or "lion"), `coded` (8-bit state) and `paged`.
+    """
+
+    rule: str
+    coded = False
+    paged = False
+
+    # GradScaler then leaves found_inf and grad_scale here, instead of waiting for the device.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable,
+        defaults: dict,
+        *,
+        stochastic_rounding: bool,
+        skip_nonfinite: bool,
+        seed: int | None,
+        paging: str = "auto",
+        policy: str = "auto",
+    ):
+        if paging not in PAGING:
+            raise ValueError(f"paging must be one of {', '.join(PAGING)}, got {paging!r}")
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        _check_numbers(defaults)
+        self.stochastic_rounding, self.skip_nonfinite = stochastic_rounding, skip_nonfinite
+        if seed is None:
+            seed = int.from_bytes(os.urandom(7), "little")
+        defaults["seed"] = int(seed)  # in the groups, so that a state dict carries it
+        self._paging, self._policy = paging, policy
+        self._pagers: dict[torch.device, Pager] = {}
+        self._packs: list[Pack] = []
+        self._waiting: list[torch.Tensor] = []  # parameters that never had a gradient
+        super().__init__(params, defaults)
+
+    # ---- parameters ------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_numbers(group)
+            for parameter in group["params"]:
+                self._check_parameter(parameter)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._waiting += group["params"]
+
+    def _check_parameter(self, parameter: torch.Tensor) -> None:
+        if parameter.dtype not in DTYPES:
+            raise TypeError(
+                f"{self._name(parameter)} must be float32, bfloat16 or float16, "
+                f"got {_short(parameter.dtype)}"
+            )
+        if not parameter.is_contiguous():
+            raise ValueError(f"{self._name(parameter)} must be contiguous, got strides "
+                             f"{list(parameter.stride())}")  # fmt: skip
+
+    def _name(self, parameter: torch.Tensor) -> str:
+        """How messages call a parameter: its own name if the optimizer was given names."""
+        for g, group in enumerate(self.param_groups):
+            for i, other in enumerate(group["params"]):
+                if other is parameter:
+                    names = group.get("param_names")
+                    where = f"parameter {i} of group {g}"
+                    return f"{names[i]} ({where})" if names else where
+        return "a parameter"
+
+    def _places(self) -> dict[torch.Tensor, tuple[int, int]]:
+        """Each parameter's group, and its position among the elements of all parameters."""
+        members = [(p, g) for g, group in enumerate(self.param_groups) for p in group["params"]]
+        positions = block_starts([p.numel() for p, _ in members])
+        return {p: (g, at) for (p, g), at in zip(members, positions, strict=True)}
+
+    def _adopt(self, parameters: list[torch.Tensor]) -> None:
+        """Give parameters state, one pack per device and dtype."""
+        kinds: dict[tuple, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        places = self._places()
+        packs = [
+            Pack(members, [places[p] for p in members], self.rule, self.coded, self._pager(device))
+            for (device, _), members in kinds.items()
+        ]
+        self._packs += packs
+        for pack in packs:
+            for row, parameter in enumerate(pack.parameters):
+                self.state[parameter] = state_dicts.entry(pack, row)
+        adopted = set(parameters)
+        self._waiting = [p for p in self._waiting if p not in adopted]
+
+    def _pager(self, device: torch.device) -> Pager:
+        if device not in self._pagers:
+            paging = self._paging if self.paged else None
+            self._pagers[device] = make_pager(device, paging, self._policy)
+        return self._pagers[device]
+
+    # ---- step ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss with gradients enabled; called first.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: a gradient or parameter does not fit; the message
+                names the parameter, and nothing has changed.
+            lowbit.memory.PagedMemoryError: memory for state cannot be had or moved.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._waiting:
+            new = [p for p in self._waiting if p.grad is not None]
+            for parameter in new:
+                self._check_parameter(parameter)
+                self._check_gradient(parameter, parameter.grad, parameter.numel())
+            if new:
+                self._adopt(new)
+        self._step_packs()
+        return loss
+
+    def _step_packs(self) -> None:
+        for group in self.param_groups:
+            _check_numbers(group)
+        groups = group_numbers(self.param_groups)
+        planned, gradients = [], []
+        for pack in self._packs:
+            slots, parameters, grads = self._pairs(pack)
+            if not grads:
+                continue
+            gradients += grads
+            planned.append(
+                (pack, slots, grads, self._checked_table(pack, slots, parameters, grads, groups))
+            )
+        if not planned:
+            return
+        inputs = self._inputs(gradients)
+        ways = [self._begin(pack) for pack, *_ in planned]
+        for (pack, slots, grads, table), how in zip(planned, ways, strict=True):
+            if table is None:
+                pack.plain_step(slots.tolist(), grads, self.param_groups, inputs)
+            else:
+                pack.step(table, how, inputs)
+
+    def _begin(self, pack: Pack) -> str:
+        try:
+            return pack.pager.begin(pack.slabs)
+        except memory.PagedMemoryError as error:
+            first = next(slab.first for slab in pack.slabs if slab.on_host)
+            raise memory.PagedMemoryError(
+                f"the state of {self._name(pack.parameters[first])} and what lies with it cannot "
+                f"be moved, nothing was stepped: {error}"
+            ) from error
+
+    @staticmethod
+    def _pairs(pack: Pack) -> tuple[torch.Tensor, list, list]:
+        """Rows of the pack that have a gradient, their parameters and their gradients."""
+        grads = [p.grad for p in pack.parameters]
+        if all(g is not None for g in grads):
+            return pack.every_slot, pack.parameters, grads
+        slots = [i for i, g in enumerate(grads) if g is not None]
+        return torch.tensor(slots), [pack.parameters[i] for i in slots], [grads[i] for i in slots]
+
+    def _checked_table(self, pack, slots, parameters, grads, groups):
+        """The step's table, None for the plain path; raises if a pair does not fit."""
+        if operators(pack.device) is None:
+            for slot, p, g in zip(slots.tolist(), parameters, grads, strict=True):
+                self._check_gradient(p, g, pack.layout.counts[slot])
+            return None
+        for p, g in zip(parameters, grads, strict=True):
+            if g.layout is not torch.strided:
+                self._check_gradient(p, g, p.numel())
+        table, bad = pack.table(slots, parameters, grads, groups)
+        if bad >= 0:
+            for i, slot in enumerate(slots.tolist()):
+                self._check_gradient(parameters[i], grads[i], pack.layout.counts[slot])
+                grads[i] = grads[i].contiguous()
+            table, bad = pack.table(slots, parameters, grads, groups)
+        if bad >= 0:
+            raise RuntimeError(f"{self._name(parameters[bad])} or its gradient cannot be stepped")
+        return table
+
+    def _check_gradient(self, p: torch.Tensor, g: torch.Tensor, count: int) -> None:
+        """Raise if parameter and gradient do not belong together, or the parameter has changed."""
+        if g.layout is not torch.strided:
+            raise RuntimeError(
+                f"the gradient of {self._name(p)} is sparse ({g.layout}); "
+                f"{type(self).__name__} needs dense gradients"
+            )
+        if p.numel() != count:
+            raise RuntimeError(
+                f"{self._name(p)} had {count} elements when its state was made and has "
+                f"{p.numel()} now; was its memory freed?"
+            )
+        if not p.is_contiguous():
+            raise ValueError(f"{self._name(p)} must be contiguous, got strides {list(p.stride())}")
+        for what, of_g, of_p in (
+            ("dtype", _short(g.dtype), _short(p.dtype)),
+            ("device", g.device, p.device),
+            ("shape", list(g.shape), list(p.shape)),
+        ):
+            if of_g != of_p:
+                raise RuntimeError(
+                    f"the gradient of {self._name(p)} must have the parameter's {what} {of_p}, "
+                    f"got {of_g}"
+                )
+        pack = self._pack_of(p)
+        if pack is not None and (p.device, p.dtype) != (pack.device, pack.dtype):
+            raise RuntimeError(
+                f"{self._name(p)} was {_short(pack.dtype)} on {pack.device} when its state was "
+                f"made and is {_short(p.dtype)} on {p.device} now; make a new optimizer and load "
+                "the state_dict of this one"
+            )
+
+    def _pack_of(self, parameter: torch.Tensor) -> Pack | None:
+        return next((k for k in self._packs if any(q is parameter for q in k.parameters)), None)
+
+    def _inputs(self, gradients: list[torch.Tensor]) -> StepInputs:
+        found_inf = getattr(self, "found_inf", None)
+        if self.skip_nonfinite:
+            flag = clipping.found_nonfinite(gradients)
+            found_inf = (
+                flag if found_inf is None else torch.maximum(flag, found_inf.to(flag.device))
+            )
+        return StepInputs(
+            found_inf,
+            getattr(self, "grad_scale", None),
+            self.stochastic_rounding,
+            self.param_groups[0]["seed"],
+        )
+
+    # ---- paging ----------------------------------------------------------------------------------
+
+    def evict(self, release: bool = False) -> None:
+        """Move all paged state to the host. The next step may bring it back.
+
+        Args:
+            release: give the card's memory back at once. Otherwise the move is only queued, and the
+                driver keeps the pages for whoever asks for memory next, so that mem_get_info does
+                not show them as free. Releasing waits for the device and makes new tensors: state
+                held from outside of the optimizer stays behind.
+        """
+        for pack in self._packs:
+            if not release:
+                pack.pager.evict(pack.slabs)
+                continue
+            pack.pager.release(pack.slabs)
+            for row, parameter in enumerate(pack.parameters):
+                self.state[parameter].update(state_dicts.entry(pack, row))
+
+    def bring_back(self) -> None:
+        """Queue the move of all paged state to the device."""
+        for pack in self._packs:
+            pack.pager.bring_back(pack.slabs)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of state on the "device" and on the "host", by where lowbit last put them."""
+        slabs = [slab for pack in self._packs for slab in pack.slabs]
+        host = sum(s.nbytes for s in slabs if s.on_host)
+        return {"device": sum(s.nbytes for s in slabs) - host, "host": host}
+
+    # ---- state dicts -----------------------------------------------------------------------------
+
+    def torch_state_dict(self) -> dict:
+        """state_dict() with fp32 moments, for torch.optim.AdamW.load_state_dict."""
+        return state_dicts.with_float_moments(self.state_dict(), self.rule)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load the state of this optimizer, of torch.optim.AdamW or of bitsandbytes.
+
+        fp32 and 8-bit state are converted to what this optimizer keeps; 8-bit to 8-bit keeps every
+        byte. State is paged again, wherever the loaded tensors lie.
+
+        Raises:
+            ValueError: groups or shapes differ, or the state is another kind of optimizer's;
+                nothing has changed then.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups, loaded = state_dicts.parse(state_dict, self.param_groups, self.rule, self._name)
+        self._replace_state(loaded)
+        for group, new in zip(self.param_groups, groups, strict=True):
+            group.update(new)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    @torch.no_grad()
+    def _replace_state(self, loaded: dict[torch.Tensor, state_dicts.Loaded]) -> None:
+        if set(loaded) != {p for pack in self._packs for p in pack.parameters}:
+            self.state.clear()
+            self._packs = []
+            self._waiting = [p for group in self.param_groups for p in group["params"]]
+            self._adopt(list(loaded))
+        for pack in self._packs:
+            pack.steps.copy_(torch.tensor([loaded[p].step for p in pack.parameters]))
+            for row, parameter in enumerate(pack.parameters):
+                for state, view in enumerate(pack.moments(row)):
+                    loaded[parameter].write(state, view, write_moment)
+
+    def __getstate__(self) -> dict:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled or copied; save its state_dict() and load it "
+            "into a new optimizer"
+        )
+
+
+def _check_numbers(group: dict) -> None:
+    """torch.optim.AdamW's checks of a group's hyperparameters."""
+    lr, betas = group["lr"], group["betas"]
+    if not float(lr) >= 0.0:
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    if not group.get("eps", 0.0) >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {group['eps']}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
+    if group.get("amsgrad"):
+        raise ValueError("amsgrad is not offered: it keeps a third state; use torch.optim.AdamW")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,234 @@
+"""How paged state is moved, on a machine without a GPU: the pagers over a pretended card.
+
+Streams are logs, memory is the CPU's, and the pretended driver says how much is free. What the real
+driver does is tested in test_optim_paging.py.
+"""
+
+import types
+
+import pytest
+import torch
+from helpers import assert_bitwise_equal
+
+import lowbit.optim as optim
+from lowbit import memory
+from lowbit.optim import base, packing, paging
+
+GIB = 1 << 30
+
+
+class Card:
+    """Free memory, streams that log what is queued on them, a clock that only passes move."""
+
+    def __init__(self):
+        self.free, self.total, self.reserved, self.fraction = 64 * GIB, 80 * GIB, 0, 1.0
+        self.log, self.fails_after, self.seconds_per_pass = [], None, None
+        self.main = self.stream("main")
+
+    def stream(self, name):
+        def wait_stream(other):
+            self.log.append((name, "waits for", other.name))
+
+        return types.SimpleNamespace(
+            name=name,
+            wait_stream=wait_stream,
+            wait_event=lambda event: self.log.append((name, "waits for event", event)),
+            record_event=lambda: name,
+            synchronize=lambda: self.log.append((name, "is waited for")),
+        )
+
+    def prefetch(self, tensor, to, stream):
+        if self.fails_after is not None:
+            if self.fails_after == 0:
+                raise memory.PagedMemoryError("prefetch: no more (CUDA error 4)")
+            self.fails_after -= 1
+        self.log.append((stream.name, "moves to", str(to)))
+
+    def copy(self, to, source, stream):
+        to.copy_(source)
+        self.log.append((stream.name, "copies", source.nbytes))
+
+    def event(self, enable_timing=False):
+        return types.SimpleNamespace(
+            record=lambda stream: None,
+            query=lambda: self.seconds_per_pass is not None,
+            elapsed_time=lambda end: 1e3 * self.seconds_per_pass,
+        )
+
+
+def _pretended_pager(device, kind, policy):
+    cls = paging.PinnedPager if kind == "pinned" else paging.ManagedPager
+    return cls(device, policy)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    card = Card()
+    names = iter(["copies", "write-backs"] * 9)
+    cuda = {
+        "Stream": lambda device: card.stream(next(names)),
+        "current_stream": lambda device: card.main,
+        "is_current_stream_capturing": lambda: False,
+        "Event": card.event,
+        "mem_get_info": lambda device: (card.free, card.total),
+        "memory_reserved": lambda device: card.reserved,
+        "get_per_process_memory_fraction": lambda device: card.fraction,
+        "get_device_properties": lambda device: types.SimpleNamespace(total_memory=card.total),
+    }
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value, raising=False)
+    monkeypatch.setattr(memory, "prefetch", card.prefetch)
+    monkeypatch.setattr(memory, "copy_async", card.copy)
+    monkeypatch.setattr(memory, "advise", lambda *a, **k: None)
+    monkeypatch.setattr(
+        memory, "empty", lambda size, dtype, device, kind="managed": torch.empty(size, dtype=dtype)
+    )
+    monkeypatch.setattr(packing, "SLAB_BYTES", 1 << 14)
+    monkeypatch.setattr(paging, "TIMED_BYTES", 1)
+    monkeypatch.setattr(base, "make_pager", _pretended_pager)
+    return card
+
+
+def _train(cls=optim.PagedAdamW, steps=3, evict=False, **options):
+    generator = torch.Generator().manual_seed(1)
+    parameters = [torch.nn.Parameter(torch.randn(3000, generator=generator)) for _ in range(9)]
+    optimizer = cls(parameters, lr=1e-2, **options)
+    for _ in range(steps):
+        _step(optimizer, parameters, generator)
+        if evict:
+            optimizer.evict()
+    return parameters, optimizer, generator
+
+
+def _step(optimizer, parameters, generator):
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("evict", [False, True], ids=["left", "evicted"])
+@pytest.mark.parametrize("paging_kind", ["managed", "pinned"])
+@pytest.mark.parametrize("policy", paging.POLICIES)
+@pytest.mark.parametrize("cls", [optim.PagedAdamW, optim.PagedAdamW8bit, optim.PagedLion8bit])
+def test_results_are_those_of_plain_memory(cls, policy, paging_kind, evict, card, monkeypatch):
+    actual, optimizer, _ = _train(cls, evict=evict, policy=policy, paging=paging_kind)
+    assert len(optimizer._packs[0].slabs) > 1
+    monkeypatch.setattr(base, "make_pager", lambda device, *_: paging.Pager(device))
+    expected, _, _ = _train(cls)
+    for p, q in zip(actual, expected, strict=True):
+        assert_bitwise_equal(p.detach(), q.detach())
+
+
+def test_plenty_of_memory_keeps_state_on_the_device(card):
+    parameters, optimizer, generator = _train()
+    assert optimizer.state_bytes()["host"] == 0
+    card.log.clear()
+    _step(optimizer, parameters, generator)
+    assert card.log == []
+
+
+def test_evicted_state_comes_back_slab_by_slab(card):
+    parameters, optimizer, generator = _train()
+    slabs = len(optimizer._packs[0].slabs)
+    optimizer.evict()
+    assert optimizer.state_bytes()["device"] == 0
+    card.log.clear()
+    _step(optimizer, parameters, generator)
+    moved = [entry for entry in card.log if entry[1] == "moves to"]
+    assert [entry[0] for entry in moved] == ["copies"] * slabs
+    assert card.log.count(("main", "waits for", "copies")) == slabs
+    assert optimizer.state_bytes()["host"] == 0
+
+
+def test_a_full_card_has_its_state_on_the_host(card):
+    card.free = GIB
+    parameters, optimizer, generator = _train()
+    assert optimizer.state_bytes()["device"] == 0
+    card.log.clear()
+    _step(optimizer, parameters, generator)
+    assert card.log == []  # updated where it is: nothing moves, nothing waits
+
+
+def test_state_makes_room_when_memory_runs_short_and_comes_back(card):
+    parameters, optimizer, generator = _train()
+    card.free = GIB // 2
+    _step(optimizer, parameters, generator)
+    assert optimizer.state_bytes()["device"] == 0
+    _step(optimizer, parameters, generator)
+    assert optimizer.state_bytes()["device"] == 0
+    card.free = 8 * GIB
+    _step(optimizer, parameters, generator)
+    assert optimizer.state_bytes()["host"] == 0
+
+
+def test_released_state_is_new_memory_with_the_same_values(card):
+    parameters, optimizer, generator = _train(optim.PagedAdamW8bit)
+    before = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in parameters]
+    old = optimizer.state[parameters[0]]["state1"].data_ptr()
+    optimizer.evict(release=True)
+    assert optimizer.state_bytes()["device"] == 0
+    assert optimizer.state[parameters[0]]["state1"].data_ptr() != old
+    for p, entry in zip(parameters, before, strict=True):
+        for key, value in optimizer.state[p].items():
+            assert_bitwise_equal(value, entry[key], key)
+    _step(optimizer, parameters, generator)
+    assert not torch.equal(optimizer.state[parameters[0]]["state1"], before[0]["state1"])
+
+
+def test_torchs_memory_fraction_is_a_smaller_card(card):
+    card.fraction, card.reserved = 0.1, 8 * GIB - 1
+    _, optimizer, _ = _train()
+    assert optimizer.state_bytes()["device"] == 0
+
+
+def test_the_faster_way_by_measured_rates(card):
+    card.free = GIB
+    _, optimizer, _ = _train()
+    pager = next(iter(optimizer._pagers.values()))
+    slabs = optimizer._packs[0].slabs
+    assert pager.begin(slabs) == "zero_copy"
+    card.seconds_per_pass = 1.0  # in place turns out to crawl
+    assert pager.begin(slabs) == "prefetch"
+
+
+def test_pages_that_the_driver_took_are_fetched_again(card):
+    parameters, optimizer, generator = _train()
+    card.seconds_per_pass = 1.0
+    card.log.clear()
+    _step(optimizer, parameters, generator)
+    assert [entry for entry in card.log if entry[1] == "moves to"]
+
+
+def test_a_driver_error_changes_nothing(card):
+    parameters, optimizer, generator = _train()
+    before = [p.detach().clone() for p in parameters]
+    optimizer.evict()
+    card.fails_after = 0
+    with pytest.raises(memory.PagedMemoryError, match=r"parameter 0 of group 0 .* nothing was"):
+        _step(optimizer, parameters, generator)
+    for p, old in zip(parameters, before, strict=True):
+        assert_bitwise_equal(p.detach(), old)
+    assert optimizer.state[parameters[0]]["step"] == 3
+
+
+def test_a_driver_error_halfway_is_a_warning(card):
+    parameters, optimizer, generator = _train()
+    optimizer.evict()
+    card.fails_after = 2
+    with pytest.warns(UserWarning, match="state was updated where it lay"):
+        _step(optimizer, parameters, generator)
+    assert all(optimizer.state[p]["step"] == 4 for p in parameters)
+    assert optimizer.state_bytes()["host"] > 0
+
+
+def test_pinned_state_is_filled_and_drained_on_streams_of_its_own(card):
+    parameters, optimizer, generator = _train(paging="pinned")
+    slabs = len(optimizer._packs[0].slabs)
+    card.log.clear()
+    _step(optimizer, parameters, generator)
+    copies = [entry[0] for entry in card.log if entry[1] == "copies"]
+    assert copies == ["copies", "write-backs"] * slabs
+    reused = [entry for entry in card.log if entry[1] == "waits for event"]
+    assert len(reused) == max(0, slabs - paging.STAGES)
+    assert card.log[-1] == ("main", "waits for", "write-backs")
+    assert optimizer.state_bytes()["device"] == 0
