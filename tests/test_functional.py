@@ -5,6 +5,7 @@ around them.
 import pytest
 import torch
 from helpers import assert_bitwise_equal, assert_close_to_float64
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
 from lowbit import reference
@@ -268,6 +269,41 @@ def test_gradient_checkpointing_replays_dropout(device, use_reentrant):
     assert_bitwise_equal(y.detach(), plain["y"], "y")
     for name, leaf in leaves.items():
         assert_bitwise_equal(leaf.grad, plain[f"d_{name}"], f"d_{name}")
+
+
+class _Recorder(TorchDispatchMode):
+    """Names of the operators that run in its context."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_the_kernel_is_called_at_once(device):
+    """The way past the registered operator gives the same bits; modes still see the operator."""
+    q = lowbit.quantize(torch.randn(48, 128, device=device))
+    x, bias = torch.randn(5, 128, device=device), torch.randn(48, device=device)
+    lora_A = torch.nn.Parameter(torch.randn(4, 128, device=device))
+    lora_B = torch.nn.Parameter(torch.randn(48, 4, device=device))
+
+    def call():
+        return lowbit.lora_matmul(x, q, lora_A, lora_B, 1.5, bias=bias), lowbit.matmul(x, q, bias)
+
+    expected = call()  # the parameters record: through the operators
+    assert expected[0].requires_grad
+    with torch.no_grad():
+        direct = call()
+        with _Recorder() as recorder:
+            recorded = call()
+    assert recorder.names == ["lowbit::lora_linear", "lowbit::linear"]
+    for a, b, c in zip(direct, recorded, expected, strict=True):
+        assert not a.requires_grad
+        assert_bitwise_equal(a, c)
+        assert_bitwise_equal(b, c)
 
 
 def test_saved_tensor_hooks_see_the_weight(device):
