@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .checkpoint import load, save
     from .codebooks import codebook, nested_codebook, normal_float
     from .functional import lora_matmul, matmul
+    from .fusing import FusionReport, fuse, unfuse
+    from .gated_mlp import lora_gated_mlp
+    from .grouped import lora_matmul_group
     from .preparation import prepare
     from .quantization import dequantize, pack, quantize, unpack
     from .weight import QuantizedWeight
@@ -22,6 +25,9 @@ _HOME = {
     "checkpoint": ("load", "save"),
     "codebooks": ("codebook", "nested_codebook", "normal_float"),
     "functional": ("lora_matmul", "matmul"),
+    "fusing": ("FusionReport", "fuse", "unfuse"),
+    "gated_mlp": ("lora_gated_mlp",),
+    "grouped": ("lora_matmul_group",),
     "preparation": ("prepare",),
     "quantization": ("dequantize", "pack", "quantize", "unpack"),
     "weight": ("QuantizedWeight",),
@@ -29,14 +35,18 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "FusionReport",
     "QuantizedWeight",
     "__version__",
     "adapters",
     "codebook",
     "dequantize",
     "dispatch",
+    "fuse",
     "load",
+    "lora_gated_mlp",
     "lora_matmul",
+    "lora_matmul_group",
     "matmul",
     "memory",
     "nested_codebook",
@@ -47,6 +57,7 @@ __all__ = [
     "prepare",
     "quantize",
     "save",
+    "unfuse",
     "unpack",
 ]
 

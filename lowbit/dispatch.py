@@ -28,7 +28,7 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _QUANTIZE = ("quantize_4bit", "dequantize_4bit")
-_FORWARD = ("linear", "lora_linear")
+_FORWARD = ("linear", "lora_linear", "linear_low_rank")
 _BACKWARD = ("linear_dx", "lora_linear_backward")
 _MATMUL = (*_FORWARD, *_BACKWARD, "dropout")
 OPERATIONS = _QUANTIZE + _MATMUL
@@ -78,14 +78,14 @@ def _fused(kernel: str, tokens: tuple[int, int | None], reason: str) -> Row:
     )  # fmt: skip
 
 
+# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 3.03 TB/s and 801 TFLOP/s measured on
+# the same H100 (bench/results/linear_h100.json, 2026-11-24).
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
-    _fused("nf4_lora_gemv", (1, 1), "one pass over the weight at 90 % of read bandwidth"),
-    _fused("nf4_lora_matmul_small", (2, 64), "weights from registers, split evenly over the SMs"),
-    _fused(
-        "nf4_lora_matmul_mid", (65, 4095), "decode shared by two CTAs, hidden under the product"
-    ),
-    _fused("nf4_lora_matmul_large", (4096, None), "each weight decoded once; faster from 4096 on"),
+    _fused("nf4_lora_gemv", (1, 1), "one launch; 88 % of copy bandwidth"),
+    _fused("nf4_lora_matmul_small", (2, 64), "equal shares of W; 79 % of copy bandwidth at 8"),
+    _fused("nf4_lora_matmul_mid", (65, 4095), "two CTAs share a decode; 87 % of peak at 1024"),
+    _fused("nf4_lora_matmul_large", (4096, None), "W decoded once; 86 % of peak, faster from 4096"),
     Row(_MATMUL, "cuda", "cuda", "dequantize by panels, cuBLAS", "panels", (8, 0)),
     Row(
         OPERATIONS,
@@ -261,6 +261,20 @@ def _choose(
     return Row(OPERATIONS, device.type, backend, "forced")
 
 
+# Layers that read the same x share products with their stacked lora_A (group_products.py) on these
+# devices, from this many tokens on. Elsewhere each runs its own fused operation, which reads x once
+# more but does not pass over y and dx again. On a CPU stacking was no faster in fp32 and slower in
+# bf16 (2 Zen 3 cores, K = 1536, M = 64 and 512, 2026-11-24). The number of tokens is where a layer
+# stops waiting for its weight; it is not measured yet.
+STACKED_DEVICES = ("cuda",)
+STACKED_TOKENS = 65
+
+
+def stacks(device: torch.device, tokens: int) -> bool:
+    """Whether a group of layers shares its low-rank products."""
+    return device.type in STACKED_DEVICES and tokens >= STACKED_TOKENS
+
+
 def select(operation: str, args: tuple, for_backward: bool = True) -> Callable:
     """Return the function that runs an operation on these arguments.
 
@@ -271,8 +285,8 @@ def select(operation: str, args: tuple, for_backward: bool = True) -> Callable:
     """
     first = args[0]
     if operation in _FORWARD:
-        # x, the eleven of the weight, lora_A
-        r = args[12].shape[0] if operation == "lora_linear" else 0
+        # x, the eleven of the weight, then lora_A [r, K] or z [M, r]
+        r = 0 if operation == "linear" else args[12].shape[operation == "linear_low_rank"]
         blocksize = args[9] if args[2] is not None else 0
         return _forward(
             operation, first.device, first.dtype, first.shape[0], args[7], args[8], blocksize,
@@ -280,7 +294,13 @@ def select(operation: str, args: tuple, for_backward: bool = True) -> Callable:
         )  # fmt: skip
     dtype = args[-1] if operation == "dequantize_4bit" else first.dtype
     row = choose(operation, first.device, dtype, first.shape[0])
-    return getattr(_module(row.backend), operation)
+    return _function(row.backend, operation)
+
+
+def _function(backend: str, operation: str) -> Callable:
+    """A backend's function; what it leaves out is composed of its others."""
+    function = getattr(_module(backend), operation, None)
+    return getattr(_module("composed"), operation) if function is None else function
 
 
 @functools.lru_cache(maxsize=4096)
@@ -298,7 +318,7 @@ def _forward(
     name: str | None,
 ) -> Callable:
     row = _choose(operation, device, dtype, tokens, Layer(N, K, blocksize, row_blocks, r), name)
-    function = getattr(_module(row.backend), operation)
+    function = _function(row.backend, operation)
     if not row.kernel:
         return function
     if operation == "lora_linear" and not for_backward:

@@ -37,6 +37,11 @@ SCHEMAS = {
     "dequantize_4bit": f"({_WEIGHT}, ScalarType dtype) -> Tensor",
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor",
     "linear_dx": f"(Tensor dy, {_WEIGHT}) -> Tensor",
+    # y = x W^T + bias + (z * s) B^T from a z that is there already. No autograd: grouped.py has it.
+    "linear_low_rank": (
+        f"(Tensor x, {_WEIGHT}, Tensor z, Tensor lora_B, Tensor? lora_scaling, float scaling, "
+        "Tensor? bias) -> Tensor"
+    ),
     "lora_linear": (
         f"(Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? bias, float dropout_p, Tensor? seed) -> "
         "(Tensor y, Tensor z)"
@@ -111,6 +116,7 @@ _FAKES = {
     "dequantize_4bit": _dequantize_4bit_fake,
     "linear": _linear_fake,
     "linear_dx": _linear_dx_fake,
+    "linear_low_rank": _linear_fake,
     "lora_linear": _lora_linear_fake,
     "lora_linear_backward": _lora_linear_backward_fake,
     "dropout": _dropout_fake,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import fusing
 from .materialize import Materializer
 from .modules import (
     group_shared,
@@ -41,6 +42,7 @@ def prepare(
     skip_modules: Iterable[str] | None = None,
     weights: str | os.PathLike | Mapping[str, torch.Tensor] | Iterable | None = None,
     device: torch.device | str | None = None,
+    fuse: bool = False,
 ) -> nn.Module:
     """Turn a model into a QLoRA model, in place: 4-bit frozen linear layers, trained adapters.
 
@@ -63,6 +65,8 @@ def prepare(
             that bitsandbytes or lowbit has quantized are taken as they are. None leaves a meta
             model on the meta device, for `lowbit.load`.
         device: where the result goes; each layer is quantized there. Default where the model is.
+        fuse: compute q, k, v of attention as one group and gated MLPs as one function where the
+            model allows: `lowbit.fuse(model)`, whose report is logged.
 
     Returns:
         The model (a new layer if the model itself is an nn.Linear), everything but the adapters
@@ -121,6 +125,8 @@ def prepare(
         model = filler.run(TensorSource(weights), adapter)
     train_adapters_only(model)
     check_before_loading(model)
+    if fuse:
+        fusing.fuse(model)
     return model
 
 

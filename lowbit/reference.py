@@ -172,9 +172,14 @@ def lora_linear(
     """y = x W^T + bias + (z * s) B^T and z = drop(x) A^T, every product in x.dtype."""
     dropped = dropout(x, dropout_p, seed) if dropout_p > 0 else x
     z = dropped @ lora_A.to(x.dtype).t()
-    s = _scaling_vector(lora_A, lora_scaling, scaling, _wide(x))
+    return linear_low_rank(x, weight, z, lora_B, lora_scaling, scaling, bias), z
+
+
+def linear_low_rank(x, weight, z, lora_B, lora_scaling, scaling, bias=None):
+    """y = x W^T + bias + (z * s) B^T."""
+    s = scaling if lora_scaling is None else lora_scaling.to(_wide(x)) * scaling
     low_rank = (z.to(_wide(x)) * s).to(x.dtype) @ lora_B.to(x.dtype).t()
-    return linear(x, weight, bias) + low_rank, z
+    return linear(x, weight, bias) + low_rank
 
 
 def lora_linear_backward(

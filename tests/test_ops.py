@@ -32,6 +32,8 @@ def _samples(device):
     for w in (packed.args(), plain.args(), dense):
         yield "linear", (leaf(*X), *w, leaf(48))
         yield "linear_dx", (leaf(5, 48), *w)
+        low_rank = (torch.randn(5, R, device=device), torch.randn(48, R, device=device))
+        yield "linear_low_rank", (torch.randn(X, device=device), *w, *low_rank, None, 2.0, None)
         adapter = (leaf(R, 128), leaf(48, R))
         yield "lora_linear", (leaf(*X), *w, *adapter, None, 2.0, None, 0.0, None)
         yield "lora_linear", (leaf(*X), *w, *adapter, leaf(R), 1.0, leaf(48), 0.25, seed)

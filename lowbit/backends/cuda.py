@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _library, dispatch, reference  # noqa: F401  _library loads _C_cuda.so
+from . import composed
 
 _ops = torch.ops.lowbit_cuda
 _WEIGHT_COUNT = 11
@@ -148,6 +149,18 @@ def linear(x, *weight_and_bias, kernel="panels"):
         else:
             torch.addmm(bias[rows], x, panel.t(), out=y[:, rows])
     return y
+
+
+def linear_low_rank(x, *rest, kernel="panels"):
+    """From a z that is there already: [M, r] in x's dtype, unscaled."""
+    weight, (z, lora_B, lora_scaling, scaling, bias) = rest[:_WEIGHT_COUNT], rest[_WEIGHT_COUNT:]
+    if kernel == "panels" or not _readable(weight):
+        return composed.linear_low_rank(x, *rest)
+    dtype = x.dtype
+    return getattr(_ops, kernel)(
+        _aligned(x, dtype), *weight, None, _aligned(lora_B, dtype), lora_scaling, scaling,
+        _aligned(bias, dtype), _aligned(z, dtype), None,
+    )  # fmt: skip
 
 
 def linear_dx(dy, *weight):

@@ -38,6 +38,12 @@ def lora_linear(x, *rest):
     )
 
 
+def linear_low_rank(x, *rest):
+    *weight, z, lora_B, lora_scaling, scaling, bias = rest
+    dense = dequantize_4bit(*weight, x.dtype)
+    return reference.linear_low_rank(x, dense, z, lora_B, lora_scaling, scaling, bias)
+
+
 def lora_linear_backward(dy, x, z, *rest):
     *weight, lora_A, lora_B, lora_scaling, scaling, dropout_p, seed = rest[:-5]
     dense = dequantize_4bit(*weight, dy.dtype)

@@ -73,6 +73,12 @@ def lora_linear(x, *rest):
     return y, z
 
 
+def linear_low_rank(x, *rest):
+    *weight, z, lora_B, lora_scaling, scaling, bias = rest
+    _require_runnable(x)
+    return kernels.matmul_fwd(x, weight, bias, z, lora_B, lora_scaling, scaling)
+
+
 def lora_linear_backward(dy, x, z, *rest):
     weight, rest = rest[:_WEIGHT_COUNT], rest[_WEIGHT_COUNT:]
     lora_A, lora_B, lora_scaling, scaling, dropout_p, seed, *needs = rest

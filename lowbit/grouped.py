@@ -1,0 +1,250 @@
+"""lowbit.lora_matmul_group: several adapted layers that read the same x, as one autograd function.
+
+q, k and v of attention, gate and up of an MLP. The products are in group_products.py; x is saved
+once for all members.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import functional, ops  # noqa: F401  (ops registers torch.ops.lowbit)
+from .group_products import FIELDS, Gradients, Member, Needs, backward, forward, unflatten
+from .weight import QuantizedWeight
+
+_WEIGHT_TENSORS = 6  # of the eleven weight arguments, the first
+_A, _B, _SCALING, _BIAS = 11, 12, 13, 15  # places in a flat Member
+
+
+# ---- autograd
+
+
+def no_autocast(x: torch.Tensor):
+    """The dtypes are settled; autocast must not cast the fp32 products of a backward pass."""
+    if functional._casts(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def needs_of(flags: Sequence[bool]) -> list[Needs]:
+    """From needs_input_grad of flat members."""
+    return [
+        Needs(flags[i + _A], flags[i + _B], flags[i + _SCALING], flags[i + _BIAS])
+        for i in range(0, len(flags), FIELDS)
+    ]
+
+
+def save(ctx, members: list[Member], *others) -> None:
+    """Save every tensor, so that saved-tensor hooks see it, and keep the numbers on the context.
+
+    The bias is not needed in backward, but for its dtype.
+    """
+    tensors = list(others)
+    for m in members:
+        tensors += [*m.weight[:_WEIGHT_TENSORS], m.lora_A, m.lora_B, m.lora_scaling, m.seed]
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+    ctx.numbers = tuple((*m.weight[_WEIGHT_TENSORS:], m.scaling, m.dropout_p) for m in members)
+    ctx.bias_dtypes = tuple(None if m.bias is None else m.bias.dtype for m in members)
+
+
+def saved(ctx, others: int) -> tuple[tuple, list[Member]]:
+    """What `save` saved: (others, members without bias)."""
+    tensors = ctx.saved_tensors
+    members, at = [], others
+    for *numbers, scaling, dropout_p in ctx.numbers:
+        weight = (*tensors[at : at + _WEIGHT_TENSORS], *numbers)
+        lora_A, lora_B, lora_scaling, seed = tensors[at + _WEIGHT_TENSORS : at + 10]
+        members.append(Member(weight, lora_A, lora_B, lora_scaling, scaling, None, dropout_p, seed))
+        at += 10
+    return tensors[:others], members
+
+
+def flat_gradients(ctx, grads: list[Gradients]) -> list:
+    """Gradients at the places of flat members."""
+    out = []
+    for g, dtype in zip(grads, ctx.bias_dtypes, strict=True):
+        place = [None] * FIELDS
+        place[_A], place[_B], place[_SCALING] = g.lora_A, g.lora_B, g.lora_scaling
+        place[_BIAS] = None if g.bias is None else g.bias.to(dtype)
+        out += place
+    return out
+
+
+class _Group(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shared, *flat):
+        members = unflatten(flat)
+        needs = needs_of(ctx.needs_input_grad[2:])
+        with no_autocast(x):
+            ys, zs = forward(x, members, shared)
+        save(ctx, members, x if any(need.lora_A for need in needs) else None, *zs)
+        ctx.shared = shared
+        if not ctx.needs_input_grad[0]:  # an output that depends on nothing that needs a gradient
+            fixed = [y for y, need in zip(ys, needs, strict=True) if not any(need)]
+            if fixed:
+                ctx.mark_non_differentiable(*fixed)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        (x, *zs), members = saved(ctx, 1 + len(ctx.numbers))
+        needs = needs_of(ctx.needs_input_grad[2:])
+        if all(dy is None for dy in dys):
+            return (None,) * (2 + FIELDS * len(members))
+        dys = [None if dy is None else dy.contiguous() for dy in dys]
+        with no_autocast(next(dy for dy in dys if dy is not None)):
+            dx, grads = backward(dys, x, zs, members, ctx.needs_input_grad[0], needs, ctx.shared)
+        return (dx, None, *flat_gradients(ctx, grads))
+
+
+# ---- public
+
+
+def lora_matmul_group(
+    x: torch.Tensor,
+    weights: Sequence[QuantizedWeight | torch.Tensor],
+    lora_As: Sequence[torch.Tensor | None],
+    lora_Bs: Sequence[torch.Tensor | None],
+    scalings: float | Sequence[float | torch.Tensor],
+    *,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
+    shared_dropout: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Multiply one x by several frozen weights with low-rank updates, as q, k and v of attention
+    do: y_i = x W_i^T + bias_i + (drop_i(x) A_i^T * scaling_i) B_i^T.
+
+    The results are those of one `lora_matmul` per member. x is read once for all lora_A and once
+    for all their gradients, saved once, and its gradient is accumulated in one buffer.
+
+    Args:
+        x: [..., K] fp32, fp16 or bf16, any strides; under autocast it is cast to the autocast
+            dtype.
+        weights: one QuantizedWeight [N_i, K], or dense tensor in x's dtype, per member.
+        lora_As, lora_Bs: [r_i, K] and [N_i, r_i] in x's dtype or fp32; None in both for a member
+            without adapter.
+        scalings: one number for all, or per member a number or vector [r_i].
+        biases: [N_i] or None per member; None for no bias at all.
+        dropout_p: probability of dropping an element of x in the low-rank branch, for all or per
+            member, 0 <= p < 1.
+        shared_dropout: use one mask for all members, which then must have the same dropout_p.
+
+    Returns:
+        A tuple of tensors [..., N_i] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong length, type, dtype, device or shape; the
+            message names it and the member.
+
+    Notes:
+        Gradients flow to x, lora_As, lora_Bs, biases and scaling tensors, once (no second
+        derivatives); only those asked for are computed. Deterministic. Where the order of additions
+        differs from separate calls, so may the last bit. Each member draws its own dropout seed, in
+        order, as separate calls and PEFT do; a member with dropout then reads x in passes of its
+        own, with a dropped copy of x during each. shared_dropout draws one seed and keeps the
+        shared passes: the same distribution for each member, but not independent between them.
+
+    Source: LoRA (Hu et al. 2021) section 4.1; QLoRA (Dettmers et al. 2023) equation 5.
+
+    Example:
+        >>> q, k = (lowbit.quantize(torch.randn(n, 256)) for n in (128, 64))
+        >>> A, B = [torch.randn(8, 256)] * 2, [torch.zeros(128, 8), torch.zeros(64, 8)]
+        >>> [y.shape[1] for y in lowbit.lora_matmul_group(torch.randn(3, 256), [q, k], A, B, 2.0)]
+        [128, 64]
+    """
+    x = functional._autocast(x)
+    members = checked_members(
+        x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, shared_dropout
+    )
+    members = draw_seeds(x, members, shared_dropout)
+    rows = functional._rows(x)
+    if records(x, members):
+        flat = [field for m in members for field in m.flat()]
+        ys = _Group.apply(rows, shared_dropout, *flat)
+    else:
+        with no_autocast(x):
+            ys, _ = forward(rows, members, shared_dropout, for_backward=False)
+    if x.dim() == 2:
+        return tuple(ys)
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+
+
+def records(x: torch.Tensor, members: list[Member]) -> bool:
+    """Whether anything needs a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad:
+        return True
+    tensors = [t for m in members for t in (m.lora_A, m.lora_B, m.lora_scaling, m.bias)]
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def checked_members(
+    x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, shared: bool, names=None
+) -> list[Member]:
+    """Check everything; no seeds yet.
+
+    Args:
+        x: what all members read, or a tuple of what each reads.
+        names: of the members, for messages; default numbers.
+    """
+    count = len(weights)
+    if count == 0:
+        raise ValueError("weights must have at least one member, got none")
+    biases = (None,) * count if biases is None else biases
+    scalings = _for_each(scalings, count)
+    dropout_p = _for_each(dropout_p, count)
+    arguments = {"lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings, "biases": biases}
+    for name, values in (*arguments.items(), ("dropout_p", dropout_p)):
+        if len(values) != count:
+            raise ValueError(f"{name} must have one entry per weight, {count}, got {len(values)}")
+    if shared and len(set(dropout_p)) > 1:
+        raise ValueError(f"shared_dropout needs one dropout_p for all, got {list(dropout_p)}")
+    xs = _for_each(x, count)
+    members = []
+    for i in range(count):
+        try:
+            members.append(
+                _checked_member(
+                    xs[i], weights[i], lora_As[i], lora_Bs[i], scalings[i], biases[i], dropout_p[i]
+                )
+            )
+        except (TypeError, ValueError) as error:
+            name = f"member {i}" if names is None else names[i]
+            raise type(error)(f"{name}: {error}") from error
+    return members
+
+
+def draw_seeds(x, members: list[Member], shared: bool) -> list[Member]:
+    """One seed per member with dropout, or the first one's for all."""
+    seeded: list[Member] = []
+    first = None
+    for m in members:
+        seed = first if shared and first is not None else functional._seed(x, m.dropout_p)
+        first = seed if first is None else first
+        seeded.append(m._replace(seed=seed))
+    return seeded
+
+
+def _for_each(value, count: int) -> Sequence:
+    return value if isinstance(value, (list, tuple)) else (value,) * count
+
+
+def _checked_member(x, w, lora_A, lora_B, scaling, bias, dropout_p) -> Member:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    weight = functional._weight_args(x, w)
+    functional._check_bias(x, weight, bias)
+    if lora_A is None or lora_B is None:
+        if lora_A is not lora_B:
+            raise ValueError("lora_A and lora_B must both be given, or both be None")
+        return Member(weight, None, None, None, 1.0, bias, 0.0, None)
+    lora_A, lora_B = functional._adapter(x, weight, lora_A, lora_B)
+    vector, scalar = functional._scaling(x, scaling, lora_A.shape[0])
+    return Member(weight, lora_A, lora_B, vector, scalar, bias, dropout_p, None)
