@@ -33,8 +33,9 @@ def matmul(x: torch.Tensor, w: QuantizedWeight | torch.Tensor, bias: torch.Tenso
             names it.
 
     Notes:
-        fp32 accumulation, one rounding of the output, deterministic. Gradients flow to x and bias;
-        W gets none.
+        Deterministic; the error against float64 is at most twice that of plain torch in x's dtype.
+        Sums are fp32; for a single 16-bit row on an H100, runs of eight products are fp16.
+        Gradients flow to x and bias; W gets none.
 
     Example:
         >>> q = lowbit.quantize(torch.randn(128, 256))
@@ -83,7 +84,7 @@ def lora_matmul(
             names it.
 
     Notes:
-        fp32 accumulation, deterministic. Gradients flow to x, lora_A, lora_B, bias and a scaling
+        Accurate as `matmul`, deterministic. Gradients flow to x, lora_A, lora_B, bias and a scaling
         tensor; W gets none. fp32 adapters with 16-bit x are rounded for the products and get fp32
         gradients. Dropout draws one seed from the device's torch generator and regenerates its
         Philox mask in backward; nothing of size [M, K] is stored.

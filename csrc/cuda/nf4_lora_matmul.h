@@ -4,8 +4,8 @@
 //     z = x lora_A^T,  s_j = scaling * lora_scaling[j]
 //
 // x, lora_A, lora_B, bias, y and z have one 16-bit dtype, are row-major, contiguous and 16-byte
-// aligned. Products accumulate in fp32; z is scaled in fp32 before it is rounded for the second
-// product; y is rounded once.
+// aligned. Products accumulate in fp32 unless a kernel's file says otherwise; z is scaled in fp32
+// before it is rounded for the second product; y is rounded once.
 #pragma once
 
 #include "weight.h"
