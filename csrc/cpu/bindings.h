@@ -5,55 +5,13 @@
 // keep a direct call of the operator from reading out of bounds.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <vector>
-
 #include "common.h"
+#include "tensors.h"
 
 namespace lowbit::cpu {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline Dtype to_dtype(ScalarType type, const char* argument) {
-    switch (type) {
-    case ScalarType::Float:
-        return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-        return Dtype::kBFloat16;
-    case ScalarType::Half:
-        return Dtype::kFloat16;
-    default:
-        STD_TORCH_CHECK(
-            false, argument, " must be float32, bfloat16 or float16, got ",
-            torch::headeronly::toString(type));
-    }
-}
-
 inline Dtype dtype_of(const Tensor& tensor, const char* argument) {
     return to_dtype(tensor.scalar_type(), argument);
-}
-
-inline void check_cpu_contiguous(const Tensor& tensor, const char* argument) {
-    STD_TORCH_CHECK(tensor.is_cpu(), argument, " must be a CPU tensor");
-    STD_TORCH_CHECK(tensor.is_contiguous(), argument, " must be contiguous");
-}
-
-// Data of a contiguous CPU tensor of the given type with exactly `numel` elements.
-template <typename T>
-const T* checked_data(const Tensor& tensor, ScalarType type, int64_t numel, const char* argument) {
-    check_cpu_contiguous(tensor, argument);
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == type, argument, " must be ", torch::headeronly::toString(type),
-        ", got ", torch::headeronly::toString(tensor.scalar_type()));
-    STD_TORCH_CHECK(
-        tensor.numel() == numel, argument, " must have ", numel, " elements, got ", tensor.numel());
-    return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 inline int checked_log2(int64_t value, const char* argument) {

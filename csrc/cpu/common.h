@@ -9,11 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace lowbit::cpu {
-
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // 16-bit storage types: distinct C++ types so that templates can tell them apart.
 struct bf16_t {
@@ -129,10 +128,6 @@ static inline void store_float(bf16_t* out, float value) {
 }
 static inline void store_float(fp16_t* out, float value) {
     *out = to_fp16(value);
-}
-
-static inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
 }
 
 // Index of the block that holds element (n, k).

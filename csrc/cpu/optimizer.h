@@ -1,45 +1,11 @@
 // Optimizer steps over many tensors at once, on raw pointers. optimizer_kernel.h has the formulas;
-// the tables are those of csrc/cuda/optimizer.h.
+// optimizer_tables.h the tables.
 #pragma once
 
 #include "common.h"
+#include "optimizer_tables.h"
 
 namespace lowbit::cpu {
-
-constexpr int64_t kStateBlock = 256;  // elements per 8-bit scale; every tensor starts a new block
-constexpr int64_t kStepChunk = 4096;  // elements a thread takes at a time, never of two tensors
-constexpr int64_t kGroupNumbers = 8;
-constexpr int64_t kStepNumbers = 12;
-
-enum class Algorithm : int { kAdamW = 0, kLion = 1 };
-
-struct TensorRow {
-    int64_t offset;       // of its state in the slab, a multiple of kStateBlock
-    int64_t count;        // elements
-    int64_t first_chunk;  // chunks of the slab's tensors before it
-    int64_t group;        // of its numbers
-    int64_t position;     // of its first element among all of the optimizer's: the random stream
-};
-
-struct TensorPointers {
-    void* parameter;
-    const void* gradient;  // null: the tensor sits this step out
-};
-
-struct GroupNumbers {
-    double lr, beta1, beta2, eps, weight_decay, sign, unused[2];  // sign -1 maximizes
-};
-
-// What one step multiplies by, each rounded once from double.
-struct StepNumbers {
-    float decay;  // 1 - lr * weight_decay
-    float beta1, one_minus_beta1, beta2, one_minus_beta2;
-    float step_size;   // AdamW: lr / (1 - beta1^step); Lion: lr
-    float correction;  // AdamW: sqrt(1 - beta2^step)
-    float eps, sign;
-    float step;  // of this tensor, counted from 1
-    float unused[2];
-};
 
 struct StepArgs {
     const TensorRow* rows;           // [tensors], those of one slab
@@ -59,13 +25,6 @@ struct StepArgs {
 
 StepNumbers step_numbers(const GroupNumbers& group, Algorithm algorithm, double step);
 void launch_optimizer_step(const StepArgs& args);
-
-struct GradientRow {
-    void* data;
-    int64_t count;
-    int64_t first_chunk;
-    int64_t dtype;  // a Dtype
-};
 
 // The sum of squares of every gradient, summed in fp64 in an order that does not depend on the
 // number of threads. partial_sums: [chunks] scratch.

@@ -137,11 +137,6 @@ Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
 }  // namespace
 }  // namespace lowbit::cpu
 
-#define LOWBIT_WEIGHT                                                                              \
-    "Tensor qweight, Tensor? absmax, Tensor? codebook, Tensor? nested_absmax, "                    \
-    "Tensor? nested_codebook, Tensor? nested_offset, int N, int K, int blocksize, "                \
-    "int nested_blocksize, bool row_blocks"
-
 STABLE_TORCH_LIBRARY(lowbit_cpu, m) {
     m.def("isa() -> str");
     m.def("set_isa(str name) -> ()");

@@ -9,10 +9,6 @@
 namespace lowbit::cpu {
 namespace {
 
-#define LOWBIT_WEIGHT_SCHEMA                                                                       \
-    "Tensor qweight, Tensor? absmax, Tensor? codebook, Tensor? nested_absmax, "                    \
-    "Tensor? nested_codebook, Tensor? nested_offset, int N, int K, int blocksize, "                \
-    "int nested_blocksize, bool row_blocks"
 #define LOWBIT_WEIGHT_PARAMETERS                                                                   \
     Tensor qweight, OptionalTensor absmax, OptionalTensor codebook, OptionalTensor nested_absmax,  \
         OptionalTensor nested_codebook, OptionalTensor nested_offset, int64_t N, int64_t K,        \
@@ -188,14 +184,14 @@ Gradients lora_linear_backward_op(
 }  // namespace lowbit::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowbit_cpu, m) {
-    m.def("linear(Tensor x, " LOWBIT_WEIGHT_SCHEMA ", Tensor? bias) -> Tensor");
-    m.def("linear_dx(Tensor dy, " LOWBIT_WEIGHT_SCHEMA ") -> Tensor");
+    m.def("linear(Tensor x, " LOWBIT_WEIGHT ", Tensor? bias) -> Tensor");
+    m.def("linear_dx(Tensor dy, " LOWBIT_WEIGHT ") -> Tensor");
     m.def(
-        "lora_linear(Tensor x, " LOWBIT_WEIGHT_SCHEMA
+        "lora_linear(Tensor x, " LOWBIT_WEIGHT
         ", Tensor lora_A, Tensor lora_B, Tensor? lora_scaling, float scaling, Tensor? bias, "
         "float dropout_p, Tensor? seed) -> (Tensor y, Tensor z)");
     m.def(
-        "lora_linear_backward(Tensor dy, Tensor x, Tensor z, " LOWBIT_WEIGHT_SCHEMA
+        "lora_linear_backward(Tensor dy, Tensor x, Tensor z, " LOWBIT_WEIGHT
         ", Tensor lora_A, Tensor lora_B, Tensor? lora_scaling, float scaling, float dropout_p, "
         "Tensor? seed, bool need_dx, bool need_d_lora_A, bool need_d_lora_B, bool need_d_bias, "
         "bool need_d_lora_scaling) -> (Tensor dx, Tensor d_lora_A, Tensor d_lora_B, "

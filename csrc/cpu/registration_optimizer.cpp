@@ -1,24 +1,14 @@
 // The operators of the optimizers. lowbit/optim packs state into slabs and lays out the tables that
 // these take; csrc/cuda/registration_optimizer.cpp has the same operators for the GPU.
 
-#include <algorithm>
 #include <cmath>
-#include <tuple>
 
 #include "bindings.h"
 #include "optimizer.h"
+#include "optimizer_bindings.h"
 
 namespace lowbit::cpu {
 namespace {
-
-constexpr int64_t kRowNumbers = sizeof(TensorRow) / sizeof(int64_t);
-constexpr int64_t kPointerNumbers = sizeof(TensorPointers) / sizeof(int64_t);
-constexpr int64_t kGradientNumbers = sizeof(GradientRow) / sizeof(int64_t);
-
-Algorithm to_algorithm(int64_t value) {
-    STD_TORCH_CHECK(value == 0 || value == 1, "algorithm must be 0 or 1, got ", value);
-    return static_cast<Algorithm>(value);
-}
 
 float scalar_or(const OptionalTensor& tensor, float otherwise, const char* argument) {
     return tensor.has_value() ? *checked_data<float>(*tensor, ScalarType::Float, 1, argument)
@@ -32,20 +22,7 @@ const Row* rows_of(const Tensor& tensor, int64_t count, const char* argument) {
         checked_data<int64_t>(tensor, ScalarType::Long, numbers, argument));
 }
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-    if (a.dim() != b.dim())
-        return false;
-    for (int64_t i = 0; i < a.dim(); ++i) {
-        if (a.size(i) != b.size(i))
-            return false;
-    }
-    return true;
-}
-
-// Writes (parameter, gradient) addresses to table [tensors, 2]; rows whose slot is not listed stay
-// 0. counts [tensors] holds the elements each row was laid out for. Returns -1, or the position in
-// `parameters` of the first pair that is not fit to be stepped; nothing is changed. `device` is the
-// GPU operator's.
+// `device` is the GPU operator's.
 int64_t optimizer_table(
     std::vector<Tensor> parameters,
     std::vector<Tensor> gradients,
@@ -54,46 +31,13 @@ int64_t optimizer_table(
     ScalarType dtype,
     int64_t /*device*/,
     Tensor table) {
-    const int64_t pairs = static_cast<int64_t>(parameters.size());
-    const int64_t tensors = counts.numel();
-    const auto* slot = checked_data<int64_t>(slots, ScalarType::Long, pairs, "slots");
-    const auto* count = checked_data<int64_t>(counts, ScalarType::Long, tensors, "counts");
-    checked_data<int64_t>(table, ScalarType::Long, table.numel(), "table");
-    STD_TORCH_CHECK(
-        static_cast<int64_t>(gradients.size()) == pairs &&
-            table.numel() >= kPointerNumbers * tensors,
-        "parameters, gradients and table must agree");
-    auto* rows = static_cast<TensorPointers*>(table.mutable_data_ptr());
-    std::fill(rows, rows + tensors, TensorPointers{});
-    for (int64_t i = 0; i < pairs; ++i) {
-        const Tensor &p = parameters[i], &g = gradients[i];
-        STD_TORCH_CHECK(slot[i] >= 0 && slot[i] < tensors, "slot out of range");
-        const bool fit = p.is_cpu() && p.is_contiguous() && p.scalar_type() == dtype &&
-                         p.numel() == count[slot[i]] && g.is_cpu() && g.is_contiguous() &&
-                         g.scalar_type() == dtype && same_shape(p, g);
-        if (!fit)
-            return i;
-        // The address of an empty tensor is null, which would mean no gradient; it is never read.
-        const void* gradient = g.numel() > 0 ? g.const_data_ptr() : rows;
-        rows[slot[i]] = {const_cast<void*>(p.const_data_ptr()), gradient};
-    }
-    return -1;
+    const auto is_here = [](const Tensor& t) { return t.is_cpu(); };
+    return write_step_table(parameters, gradients, slots, counts, dtype, table, is_here);
 }
 
-// Writes GradientRows to table and returns the number of chunks.
 int64_t gradient_table(std::vector<Tensor> gradients, Tensor table) {
-    const int64_t tensors = static_cast<int64_t>(gradients.size());
-    checked_data<int64_t>(table, ScalarType::Long, kGradientNumbers * tensors, "table");
-    auto* rows = static_cast<GradientRow*>(table.mutable_data_ptr());
-    int64_t chunks = 0;
-    for (const Tensor& g : gradients) {
-        check_cpu_contiguous(g, "gradients");
-        *rows++ = {
-            const_cast<void*>(g.const_data_ptr()), g.numel(), chunks,
-            static_cast<int64_t>(dtype_of(g, "gradients"))};
-        chunks += ceil_div(g.numel(), kStepChunk);
-    }
-    return chunks;
+    const auto is_here = [](const Tensor& t) { return t.is_cpu(); };
+    return write_gradient_table(gradients, table, is_here);
 }
 
 void optimizer_advance(
@@ -194,20 +138,9 @@ void clip_gradients(Tensor table, int64_t chunks, Tensor norm, double max_norm) 
 }  // namespace
 }  // namespace lowbit::cpu
 
-// clang-format off
 STABLE_TORCH_LIBRARY_FRAGMENT(lowbit_cpu, m) {
-    m.def("optimizer_table(Tensor[] parameters, Tensor[] gradients, Tensor slots, Tensor counts, ScalarType dtype, "
-          "int device, Tensor(a!) table) -> int");
-    m.def("optimizer_advance(Tensor rows, Tensor pointers, Tensor groups, Tensor? found_inf, int algorithm, "
-          "Tensor(a!) steps, Tensor(b!) numbers) -> ()");
-    m.def("optimizer_step(Tensor rows, Tensor pointers, Tensor numbers, int chunks, Tensor(a!) values, "
-          "Tensor(b!)? scales, Tensor tables, Tensor? found_inf, Tensor? grad_scale, int algorithm, "
-          "ScalarType dtype, bool stochastic, int seed) -> ()");
-    m.def("gradient_table(Tensor[] gradients, Tensor(a!) table) -> int");
-    m.def("gradient_norm(Tensor table, int chunks) -> (Tensor, Tensor)");
-    m.def("clip_gradients(Tensor table, int chunks, Tensor norm, float max_norm) -> ()");
+    lowbit::define_optimizer_operators(m);
 }
-// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_cpu, CompositeExplicitAutograd, m) {
     m.impl("optimizer_table", TORCH_BOX(&lowbit::cpu::optimizer_table));

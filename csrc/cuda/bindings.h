@@ -7,43 +7,13 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <tuple>
-#include <vector>
 
+#include "tensors.h"
 #include "weight.h"
 
-// The weight arguments in a schema.
-// clang-format off
-#define LOWBIT_WEIGHT \
-    "Tensor qweight, Tensor? absmax, Tensor? codebook, Tensor? nested_absmax, Tensor? nested_codebook, " \
-    "Tensor? nested_offset, int N, int K, int blocksize, int nested_blocksize, bool row_blocks"
-// clang-format on
-
 namespace lowbit::cuda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline Dtype to_dtype(ScalarType type, const char* argument) {
-    switch (type) {
-    case ScalarType::Float:
-        return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-        return Dtype::kBFloat16;
-    case ScalarType::Half:
-        return Dtype::kFloat16;
-    default:
-        STD_TORCH_CHECK(
-            false, argument, " must be float32, bfloat16 or float16, got ",
-            torch::headeronly::toString(type));
-    }
-}
 
 inline int checked_log2(int64_t value, int64_t low, int64_t high, const char* argument) {
     STD_TORCH_CHECK(
@@ -74,13 +44,7 @@ public:
     const T*
     data(const Tensor& tensor, ScalarType type, int64_t numel, const char* argument) const {
         check_here(tensor, argument);
-        STD_TORCH_CHECK(
-            tensor.scalar_type() == type, argument, " must be ", torch::headeronly::toString(type),
-            ", got ", torch::headeronly::toString(tensor.scalar_type()));
-        STD_TORCH_CHECK(
-            tensor.numel() == numel, argument, " must have ", numel, " elements, got ",
-            tensor.numel());
-        return static_cast<const T*>(tensor.const_data_ptr());
+        return typed_data<T>(tensor, type, numel, argument);
     }
 
 private:

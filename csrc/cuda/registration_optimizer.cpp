@@ -1,42 +1,18 @@
 // The operators of the optimizers. lowbit/optim packs state into slabs and lays out the tables that
 // these take; csrc/cpu/registration_optimizer.cpp has the same operators for the CPU.
 
-#include <algorithm>
-
 #include "bindings.h"
 #include "optimizer.h"
+#include "optimizer_bindings.h"
 
 namespace lowbit::cuda {
 namespace {
-
-constexpr int64_t kRowNumbers = sizeof(TensorRow) / sizeof(int64_t);
-constexpr int64_t kPointerNumbers = sizeof(TensorPointers) / sizeof(int64_t);
-constexpr int64_t kGradientNumbers = sizeof(GradientRow) / sizeof(int64_t);
 
 const float* optional_scalar(const Call& call, const OptionalTensor& tensor, const char* argument) {
     return tensor.has_value() ? call.data<float>(*tensor, ScalarType::Float, 1, argument) : nullptr;
 }
 
-Algorithm to_algorithm(int64_t value) {
-    STD_TORCH_CHECK(value == 0 || value == 1, "algorithm must be 0 or 1, got ", value);
-    return static_cast<Algorithm>(value);
-}
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-    if (a.dim() != b.dim())
-        return false;
-    for (int64_t i = 0; i < a.dim(); i++) {
-        if (a.size(i) != b.size(i))
-            return false;
-    }
-    return true;
-}
-
-// ---- tables, made on the host -------------------------------------------------------------------
-
-// Writes (parameter, gradient) addresses to table [tensors, 2]; rows whose slot is not listed stay
-// 0. counts [tensors] holds the elements each row was laid out for. Returns -1, or the position in
-// `parameters` of the first pair that is not fit to be stepped; nothing is launched.
+// `device` is the index of the GPU.
 int64_t optimizer_table(
     std::vector<Tensor> parameters,
     std::vector<Tensor> gradients,
@@ -45,54 +21,15 @@ int64_t optimizer_table(
     ScalarType dtype,
     int64_t device,
     Tensor table) {
-    const int64_t pairs = static_cast<int64_t>(parameters.size());
-    const int64_t tensors = counts.numel();
-    STD_TORCH_CHECK(
-        static_cast<int64_t>(gradients.size()) == pairs && slots.numel() == pairs &&
-            table.numel() >= kPointerNumbers * tensors,
-        "parameters, gradients, slots and table must agree");
-    STD_TORCH_CHECK(
-        slots.is_cpu() && counts.is_cpu() && table.is_cpu() && table.is_contiguous() &&
-            slots.scalar_type() == ScalarType::Long && counts.scalar_type() == ScalarType::Long &&
-            table.scalar_type() == ScalarType::Long,
-        "slots, counts and table must be int64 CPU tensors");
-    const auto* slot = static_cast<const int64_t*>(slots.const_data_ptr());
-    const auto* count = static_cast<const int64_t*>(counts.const_data_ptr());
-    auto* rows = static_cast<TensorPointers*>(table.mutable_data_ptr());
-    std::fill(rows, rows + tensors, TensorPointers{});
-    for (int64_t i = 0; i < pairs; i++) {
-        const Tensor &p = parameters[i], &g = gradients[i];
-        STD_TORCH_CHECK(slot[i] >= 0 && slot[i] < tensors, "slot out of range");
-        const bool fit = p.is_cuda() && p.get_device_index() == device && p.is_contiguous() &&
-                         p.scalar_type() == dtype && p.numel() == count[slot[i]] && g.is_cuda() &&
-                         g.get_device_index() == device && g.is_contiguous() &&
-                         g.scalar_type() == dtype && same_shape(p, g);
-        if (!fit)
-            return i;
-        // The address of an empty tensor is null, which would mean no gradient; it is never read.
-        const void* gradient = g.numel() > 0 ? g.const_data_ptr() : rows;
-        rows[slot[i]] = {const_cast<void*>(p.const_data_ptr()), gradient};
-    }
-    return -1;
+    const auto is_here = [device](const Tensor& t) {
+        return t.is_cuda() && t.get_device_index() == device;
+    };
+    return write_step_table(parameters, gradients, slots, counts, dtype, table, is_here);
 }
 
-// Writes GradientRows to table and returns the number of chunks.
 int64_t gradient_table(std::vector<Tensor> gradients, Tensor table) {
-    const int64_t tensors = static_cast<int64_t>(gradients.size());
-    STD_TORCH_CHECK(
-        table.is_cpu() && table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
-            table.numel() == kGradientNumbers * tensors,
-        "table must be an int64 CPU tensor [", tensors, ", ", kGradientNumbers, "]");
-    auto* rows = static_cast<GradientRow*>(table.mutable_data_ptr());
-    int64_t chunks = 0;
-    for (const Tensor& g : gradients) {
-        STD_TORCH_CHECK(g.is_cuda() && g.is_contiguous(), "gradients must be contiguous on a GPU");
-        *rows++ = {
-            const_cast<void*>(g.const_data_ptr()), g.numel(), chunks,
-            static_cast<int64_t>(to_dtype(g.scalar_type(), "gradients"))};
-        chunks += ceil_div(g.numel(), kStepChunk);
-    }
-    return chunks;
+    const auto is_here = [](const Tensor& t) { return t.is_cuda(); };
+    return write_gradient_table(gradients, table, is_here);
 }
 
 // ---- steps --------------------------------------------------------------------------------------
@@ -206,20 +143,9 @@ void clip_gradients(Tensor table, int64_t chunks, Tensor norm, double max_norm) 
 }  // namespace
 }  // namespace lowbit::cuda
 
-// clang-format off
 STABLE_TORCH_LIBRARY_FRAGMENT(lowbit_cuda, m) {
-    m.def("optimizer_table(Tensor[] parameters, Tensor[] gradients, Tensor slots, Tensor counts, ScalarType dtype, "
-          "int device, Tensor(a!) table) -> int");
-    m.def("optimizer_advance(Tensor rows, Tensor pointers, Tensor groups, Tensor? found_inf, int algorithm, "
-          "Tensor(a!) steps, Tensor(b!) numbers) -> ()");
-    m.def("optimizer_step(Tensor rows, Tensor pointers, Tensor numbers, int chunks, Tensor(a!) values, "
-          "Tensor(b!)? scales, Tensor tables, Tensor? found_inf, Tensor? grad_scale, int algorithm, "
-          "ScalarType dtype, bool stochastic, int seed) -> ()");
-    m.def("gradient_table(Tensor[] gradients, Tensor(a!) table) -> int");
-    m.def("gradient_norm(Tensor table, int chunks) -> (Tensor, Tensor)");
-    m.def("clip_gradients(Tensor table, int chunks, Tensor norm, float max_norm) -> ()");
+    lowbit::define_optimizer_operators(m);
 }
-// clang-format on
 
 // The tables are made on the host, from lists of GPU tensors; an empty list has no device.
 STABLE_TORCH_LIBRARY_IMPL(lowbit_cuda, CompositeExplicitAutograd, m) {

@@ -13,9 +13,9 @@
 
 #include <cstdint>
 
-namespace lowbit::cuda {
+#include "dtype.h"
 
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+namespace lowbit::cuda {
 
 struct WeightView {
     const uint8_t* qweight;        // packed codes
@@ -31,9 +31,5 @@ struct WeightView {
     int blocksize_log2;
     int nested_blocksize_log2;
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 
 }  // namespace lowbit::cuda

@@ -1,0 +1,67 @@
+// What the bindings of both libraries share: names for torch's types, checks of host tensors, and
+// the weight arguments of a schema. Only binding files include this (it needs torch).
+//
+// The Python layer has already raised readable errors for what users can get wrong; these checks
+// keep a direct call of an operator from reading out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "dtype.h"
+
+// clang-format off
+#define LOWBIT_WEIGHT \
+    "Tensor qweight, Tensor? absmax, Tensor? codebook, Tensor? nested_absmax, Tensor? nested_codebook, " \
+    "Tensor? nested_offset, int N, int K, int blocksize, int nested_blocksize, bool row_blocks"
+// clang-format on
+
+namespace lowbit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype to_dtype(ScalarType type, const char* argument) {
+    switch (type) {
+    case ScalarType::Float:
+        return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+        return Dtype::kBFloat16;
+    case ScalarType::Half:
+        return Dtype::kFloat16;
+    default:
+        STD_TORCH_CHECK(
+            false, argument, " must be float32, bfloat16 or float16, got ",
+            torch::headeronly::toString(type));
+    }
+}
+
+inline void check_cpu_contiguous(const Tensor& tensor, const char* argument) {
+    STD_TORCH_CHECK(tensor.is_cpu(), argument, " must be a CPU tensor");
+    STD_TORCH_CHECK(tensor.is_contiguous(), argument, " must be contiguous");
+}
+
+// Data of a contiguous tensor of the given type with exactly `numel` elements, wherever it lies.
+template <typename T>
+const T* typed_data(const Tensor& tensor, ScalarType type, int64_t numel, const char* argument) {
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == type, argument, " must be ", torch::headeronly::toString(type),
+        ", got ", torch::headeronly::toString(tensor.scalar_type()));
+    STD_TORCH_CHECK(
+        tensor.numel() == numel, argument, " must have ", numel, " elements, got ", tensor.numel());
+    return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// The same of a tensor on the host.
+template <typename T>
+const T* checked_data(const Tensor& tensor, ScalarType type, int64_t numel, const char* argument) {
+    check_cpu_contiguous(tensor, argument);
+    return typed_data<T>(tensor, type, numel, argument);
+}
+
+}  // namespace lowbit
