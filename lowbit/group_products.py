@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from . import dispatch
+from .backends.composed import mm_wide
 from .functional import _nothing_intercepts, _run
 from .weight import WeightArgs
 
@@ -185,12 +186,12 @@ def _through_B(dy, z, m: Member, need: Needs, need_u: bool):
     if m.lora_A is not None:
         s = m.scaling if m.lora_scaling is None else m.lora_scaling * m.scaling
         if need_u or need.lora_scaling:
-            wide = _mm_wide(dy, m.lora_B.to(dy.dtype))
+            wide = mm_wide(dy, m.lora_B.to(dy.dtype))
             u = (wide * s).to(dy.dtype)
         if need.lora_scaling:
             d_scaling = (wide * z).sum(dim=0) * m.scaling
         if need.lora_B:
-            d_B = (_mm_wide(dy.t(), z) * s).to(m.lora_B.dtype)
+            d_B = (mm_wide(dy.t(), z) * s).to(m.lora_B.dtype)
     if need.bias:
         d_bias = dy.sum(dim=0, dtype=torch.promote_types(dy.dtype, torch.float32))
     return u, Gradients(None, d_B, d_scaling, d_bias)
@@ -208,17 +209,8 @@ def _through_A(dx, x, us, members, some: list[int], need_A: list[bool]) -> list:
             dx.add_(_dropped(u @ stacked, first))
     if not any(need_A):
         return [None] * len(some)
-    parts = _mm_wide(u.t(), _dropped(x, first)).split([members[i].lora_A.shape[0] for i in some])
+    parts = mm_wide(u.t(), _dropped(x, first)).split([members[i].lora_A.shape[0] for i in some])
     return [
         part.to(members[i].lora_A.dtype) if asked else None
         for i, part, asked in zip(some, parts, need_A, strict=True)
     ]
-
-
-def _mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, accumulated and returned in fp32 (fp64 for fp64)."""
-    if a.dtype.itemsize >= 4:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

@@ -34,11 +34,10 @@ def _dequantize_out(*args):
 
 @pytest.fixture
 def device(device, monkeypatch):
-    """conftest's device; on the CPU the compiled operators and cuBLAS' fp32 output are replaced."""
+    """conftest's device; on the CPU the compiled operators are replaced."""
     if device.type == "cpu":
         ops = {"dequantize_4bit": reference.dequantize_4bit, "dequantize_4bit_out": _dequantize_out}
         monkeypatch.setattr(cuda, "_ops", SimpleNamespace(**ops))
-        monkeypatch.setattr(cuda, "_mm_fp32", lambda a, b: a.float() @ b.float())
         monkeypatch.setattr(cuda, "dropout", reference.dropout)
     elif (why := dispatch.unavailable("cuda")) is not None:
         pytest.skip(f"the compiled CUDA backend is not there: {why}")

@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "block_decode.cuh"
+#include "device.h"
 #include "nf4_dequantize.h"
 
 namespace lowbit::cuda {
@@ -262,10 +263,6 @@ __global__ void __launch_bounds__(kScalarsThreads) dequantize_scalars_kernel(
 
 // ---- choice -------------------------------------------------------------------------------------
 
-bool aligned(const void* p, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
 // Whether runs of `width` codes never straddle a row, and can be counted in 32 bits.
 bool tiles(const Source& s, int64_t width) {
     return s.columns % width == 0 && s.nibble0 % width == 0 && s.offset0 % width == 0 &&
@@ -293,13 +290,14 @@ void launch_vectors(const WeightView& w, const Source& s, T* out, cudaStream_t s
 
 template <typename T, bool kNested>
 cudaError_t launch(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
-    const bool out_aligned = aligned(out, 16);
-    if (sizeof(T) == 2 && tiles(s, kUnit) && out_aligned && aligned(w.qweight, 16) &&
-        aligned(w.codebook, 16)) {
+    const bool out_aligned = is_aligned(out, 16);
+    if (sizeof(T) == 2 && tiles(s, kUnit) && out_aligned && is_aligned(w.qweight, 16) &&
+        is_aligned(w.codebook, 16)) {
         if constexpr (sizeof(T) == 2)
             launch_blocks<T, kNested>(w, s, out, stream);
     } else if (
-        tiles(s, kVectorWidth<T>) && out_aligned && aligned(w.qweight, sizeof(PackedVector<T>))) {
+        tiles(s, kVectorWidth<T>) && out_aligned &&
+        is_aligned(w.qweight, sizeof(PackedVector<T>))) {
         launch_vectors<T, kNested>(w, s, out, stream);
     } else {
         const int64_t chunks_per_row = ceil_div(s.columns / 2 + 1, kBytesPerCta);

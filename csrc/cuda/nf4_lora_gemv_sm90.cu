@@ -239,12 +239,8 @@ bool serves_nf4_lora_gemv(const LoraMatmulArgs& args) {
         args.dtype == Dtype::kFloat32 || !is_aligned(w.qweight) ||
         (args.r > 0 && args.lora_A == nullptr && args.z_in == nullptr) || !device_is_sm90())
         return false;
-    int device = 0, sms = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-        return false;
     Plan plan;
-    const int fewest = std::max(1, sms / 2);  // see launch
+    const int fewest = std::max(1, sm_count() / 2);  // see launch
     return make_plan(args, ctas_of(args, fewest, 1), plan) <= kMaxSharedBytes;
 }
 

@@ -8,6 +8,7 @@
 // before it is rounded for the second product; y is rounded once.
 #pragma once
 
+#include "device.h"
 #include "weight.h"
 
 namespace lowbit::cuda {
@@ -28,20 +29,5 @@ struct LoraMatmulArgs {
     int r;
     void* workspace;  // as many bytes as the kernel asks for, uninitialized
 };
-
-inline bool is_aligned(const void* p, uintptr_t bytes = 16) {
-    return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
-// Whether the current device runs the *_sm90.cu kernels: compute capability 9.0, not later ones.
-inline bool device_is_sm90() {
-    int device = 0, major = 0, minor = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) ==
-               cudaSuccess &&
-           major == 9 && minor == 0;
-}
 
 }  // namespace lowbit::cuda

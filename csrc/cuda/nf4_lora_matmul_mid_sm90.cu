@@ -236,15 +236,12 @@ size_t nf4_lora_matmul_mid_workspace_bytes(const LoraMatmulArgs& a) {
 cudaError_t launch_nf4_lora_matmul_mid(const LoraMatmulArgs& a, cudaStream_t stream) {
     if (a.M == 0 || a.w.N == 0)
         return cudaSuccess;
-    int device = 0, processors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess && a.r > 0)
-        error = launch_lora_project(a, a.workspace, stream);
-    if (error != cudaSuccess)
-        return error;
-    const int clusters = processors / kCluster;  // SMs come in pairs
+    if (a.r > 0) {
+        const cudaError_t error = launch_lora_project(a, a.workspace, stream);
+        if (error != cudaSuccess)
+            return error;
+    }
+    const int clusters = sm_count() / kCluster;  // SMs come in pairs
     return a.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(a, clusters, stream)
                                        : launch<__half>(a, clusters, stream);
 }

@@ -252,13 +252,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- host ---------------------------------------------------------------------------------------
 
-int sm_count() {
-    int device = 0, sms = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    return sms;
-}
-
 template <typename T, int kTokens, int kRowGroups>
 cudaError_t launch_matmul(const Problem& problem, int ctas, cudaStream_t stream) {
     using Shape = Tile<kTokens, kRowGroups>;

@@ -27,6 +27,7 @@
 #include <algorithm>
 
 #include "code_table.cuh"
+#include "device.h"
 #include "elements.cuh"
 #include "nested_absmax.cuh"
 #include "nf4_quantize.h"
@@ -329,26 +330,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
 
 // ---- choice -------------------------------------------------------------------------------------
 
-bool aligned(const void* p, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
-int device_attribute(cudaDeviceAttr attribute) {
-    int device = 0, value = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-        return 0;
-    return value;
-}
-
 // As many CTAs as the device holds at once.
 cudaError_t largest_grid(const void* kernel, size_t smem_bytes, int64_t* grid) {
     int per_sm = 0;
     const cudaError_t error =
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, smem_bytes);
-    *grid = std::min(
-        int64_t{device_attribute(cudaDevAttrMultiProcessorCount)} * per_sm,
-        int64_t{kMaxPartialSums});
+    *grid = std::min(int64_t{sm_count()} * per_sm, int64_t{kMaxPartialSums});
     return error == cudaSuccess && *grid == 0 ? cudaErrorInvalidConfiguration : error;
 }
 
@@ -417,7 +404,7 @@ cudaError_t launch_groups(const QuantizeArgs& a, cudaStream_t stream) {
         const int64_t units = ceil_div(vectors, unit);
         const int64_t grid = even_grid(units, largest);
         const int64_t bytes = kRing + ceil_div(units, grid) * (unit / kLanes) * sizeof(float);
-        const int64_t per_sm = ceil_div(largest, device_attribute(cudaDevAttrMultiProcessorCount));
+        const int64_t per_sm = ceil_div(largest, sm_count());
         // 4 KiB for the tables and what the system keeps.
         const int64_t limit =
             device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / per_sm - 4096;
@@ -437,7 +424,7 @@ cudaError_t launch_groups(const QuantizeArgs& a, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch(const QuantizeArgs& a, cudaStream_t stream) {
-    if (a.columns % 8 != 0 || !aligned(a.weight, 16) || !aligned(a.qweight, 4))
+    if (a.columns % 8 != 0 || !is_aligned(a.weight, 16) || !is_aligned(a.qweight, 4))
         return launch_blocks<T, 2>(a, stream);
     const bool fits_32_bits = a.columns / 8 < (int64_t{1} << 32) - (int64_t{1} << 24);
     if (a.rows > 1 || a.blocksize_log2 > 8 || !fits_32_bits)

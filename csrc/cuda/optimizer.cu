@@ -19,6 +19,7 @@
 // host memory mapped into the GPU's address space: then the link bounds it, state once each way.
 // Deterministic. Checked by callers: rows, pointers and sizes agree.
 
+#include "device.h"
 #include "optimizer.h"
 #include "optimizer_elements.cuh"
 
@@ -273,13 +274,6 @@ __global__ void __launch_bounds__(kThreads, State::kCtasPerSm) optimizer_step_ke
                 State(a, s, block, tables).store(lane, state[s]);
         }
     }
-}
-
-int sm_count() {
-    int device = 0, count = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
 }
 
 template <typename T, typename Rule, typename State>

@@ -5,17 +5,33 @@ dispatch.select looks here when the chosen backend exports no function of the op
 
 from __future__ import annotations
 
+import torch
+
 from .. import dispatch
 
 _WEIGHT_COUNT = 11
 
 
+def mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, accumulated and returned in fp32 (fp64 for fp64)."""
+    if a.dtype.itemsize >= 4:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def add_low_rank(y, z, lora_B, lora_scaling, scaling):
+    """y += (z * s) lora_B^T, in place; in 16 bits y is rounded once more."""
+    lora_B = lora_B.to(y.dtype)
+    if lora_scaling is None:
+        return y.addmm_(z, lora_B.t(), alpha=scaling)
+    return y.addmm_((z * (lora_scaling * scaling)).to(y.dtype), lora_B.t())
+
+
 def linear_low_rank(x, *rest):
-    """The product without an adapter, then one pass over y: in 16 bits y is rounded twice."""
+    """The product without an adapter, then one pass over y."""
     weight, (z, lora_B, lora_scaling, scaling, bias) = rest[:_WEIGHT_COUNT], rest[_WEIGHT_COUNT:]
     args = (x, *weight, bias)
     y = dispatch.select("linear", args, for_backward=False)(*args)
-    lora_B = lora_B.to(x.dtype)
-    if lora_scaling is None:
-        return y.addmm_(z, lora_B.t(), alpha=scaling)
-    return y.addmm_((z * (lora_scaling * scaling)).to(x.dtype), lora_B.t())
+    return add_low_rank(y, z, lora_B, lora_scaling, scaling)

@@ -181,18 +181,8 @@ def lora_linear(x, *rest, kernel="panels", for_backward=True):
     dropped = dropout(x, dropout_p, seed) if dropout_p > 0 else x
     z = dropped @ lora_A.to(x.dtype).t()
     del dropped  # [M, K]: free before y is made
-    y = linear(x, *weight, bias)
-    lora_B = lora_B.to(x.dtype)
-    if lora_scaling is None:
-        y.addmm_(z, lora_B.t(), alpha=scaling)
-    else:
-        y.addmm_((z * (lora_scaling * scaling)).to(x.dtype), lora_B.t())
+    y = composed.add_low_rank(linear(x, *weight, bias), z, lora_B, lora_scaling, scaling)
     return y, z
-
-
-def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b without rounding the fp32 accumulator."""
-    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def lora_linear_backward(dy, x, z, *rest):
@@ -204,16 +194,16 @@ def lora_linear_backward(dy, x, z, *rest):
     d_lora_A, d_lora_B = lora_A.new_empty(0), lora_B.new_empty(0)
     d_scaling = dy.new_empty(0, dtype=torch.float32)
     if need_dx or need_d_lora_A or need_d_scaling:
-        u = _mm_fp32(dy, lora_B.to(dy.dtype))  # [M, r]
+        u = composed.mm_wide(dy, lora_B.to(dy.dtype))  # [M, r]
         scaled = (u * s).to(dy.dtype)
     if need_dx:
         dx = linear_dx(dy, *weight)
         _add_low_rank(dx, scaled, lora_A.to(dy.dtype), dropout_p, seed)
     if need_d_lora_A:
         dropped = dropout(x, dropout_p, seed) if dropout_p > 0 else x
-        d_lora_A = _mm_fp32(scaled.t(), dropped).to(lora_A.dtype)
+        d_lora_A = composed.mm_wide(scaled.t(), dropped).to(lora_A.dtype)
     if need_d_lora_B:
-        d_lora_B = (_mm_fp32(dy.t(), z) * s).to(lora_B.dtype)
+        d_lora_B = (composed.mm_wide(dy.t(), z) * s).to(lora_B.dtype)
     if need_d_bias:
         d_bias = dy.sum(dim=0, dtype=torch.float32).to(dy.dtype)
     if need_d_scaling:
