@@ -5,9 +5,11 @@ Every operation takes a weight as the same eleven arguments (WeightArgs in weigh
     qweight          uint8 packed codes, or a dense [N, K] floating weight when absmax is None
     absmax           fp32 [blocks], or uint8 [blocks] when double-quantized, or None
     codebook         fp32 [16]
-    nested_absmax    fp32 [ceil(blocks / nested_blocksize)], nested_codebook fp32 [256],
-    nested_offset fp32 []: or None N, K             out_features, in_features blocksize,
-    nested_blocksize, row_blocks
+    nested_absmax    fp32 [ceil(blocks / nested_blocksize)], or None: not double-quantized
+    nested_codebook  fp32 [256], or None
+    nested_offset    fp32 [], or None
+    N, K             out_features, in_features
+    blocksize, nested_blocksize, row_blocks
 
 Activations are 2-D and contiguous here; lowbit/functional.py brings any input into that form and
 checks it. The kernels are chosen in dispatch.py. Weights are frozen: no operation returns a

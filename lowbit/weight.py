@@ -48,8 +48,7 @@ class QuantizedWeight:
             (bitsandbytes). The two layouts have the same bytes when K is a multiple of blocksize.
 
     The object holds tensors and numbers only: it can be pickled, deep-copied and captured by
-        torch.compile. It never
-    takes part in autograd; a 4-bit weight is frozen.
+    torch.compile. It never takes part in autograd; a 4-bit weight is frozen.
     """
 
     __slots__ = (
