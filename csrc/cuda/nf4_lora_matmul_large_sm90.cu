@@ -16,7 +16,7 @@
 //   warps 4-11  two warpgroups of consumers: 64 rows each, m64n256k16
 // Each panel is decoded once for the whole wave of tiles that the grid works on, chunk by chunk,
 // through a ring in the workspace that is read from L2 (nf4_lora_matmul_large_decode.cuh): the
-// kernel that decodes in its main loop (mid) takes 2 to 5 % longer at 4096 tokens, 11 to 39 % at
+// kernel that decodes in its main loop (mid) takes 2 to 6 % longer at 4096 tokens, 11 to 39 % at
 // 16384 (H100, 2026-11).
 // The low-rank term is one more step of the contraction, [x | s z] [W | lora_B]^T. z itself comes
 // from extra tiles, 256 tokens by r columns, that the clusters with the fewest tiles do first.
