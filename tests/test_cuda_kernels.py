@@ -65,9 +65,12 @@ def _random_weight(shape, dtype):
 
 
 def _quantize(weight, rule, nested=None, blocksize=64, nested_blocksize=256, rows=True):
-    table = None if nested is None else lowbit.nested_codebook(nested)
-    arguments = (weight, *rule, table, blocksize, nested_blocksize, rows)
+    arguments = (weight, *rule, _table(nested), blocksize, nested_blocksize, rows)
     return cuda.quantize_4bit(*_to_cuda(arguments))
+
+
+def _table(nested):
+    return lowbit.nested_codebook(nested) if isinstance(nested, str) else nested
 
 
 def _check_quantize(weight, rule, nested=None, blocksize=64, nested_blocksize=256, rows=True):
@@ -83,8 +86,7 @@ def _check_quantize(weight, rule, nested=None, blocksize=64, nested_blocksize=25
     else:
         offset = actual[3].cpu()
         assert_bitwise_equal(offset, absmax.double().mean().float(), "nested_offset")
-        table = lowbit.nested_codebook(nested)
-        codes, nested_absmax = _nested_codes(absmax, offset, table, nested_blocksize)
+        codes, nested_absmax = _nested_codes(absmax, offset, _table(nested), nested_blocksize)
         assert_bitwise_equal(actual[1], codes, "absmax")
         assert_bitwise_equal(actual[2], nested_absmax, "nested_absmax")
     return actual
@@ -126,6 +128,18 @@ def test_every_nested_blocksize(nested, nested_blocksize):
     """Scales of very different size: codes from the whole 8-bit table, a short last block."""
     weight = torch.randn(9, 32000) * torch.logspace(-6, 2, 9).unsqueeze(1)
     _check_quantize(weight, _rule("nf4"), nested, 32, nested_blocksize)
+
+
+@pytest.mark.parametrize("shape", [(64, 1024), (2048, 4096)], ids=_shape_id)
+def test_any_nested_codebook(shape):
+    """Repeated values, and values too close for one lookup per code, in either kernel."""
+    steps = [
+        torch.linspace(-1, -0.3, 60),
+        torch.linspace(0.1, 0.105, 56),
+        torch.linspace(0.3, 1, 80),
+    ]
+    table = torch.cat([*steps, torch.full((40,), -0.25), torch.zeros(20)]).sort()[0]
+    _check_quantize(_random_weight(shape, torch.bfloat16), _rule("nf4"), table)
 
 
 # Unsorted; repeated values and both zeros; values too close for one compare per element.

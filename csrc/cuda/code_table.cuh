@@ -10,6 +10,8 @@
 // ladder.
 #pragma once
 
+#include <cstddef>
+
 #include "common.cuh"
 
 namespace lowbit::cuda {
@@ -17,7 +19,7 @@ namespace lowbit::cuda {
 constexpr int kThresholds = 15;
 constexpr int kCells = 32;
 
-struct CodeTable {
+struct alignas(kCells * 4) CodeTable {
     float threshold[kCells];  // the one inside the cell, or infinity
     uint32_t rank[kCells];    // thresholds in lower cells
     float ladder[kThresholds + 1];
@@ -43,14 +45,12 @@ __device__ __forceinline__ int threshold_cell(float t) {
     return static_cast<int>(cell_offset(t) / 4);
 }
 
-// By one warp; lane c fills cell c. Several equal thresholds may share a cell if all the ranks they
+// By one warp; lane c fills cell c and brings threshold c (c < 15) and the code of rank c % 16.
+// Several equal thresholds may share a cell if all the ranks they
 // skip have one code, as in codebooks filled up with repeated values.
-__device__ __forceinline__ void
-build_code_table(CodeTable& table, const float* thresholds, const uint8_t* order) {
+__device__ __forceinline__ void build_code_table(CodeTable& table, float own, uint32_t own_code) {
     const int lane = threadIdx.x % kWarpSize;
-    const float own = lane < kThresholds ? thresholds[lane] : INFINITY;
     const int own_cell = threshold_cell(own);
-    const uint32_t own_code = order[lane % 16];
     uint32_t rank = 0, inside = 0;
     float threshold = INFINITY;
     bool exact = true;
@@ -84,14 +84,24 @@ build_code_table(CodeTable& table, const float* thresholds, const uint8_t* order
     }
 }
 
-// Appends the rank of x to a word of nibbles. NaN is above everything, as for torch.bucketize.
-__device__ __forceinline__ uint32_t
-append_by_cell(const CodeTable& table, uint32_t ranks, float x) {
-    const uint32_t offset = cell_offset(x);
-    const float threshold =
-        *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table.threshold) + offset);
-    const uint32_t rank =
-        *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(table.rank) + offset);
+// The cells' address in shared memory, as a value that the compiler keeps in a register: it would
+// compute it again in every loop.
+__device__ __forceinline__ uint32_t cells_of(const CodeTable& table) {
+    uint32_t cells = static_cast<uint32_t>(__cvta_generic_to_shared(table.threshold));
+    asm volatile("" : "+r"(cells));
+    return cells;
+}
+
+// Appends the rank of x to a word of nibbles. NaN is above everything, as for torch.bucketize. The
+// table is aligned, so that its address and a cell's offset join in the instruction that masks the
+// offset.
+__device__ __forceinline__ uint32_t append_by_cell(uint32_t cells, uint32_t ranks, float x) {
+    static_assert(offsetof(CodeTable, rank) == 128);
+    const uint32_t address = cell_offset(x) | cells;
+    float threshold;
+    uint32_t rank;
+    asm("ld.shared.f32 %0, [%1];" : "=f"(threshold) : "r"(address));
+    asm("ld.shared.u32 %0, [%1+128];" : "=r"(rank) : "r"(address));
     return add_if_above(ranks * 16 + rank, x, threshold);
 }
 
@@ -113,15 +123,20 @@ __device__ __forceinline__ uint32_t reorder(const CodeTable& table, uint32_t ran
 }
 
 // kWidth scaled values to packed codes, the first value in the highest nibble of the lowest byte.
+// cells: cells_of(table).
 template <int kWidth>
-__device__ __forceinline__ uint32_t
-encode(const CodeTable& table, bool one_per_cell, bool ordered, const float (&x)[kWidth]) {
+__device__ __forceinline__ uint32_t encode(
+    const CodeTable& table,
+    uint32_t cells,
+    bool one_per_cell,
+    bool ordered,
+    const float (&x)[kWidth]) {
     uint32_t ranks = 0;
     if (one_per_cell) {
 #pragma unroll
         for (int i = kWidth - 2; i >= 0; i -= 2) {
-            ranks = append_by_cell(table, ranks, x[i]);
-            ranks = append_by_cell(table, ranks, x[i + 1]);
+            ranks = append_by_cell(cells, ranks, x[i]);
+            ranks = append_by_cell(cells, ranks, x[i + 1]);
         }
     } else {
 #pragma unroll 1

@@ -37,7 +37,15 @@ struct Elements<T, 8> {
         }
     }
 
-    // 16-bit types compare two at a time.
+    // Of a 16-bit type: the maxima of its even and of its odd elements.
+    __device__ __forceinline__ uint32_t absmax_pair() const {
+        uint32_t m = abs_pair(word[0], T{});
+#pragma unroll
+        for (int i = 1; i < kWords; i++)
+            m = max_nan_pair(m, abs_pair(word[i], T{}), T{});
+        return m;
+    }
+
     __device__ __forceinline__ float absmax() const {
         if constexpr (sizeof(T) == 4) {
             float m = fabsf(__uint_as_float(word[0]));
@@ -46,11 +54,7 @@ struct Elements<T, 8> {
                 m = max_nan(m, fabsf(__uint_as_float(word[i])));
             return m;
         } else {
-            uint32_t m = abs_pair(word[0], T{});
-#pragma unroll
-            for (int i = 1; i < kWords; i++)
-                m = max_nan_pair(m, abs_pair(word[i], T{}), T{});
-            const float2 v = unpack_pair(m, T{});
+            const float2 v = unpack_pair(absmax_pair(), T{});
             return max_nan(v.x, v.y);
         }
     }

@@ -9,56 +9,89 @@
 // byte and a block, the last block of a row may be short. All arithmetic is IEEE fp32 and gives the
 // bits of lowbit/reference.py. NaN and Inf reach absmax and the offset; the caller looks there.
 //
-// A grid that fits the device at once walks the blocks. With double quantization it then meets at
-// one grid barrier (cooperative launch), where the mean of all scales is known, and quantizes them.
+// A grid that fits the device at once walks the blocks. With double quantization it then meets
+// once (cooperative launch, grid_sum.cuh), where the mean of all scales is known, and quantizes
+// them.
 //
 // Two kernels: `groups` (one row or whole blocks, blocksize <= 256) gives each CTA a run of blocks,
-// each block a group of lanes and each lane 8 elements; if a run is whole nested blocks, its scales
-// wait for the barrier in shared memory. `blocks` gives a block to a warp and reads it twice, the
-// second time from cache, 8 elements a lane or, if columns or pointers are odd, 2.
+// each block a group of lanes and each lane 8 elements. With double quantization of a weight that
+// fills the device with runs of whole nested blocks, scales wait for the mean in shared memory.
+// `blocks` gives a block to a warp and reads it twice, the second time from cache, 8 elements a
+// lane or, if columns or pointers are odd, 2.
 //
 // Bound by memory: 2 bytes read and 0.5 + 1/64 written per bf16 weight. At 2.95 TB/s an H100 has 25
 // lane-instructions per weight to spend; `groups` takes 13 (code_table.cuh says how). It reaches
-// 90 % of the copy rate at 14336 x 4096, 80 % with double quantization, whose barrier and second
-// phase are latency (bench/results/cuda_quantize_h100.json).
+// 92 % of the copy rate at 14336 x 4096, 87 % with double quantization (H100, 2026-11; what the
+// rest is: bench/NOTES.md).
 //
 // Callers have checked sizes, dtypes and devices.
 
-#include <cooperative_groups.h>
-
 #include <algorithm>
 
-#include "code_table.cuh"
 #include "device.h"
-#include "elements.cuh"
 #include "nested_absmax.cuh"
 #include "nf4_quantize.h"
+#include "nf4_quantize_groups.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kThreads = 512;  // few large CTAs make the grid barrier cheap
-constexpr int kCtasPerSm = 2;  // 64 registers
-constexpr int kWarps = kThreads / kWarpSize;
+// 64 registers a thread in either shape. Where scales stay in shared memory, one large CTA per SM
+// meets half as many others; smaller ones start and end faster on small weights.
+constexpr int kLargeCta = 1024;
+constexpr int kSmallCta = 512;
+
+template <bool kSharedScales>
+constexpr int kGroupThreads = kSharedScales ? kLargeCta : kSmallCta;
 
 // ---- tables in shared memory --------------------------------------------------------------------
 
+template <int kThreads>
 struct Tables {
     CodeTable codes;
-    NestedTables<kThreads> nested;
+    NestedSmem<kThreads> nested;
 };
 
-__device__ __forceinline__ void build_tables(Tables& smem, const QuantizeArgs& a) {
-    if (threadIdx.x < kWarpSize)
-        build_code_table(smem.codes, a.thresholds, a.order);
-    if (a.nested_codebook != nullptr)
-        build_nested_tables(smem.nested, a.nested_codebook);
+// What a thread contributes to the tables. Read before anything else: behind the first weights it
+// would wait for all of them.
+struct TableInputs {
+    float lower, upper;
+    uint32_t code;
+};
+
+constexpr int kCodeWarp = 1;  // builds the code table; warp 0 is busy at the grid barrier
+constexpr int kNestedThread = 2 * kWarpSize;  // brings the first nested threshold
+
+__device__ __forceinline__ TableInputs load_table_inputs(const QuantizeArgs& a) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int j = static_cast<int>(threadIdx.x) - kNestedThread;
+    TableInputs in{INFINITY, INFINITY, 0};
+    if (threadIdx.x / kWarpSize == kCodeWarp) {
+        if (lane < kThresholds)
+            in.lower = __ldg(a.thresholds + lane);
+        in.code = __ldg(a.order + lane % 16);
+    } else if (a.nested_codebook != nullptr && j >= 0 && j < kNestedThresholds) {
+        in.lower = __ldg(a.nested_codebook + j);
+        in.upper = __ldg(a.nested_codebook + j + 1);
+    }
+    return in;
+}
+
+template <int kThreads>
+__device__ __forceinline__ void
+build_tables(Tables<kThreads>& smem, const QuantizeArgs& a, const TableInputs& in) {
+    static_assert(kThreads - kNestedThread >= kNestedThresholds + 2);
+    const int j = static_cast<int>(threadIdx.x) - kNestedThread;
+    if (threadIdx.x / kWarpSize == kCodeWarp) {
+        build_code_table(smem.codes, in.lower, in.code);
+    } else if (a.nested_codebook != nullptr && j >= 0 && j < kNestedThresholds + 2) {
+        smem.nested.table.thresholds[j] =
+            j < kNestedThresholds ? nested_threshold(j, in.lower, in.upper) : INFINITY;
+    }
+    __syncthreads();
 }
 
 // ---- weights. Each path returns the thread's share of the sum of absmax. ------------------------
-
-constexpr int kUnroll = 2;  // vectors of 8 elements per thread and step
-constexpr int kStep = kUnroll * kThreads;
 
 // Contiguous runs of vectors, one per CTA, cut at multiples of a unit.
 struct Split {
@@ -71,157 +104,26 @@ struct Split {
     }
 };
 
-// What reciprocal() gives, for several at once: one test finds the values beyond the range in which
-// a Newton step makes the hardware's estimate exact, where __frcp_rn has a test and a call for
-// each.
-template <int kCount>
-__device__ __forceinline__ void
-reciprocals(const float (&absmax)[kCount], float (&inverse)[kCount]) {
-    float low = absmax[0], high = absmax[0];
-#pragma unroll
-    for (int u = 0; u < kCount; u++) {
-        const float estimate = rcp_approx(absmax[u]);
-        inverse[u] = __fmaf_rn(-__fmaf_rn(absmax[u], estimate, -1.0f), estimate, estimate);
-        if (u > 0) {
-            low = fminf(low, absmax[u]);
-            high = max_nan(high, absmax[u]);
-        }
-    }
-    if (low >= 0x1p-126f && high < 0x1p126f)
-        return;
-#pragma unroll
-    for (int u = 0; u < kCount; u++)
-        inverse[u] = reciprocal(absmax[u]);
-}
-
-// What a thread has under way: kStages steps of kUnroll vectors in slots of shared memory that only
-// this thread writes and reads, so no barrier is needed.
-template <typename T>
-struct Ring {
-    static constexpr int kStages = 2;
-    static constexpr int kWords = Elements<T, 8>::kWords;
-    static constexpr int kPieces = kUnroll * kWords / 4;
-    static constexpr size_t kBytes = size_t{16} * kStages * kPieces * kThreads;
-    uint4 slot[kStages][kPieces][kThreads];
-
-    __device__ __forceinline__ void fetch(int stage, const T* source) {
-#pragma unroll
-        for (int u = 0; u < kUnroll; u++) {
-#pragma unroll
-            for (int i = 0; i < kWords / 4; i++)
-                copy_async_16(
-                    &slot[stage][u * kWords / 4 + i][threadIdx.x],
-                    reinterpret_cast<const uint4*>(source + u * kThreads * 8) + i);
-        }
-    }
-
-    __device__ __forceinline__ void read(int stage, Elements<T, 8> (&to)[kUnroll]) const {
-#pragma unroll
-        for (int u = 0; u < kUnroll; u++) {
-#pragma unroll
-            for (int i = 0; i < kWords; i += 4) {
-                const uint4 v = slot[stage][u * kWords / 4 + i / 4][threadIdx.x];
-                to[u].word[i] = v.x, to[u].word[i + 1] = v.y;
-                to[u].word[i + 2] = v.z, to[u].word[i + 3] = v.w;
-            }
-        }
-    }
-};
-
-// A CTA's run. Pointers are the thread's own and move with it.
-template <typename T, int kLanes>
-struct Run {
-    const T* source;
-    uint32_t* target;
-    float* scales;
-    uint32_t count;  // vectors of the CTA left
-
-    // Beyond the end the last vector comes again: it cannot change the maximum of its block.
-    __device__ __forceinline__ void load_rest(Elements<T, 8> (&to)[kUnroll]) const {
-        const T* first = source - static_cast<int64_t>(threadIdx.x) * 8;
-#pragma unroll
-        for (int u = 0; u < kUnroll; u++)
-            to[u].load(first + min(u * kThreads + threadIdx.x, count - 1) * 8, 8);
-    }
-
-    template <bool kFast, bool kRest>
-    __device__ __forceinline__ void
-    quantize(const Elements<T, 8> (&from)[kUnroll], const CodeTable& table) {
-        float absmax[kUnroll], inverse[kUnroll];
-#pragma unroll
-        for (int u = 0; u < kUnroll; u++)
-            absmax[u] = group_max(from[u].absmax(), kLanes);
-        reciprocals(absmax, inverse);
-#pragma unroll
-        for (int u = 0; u < kUnroll; u++) {
-            float x[8];
-            scale_elements(from[u], inverse[u], x);
-            const uint32_t codes =
-                encode(table, kFast || table.one_per_cell, kFast || table.ordered, x);
-            if (kRest && u * kThreads + threadIdx.x >= count)
-                continue;
-            target[u * kThreads] = codes;
-            if (threadIdx.x % kLanes == 0)
-                scales[u * (kThreads / kLanes)] = absmax[u];
-        }
-        target += kStep;
-        scales += kStep / kLanes;
-    }
-
-    __device__ __forceinline__ void start(Ring<T>& ring) {
-        const uint32_t steps = count / kStep;
-#pragma unroll
-        for (int s = 0; s < Ring<T>::kStages; s++) {
-            if (s < steps)
-                ring.fetch(s, source + s * (kStep * 8));
-            commit_async();
-        }
-    }
-
-    // Branches are the same for the whole CTA, so shuffles need no convergence check.
-    template <bool kFast>
-    __device__ __forceinline__ void quantize_all(Ring<T>& ring, const CodeTable& table) {
-        constexpr int kStages = Ring<T>::kStages;
-        const uint32_t steps = count / kStep;
-        count %= kStep;
-        int stage = 0;
-#pragma unroll 1
-        for (uint32_t step = 0; step < steps; step++) {
-            Elements<T, 8> now[kUnroll];
-            wait_async<kStages - 1>();
-            ring.read(stage, now);
-            if (step + kStages < steps)
-                ring.fetch(stage, source + kStages * (kStep * 8));
-            commit_async();
-            source += kStep * 8;
-            stage = stage + 1 == kStages ? 0 : stage + 1;
-            quantize<kFast, false>(now, table);
-        }
-        if (count > 0) {
-            Elements<T, 8> now[kUnroll];
-            load_rest(now);
-            quantize<kFast, true>(now, table);
-        }
-    }
-};
-
 // One row: a block is a group of kLanes neighbouring lanes with 8 elements each. Writes all scales
 // of the CTA's run to `scales`.
-template <typename T, int kLanes>
+template <typename T, int kLanes, int kThreads>
 __device__ __forceinline__ void quantize_groups(
     const QuantizeArgs& a,
     uint32_t begin,
     uint32_t count,
     float* scales,
-    Ring<T>& ring,
-    Tables& smem) {
+    Ring<T, kThreads>& ring,
+    Tables<kThreads>& smem,
+    GridSum& grid) {
     const int64_t first = static_cast<int64_t>(begin) + threadIdx.x;
-    Run<T, kLanes> run{
+    Run<T, kLanes, kThreads> run{
         static_cast<const T*>(a.weight) + first * 8, reinterpret_cast<uint32_t*>(a.qweight) + first,
         scales + threadIdx.x / kLanes, count};
+    const TableInputs inputs = load_table_inputs(a);
+    if (a.nested_codebook != nullptr)
+        grid.open(a.partial_sums);
     run.start(ring);
-    build_tables(smem, a);
-    __syncthreads();
+    build_tables(smem, a, inputs);
     if (smem.codes.one_per_cell && smem.codes.ordered) {
         run.template quantize_all<true>(ring, smem.codes);
     } else {
@@ -231,13 +133,18 @@ __device__ __forceinline__ void quantize_groups(
 
 // A block per warp, kWidth elements per lane and step, twice: for the maximum and for the codes.
 template <typename T, int kWidth>
-__device__ __forceinline__ double quantize_blocks(const QuantizeArgs& a, Tables& smem) {
-    build_tables(smem, a);
-    __syncthreads();
+__device__ __forceinline__ double
+quantize_blocks(const QuantizeArgs& a, Tables<kSmallCta>& smem, GridSum& grid) {
+    constexpr int kWarps = kSmallCta / kWarpSize;
+    const TableInputs inputs = load_table_inputs(a);
+    if (a.nested_codebook != nullptr)
+        grid.open(a.partial_sums);
+    build_tables(smem, a, inputs);
     const int lane = threadIdx.x % kWarpSize;
     const int64_t blocksize = int64_t{1} << a.blocksize_log2;
     const int64_t blocks_per_row = (a.columns + blocksize - 1) >> a.blocksize_log2;
     const int64_t blocks = a.rows * blocks_per_row;
+    const uint32_t cells = cells_of(smem.codes);
     double sum = 0.0;
     for (int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
          block < blocks; block += static_cast<int64_t>(gridDim.x) * kWarps) {
@@ -262,7 +169,7 @@ __device__ __forceinline__ double quantize_blocks(const QuantizeArgs& a, Tables&
             float x[kWidth];
             scale_elements(e, inverse, x);
             const uint32_t codes =
-                encode(smem.codes, smem.codes.one_per_cell, smem.codes.ordered, x);
+                encode(smem.codes, cells, smem.codes.one_per_cell, smem.codes.ordered, x);
             if constexpr (kWidth == 8) {
                 *reinterpret_cast<uint32_t*>(target + i / 2) = codes;
             } else {
@@ -279,71 +186,69 @@ __device__ __forceinline__ double quantize_blocks(const QuantizeArgs& a, Tables&
 
 // ---- kernels ------------------------------------------------------------------------------------
 
-// Leaves the CTA's sum of absmax for all and waits for theirs.
-__device__ __forceinline__ void share_sum(const QuantizeArgs& a, Tables& smem, double sum) {
-    sum = cta_sum(sum, smem.nested);
-    if (threadIdx.x == 0)
-        a.partial_sums[blockIdx.x] = sum;
-    cooperative_groups::this_grid().sync();
-}
-
-// Shared memory: tables, 1.5 KiB, and with kSharedScales the CTA's scales, 4 bytes each: they never
-// go to memory. Grid: any size; with double quantization it must fit the device (cooperative).
-// kSharedScales: the unit of the split is whole nested blocks.
+// Shared memory: tables, 10 KiB; weights under way, 64 bytes per thread (fp32: 128); with
+// kSharedScales the CTA's scales, 4 bytes each, which never go to memory. Grid: any size; with
+// double quantization it must fit the device (cooperative). kSharedScales: the unit of the split is
+// whole nested blocks.
 template <typename T, int kLanes, bool kSharedScales>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm)
+__global__ void
+__launch_bounds__(kGroupThreads<kSharedScales>, kLargeCta / kGroupThreads<kSharedScales>)
     quantize_groups_kernel(const QuantizeArgs a, const Split split) {
-    __shared__ Tables smem;
+    constexpr int kThreads = kGroupThreads<kSharedScales>;
+    using Slots = Ring<T, kThreads>;
+    __shared__ Tables<kThreads> smem;
     extern __shared__ __align__(16) uint8_t smem_dynamic[];
-    Ring<T>& ring = *reinterpret_cast<Ring<T>*>(smem_dynamic);
-    float* smem_scales = reinterpret_cast<float*>(smem_dynamic + Ring<T>::kBytes);
+    Slots& ring = *reinterpret_cast<Slots*>(smem_dynamic);
+    float* smem_scales = reinterpret_cast<float*>(smem_dynamic + Slots::kBytes);
     const uint32_t vectors = static_cast<uint32_t>(a.columns / 8);
     const uint32_t begin = split.begin(blockIdx.x, vectors);
     const uint32_t count = split.begin(blockIdx.x + 1, vectors) - begin;
     float* scales = kSharedScales ? smem_scales : a.absmax + begin / kLanes;
-    quantize_groups<T, kLanes>(a, begin, count, scales, ring, smem);
+    GridSum grid;
+    quantize_groups<T, kLanes>(a, begin, count, scales, ring, smem, grid);
     if (a.nested_codebook == nullptr)
         return;
-    __syncthreads();
+    grid.wait_open();
     const uint32_t own = (count + kLanes - 1) / kLanes;
     double sum = 0.0;
     for (uint32_t i = threadIdx.x; i < own; i += kThreads)
         sum += scales[i];
-    share_sum(a, smem, sum);
     const int64_t blocks = (a.columns / 8 + kLanes - 1) / kLanes;
     if constexpr (kSharedScales) {
-        quantize_own_absmax(a, scales, begin / kLanes, own, blocks, smem.nested);
+        quantize_own_absmax(a, scales, begin / kLanes, own, sum, blocks, grid, smem.nested);
     } else {
-        quantize_absmax(a, blocks, smem.nested);
+        quantize_absmax(a, sum, blocks, grid, smem.nested);
     }
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm)
+__global__ void __launch_bounds__(kSmallCta, kLargeCta / kSmallCta)
     quantize_blocks_kernel(const QuantizeArgs a) {
-    __shared__ Tables smem;
-    const double sum = quantize_blocks<T, kWidth>(a, smem);
+    __shared__ Tables<kSmallCta> smem;
+    GridSum grid;
+    const double sum = quantize_blocks<T, kWidth>(a, smem, grid);
     if (a.nested_codebook == nullptr)
         return;
-    share_sum(a, smem, sum);
+    grid.wait_open();
     const int64_t blocksize = int64_t{1} << a.blocksize_log2;
-    quantize_absmax(a, a.rows * ((a.columns + blocksize - 1) >> a.blocksize_log2), smem.nested);
+    const int64_t blocks = a.rows * ((a.columns + blocksize - 1) >> a.blocksize_log2);
+    quantize_absmax(a, sum, blocks, grid, smem.nested);
 }
 
 // ---- choice -------------------------------------------------------------------------------------
 
-// As many CTAs as the device holds at once.
-cudaError_t largest_grid(const void* kernel, size_t smem_bytes, int64_t* grid) {
-    int per_sm = 0;
-    const cudaError_t error =
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, smem_bytes);
-    *grid = std::min(int64_t{sm_count()} * per_sm, int64_t{kMaxPartialSums});
-    return error == cudaSuccess && *grid == 0 ? cudaErrorInvalidConfiguration : error;
-}
-
 cudaError_t allow_shared(const void* kernel, size_t bytes) {
     return cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// As many CTAs of kSmallCta as the device holds at once.
+cudaError_t largest_grid(const void* kernel, size_t smem_bytes, int64_t* grid) {
+    int per_sm = 0;
+    const cudaError_t error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kSmallCta, smem_bytes);
+    *grid = std::min(int64_t{sm_count()} * per_sm, int64_t{kMaxPartialSums});
+    return error == cudaSuccess && *grid == 0 ? cudaErrorInvalidConfiguration : error;
 }
 
 // The smallest grid whose largest share is that of `grid`: the shares come out even.
@@ -355,13 +260,14 @@ template <typename... Params>
 cudaError_t launch_kernel(
     void (*kernel)(Params...),
     int64_t grid,
+    int threads,
     size_t smem_bytes,
     cudaStream_t stream,
     const QuantizeArgs& a,
     const Split& split) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(grid));
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(threads);
     config.dynamicSmemBytes = smem_bytes;
     config.stream = stream;
     cudaLaunchAttribute cooperative{};
@@ -383,17 +289,53 @@ cudaError_t launch_blocks(const QuantizeArgs& a, cudaStream_t stream) {
     const cudaError_t error = largest_grid(reinterpret_cast<const void*>(kernel), 0, &grid);
     if (error != cudaSuccess)
         return error;
-    const int64_t useful = ceil_div(a.rows * a.columns, kThreads * 8);
-    return launch_kernel(kernel, std::min(grid, useful), 0, stream, a, Split{});
+    const int64_t useful = ceil_div(a.rows * a.columns, kSmallCta * 8);
+    return launch_kernel(kernel, std::min(grid, useful), kSmallCta, 0, stream, a, Split{});
 }
 
 // Scales stay in shared memory if the CTA's share fits and whole nested blocks divide into shares
-// for most of the CTAs.
+// for most of the SMs.
+struct SharedPlan {
+    bool fits;
+    Split split;
+    int64_t grid;
+    size_t bytes;
+};
+
+template <typename T, int kLanes>
+SharedPlan plan_shared_scales(const QuantizeArgs& a) {
+    const int64_t unit =
+        std::max(int64_t{kLanes} << a.nested_blocksize_log2, int64_t{kUnroll} * kLargeCta);
+    const int64_t units = ceil_div(a.columns / 8, unit);
+    const int64_t grid = even_grid(units, sm_count());
+    const int64_t scales = ceil_div(units, grid) * (unit / kLanes);
+    const size_t bytes = Ring<T, kLargeCta>::kBytes + scales * sizeof(float);
+    // 12 KiB for the tables and what the system keeps.
+    const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) - 12288;
+    const bool fits = static_cast<int64_t>(bytes) <= limit && 4 * grid >= 3 * sm_count();
+    return {fits, {static_cast<uint32_t>(unit), static_cast<uint32_t>(units)}, grid, bytes};
+}
+
+template <typename T, int kLanes>
+cudaError_t
+launch_shared_scales(const QuantizeArgs& a, const SharedPlan& plan, cudaStream_t stream) {
+    const auto kernel = quantize_groups_kernel<T, kLanes, true>;
+    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), plan.bytes);
+    if (error != cudaSuccess)
+        return error;
+    return launch_kernel(kernel, plan.grid, kLargeCta, plan.bytes, stream, a, plan.split);
+}
+
 template <typename T, int kLanes>
 cudaError_t launch_groups(const QuantizeArgs& a, cudaStream_t stream) {
+    if (a.nested_codebook != nullptr) {
+        const SharedPlan plan = plan_shared_scales<T, kLanes>(a);
+        if (plan.fits)
+            return launch_shared_scales<T, kLanes>(a, plan, stream);
+    }
+    constexpr size_t kRing = Ring<T, kSmallCta>::kBytes;
+    constexpr int kStep = kUnroll * kSmallCta;
     const auto kernel = quantize_groups_kernel<T, kLanes, false>;
-    const auto shared_kernel = quantize_groups_kernel<T, kLanes, true>;
-    constexpr size_t kRing = Ring<T>::kBytes;
     int64_t largest = 0;
     cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), kRing);
     if (error == cudaSuccess)
@@ -401,27 +343,10 @@ cudaError_t launch_groups(const QuantizeArgs& a, cudaStream_t stream) {
     if (error != cudaSuccess)
         return error;
     const int64_t vectors = a.columns / 8;
-    if (a.nested_codebook != nullptr) {
-        const int64_t unit = std::max(int64_t{kLanes} << a.nested_blocksize_log2, int64_t{kStep});
-        const int64_t units = ceil_div(vectors, unit);
-        const int64_t grid = even_grid(units, largest);
-        const int64_t bytes = kRing + ceil_div(units, grid) * (unit / kLanes) * sizeof(float);
-        const int64_t per_sm = ceil_div(largest, sm_count());
-        // 4 KiB for the tables and what the system keeps.
-        const int64_t limit =
-            device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / per_sm - 4096;
-        if (bytes <= limit && 4 * grid >= 3 * largest) {
-            error = allow_shared(reinterpret_cast<const void*>(shared_kernel), bytes);
-            if (error != cudaSuccess)
-                return error;
-            const Split split{static_cast<uint32_t>(unit), static_cast<uint32_t>(units)};
-            return launch_kernel(shared_kernel, grid, bytes, stream, a, split);
-        }
-    }
-    const int64_t unit = ceil_div(vectors, kStep) >= largest ? kStep : kThreads;
+    const int64_t unit = ceil_div(vectors, kStep) >= largest ? kStep : kSmallCta;
     const int64_t units = ceil_div(vectors, unit);
     const Split split{static_cast<uint32_t>(unit), static_cast<uint32_t>(units)};
-    return launch_kernel(kernel, even_grid(units, largest), kRing, stream, a, split);
+    return launch_kernel(kernel, even_grid(units, largest), kSmallCta, kRing, stream, a, split);
 }
 
 template <typename T>

@@ -75,6 +75,24 @@ __device__ __forceinline__ float rcp_approx(float x) {
     return d;
 }
 
+// Estimate of 1 / sqrt(x) for a normal x.
+__device__ __forceinline__ float rsqrt_approx(float x) {
+    float d;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}
+
+// Words that CTAs pass to each other: whole, but in no order with other accesses.
+__device__ __forceinline__ double load_relaxed(const double* p) {
+    double value;
+    asm volatile("ld.relaxed.gpu.global.f64 %0, [%1];" : "=d"(value) : "l"(p) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_relaxed(double* p, double value) {
+    asm volatile("st.relaxed.gpu.global.f64 [%0], %1;" ::"l"(p), "d"(value) : "memory");
+}
+
 // 16 bytes that are read once: they take no L1 line, which spares the lines of tables and scales.
 __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
     uint4 v;
