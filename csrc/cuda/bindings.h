@@ -8,8 +8,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <tuple>
 
+#include "device.h"
 #include "tensors.h"
 #include "weight.h"
 
@@ -57,9 +60,55 @@ inline void check_launch(cudaError_t error, const char* operation) {
     STD_TORCH_CHECK(error == cudaSuccess, "lowbit ", operation, ": ", cudaGetErrorString(error));
 }
 
-inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(
-        like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+// Uninitialized and contiguous, on the device of `like`. By the plain C function: torch::stable's
+// new_empty goes through the dispatcher with boxed arguments, which costs a small product several
+// microseconds.
+inline Tensor
+new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+    int64_t strides[4];
+    STD_TORCH_CHECK(sizes.size() <= 4, "new_tensor: too many dimensions");
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1))
+        strides[i] = stride;
+    const auto type_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+    AtenTensorHandle tensor = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        sizes.size(), sizes.begin(), strides, type_code, aoti_torch_device_type_cuda(),
+        like.get_device_index(), &tensor));
+    return Tensor(tensor);
+}
+
+// A matrix or vector argument of a product: its pointer, or null when absent.
+inline const void* checked_data(
+    const Call& call,
+    const OptionalTensor& tensor,
+    ScalarType type,
+    int64_t rows,
+    int64_t columns,
+    const char* argument) {
+    if (!tensor.has_value())
+        return nullptr;
+    call.check_here(*tensor, argument);
+    STD_TORCH_CHECK(
+        tensor->scalar_type() == type, argument, " must be ", torch::headeronly::toString(type),
+        ", got ", torch::headeronly::toString(tensor->scalar_type()));
+    STD_TORCH_CHECK(
+        tensor->numel() == rows * columns && tensor->size(0) == rows, argument, " must have ", rows,
+        " rows and ", rows * columns, " elements, got ", tensor->size(0), " and ", tensor->numel());
+    const void* data = tensor->const_data_ptr();
+    STD_TORCH_CHECK(is_aligned(data), argument, " must be 16-byte aligned");
+    return data;
+}
+
+// A view may start anywhere; the kernels' wide loads cannot.
+inline void align(Tensor& tensor) {
+    if (!is_aligned(tensor.const_data_ptr()))
+        tensor = torch::stable::clone(tensor);
+}
+
+inline void align(OptionalTensor& tensor) {
+    if (tensor.has_value())
+        align(*tensor);
 }
 
 // The weight arguments, in the order every operator has them.

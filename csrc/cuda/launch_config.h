@@ -4,7 +4,28 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
+
 namespace lowbit::cuda {
+
+// Lets a kernel take `bytes` of dynamic shared memory, always the same number. The driver is asked
+// once per device: the question costs a launch about a microsecond.
+template <auto kKernel>
+cudaError_t allow_shared_memory(int bytes) {
+    static std::atomic<uint64_t> allowed;  // a bit for each of the first 64 devices
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess)
+        return error;
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (allowed.load(std::memory_order_relaxed) & bit)
+        return cudaSuccess;
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess)
+        allowed.fetch_or(bit, std::memory_order_relaxed);
+    return error;
+}
 
 class LaunchConfig {
 public:

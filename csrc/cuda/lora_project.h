@@ -11,9 +11,23 @@ inline int padded_rank(int r) {
     return (r + 15) / 16 * 16;
 }
 
-// Fills z_scaled [M, padded_rank(r)] of x's dtype from args.x and lora_A, or from args.z_in, and
-// args.z_out unless null. A kernel launched after it as its programmatic dependent may start while
-// this one runs: everything before it is complete by then, but z only after griddepcontrol.wait.
-cudaError_t launch_lora_project(const LoraMatmulArgs& args, void* z_scaled, cudaStream_t stream);
+// Tokens that a CTA of the projection on spare SMs takes at a time.
+inline int projection_tokens(int r) {
+    return r <= 16 ? 64 : r <= 32 ? 32 : 16;
+}
+
+struct Projection {
+    void* z_scaled;   // [M, padded_rank(r)] of x's dtype
+    uint32_t* flags;  // cleared for the kernel that follows
+    int flag_count;
+    int spare_sms;  // 0: on the whole card; otherwise on these, a multiple of 4, while a kernel
+                    // that leaves them alone runs on the others
+};
+
+// Fills z_scaled from args.x and lora_A, or from args.z_in, and args.z_out unless null. A kernel
+// launched after it as its programmatic dependent may start while this one runs: everything before
+// it is complete by then, but z and flags only after griddepcontrol.wait.
+cudaError_t
+launch_lora_project(const LoraMatmulArgs& args, const Projection& projection, cudaStream_t stream);
 
 }  // namespace lowbit::cuda

@@ -12,10 +12,11 @@ namespace lowbit::cuda {
 // fp16, x, y, lora_A and qweight 16-byte aligned. Right for any M; worth it from 65 to about 4000.
 bool serves_nf4_lora_matmul_mid(const LoraMatmulArgs& args);
 
-// Bytes that args.workspace must hold, 16-byte aligned; any contents. 2 M r, r rounded up to 16.
+// Bytes that args.workspace must hold, 16-byte aligned; any contents: 2 M r, r rounded up to 16,
+// and up to 17 MB of partial sums.
 size_t nf4_lora_matmul_mid_workspace_bytes(const LoraMatmulArgs& args);
 
-// Two to three kernels, one after the other in the stream, as programmatic dependent launches.
+// One or two kernels, one after the other in the stream, as programmatic dependent launches.
 cudaError_t launch_nf4_lora_matmul_mid(const LoraMatmulArgs& args, cudaStream_t stream);
 
 }  // namespace lowbit::cuda

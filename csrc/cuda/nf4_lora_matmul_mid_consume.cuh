@@ -1,5 +1,5 @@
 // The consumer warpgroups of nf4_lora_matmul_mid_sm90.cu: products of the stages, the sum over a
-// split K, and the store of y.
+// divided K, and the store of y.
 #pragma once
 
 #include "nf4_lora_matmul_mid_tile.cuh"
@@ -13,13 +13,16 @@ template <class P>
 struct Reader {
     uint32_t smem;
     uint32_t w_offset;  // of its 64 rows in a stage
-    uint32_t empty;     // barriers of the CTA whose stages this thread frees, or 0
+    bool frees_own;
+    uint32_t frees_peer;  // barriers of the other CTA, whose stages this thread frees, or 0
     Position<P> at;
     int previous;
 
     __device__ __forceinline__ void free_previous() {
-        if (empty != 0)
-            barrier_arrive_remote(empty + previous * 8);
+        if (frees_own)
+            barrier_arrive(smem + P::kEmpty + previous * 8);
+        if (frees_peer != 0)
+            barrier_arrive_remote(frees_peer + previous * 8);
     }
 
     __device__ __forceinline__ uint32_t next_stage() {
@@ -38,37 +41,45 @@ struct Reader {
     }
 };
 
-// Sums of one tile in d.
+// 16 of K.
 template <typename T, class P>
 __device__ __forceinline__ void
-multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Tile& tile, int r) {
+multiply_tokens(Sums<P>& d, uint64_t w, uint64_t x, bool accumulate) {
+#pragma unroll
+    for (int i = 0; i < P::kProducts; i++)
+        wgmma(d[i], w, x + i * (P::kProductTokens * kRowBytes / 16), accumulate, T{});
+}
+
+// Sum i of a thread: four neighbouring ones belong to 8 tokens.
+template <class P>
+__device__ __forceinline__ float* sum_at(Sums<P>& d, int i) {
+    return &d[i / (P::kProductTokens / 2)][i % (P::kProductTokens / 2)];
+}
+
+// Sums of one tile in d.
+template <typename T, class P>
+__device__ __forceinline__ void multiply(Sums<P>& d, Reader<P>& reader, const Tile& tile, int r) {
 #pragma unroll 1
     for (int step = 0; step < tile.weight_steps; step++) {
         const uint32_t stage = reader.next_stage();
         const uint64_t x = operand_descriptor(stage);
         const uint64_t w = operand_descriptor(stage + reader.w_offset);
         wgmma_fence();
-        wgmma(d, w, x, step > 0, T{});
-        wgmma(d, w + 2, x + 2, true, T{});
-        wgmma(d, w + 4, x + 4, true, T{});
-        wgmma(d, w + 6, x + 6, true, T{});
+        multiply_tokens<T, P>(d, w, x, step > 0);
+        multiply_tokens<T, P>(d, w + 2, x + 2, true);
+        multiply_tokens<T, P>(d, w + 4, x + 4, true);
+        multiply_tokens<T, P>(d, w + 6, x + 6, true);
         wgmma_commit();
         reader.template leave_stage<1>(step > 0);
     }
-    // Of a split tile's CTAs, one has the low-rank term, and one may have fewer steps.
-    const bool low_rank = r > 0 && !(tile.split && blockIdx.x % kCluster != 0);
-    for (int step = tile.weight_steps + low_rank; step < tile.steps; step++) {
-        reader.next_stage();
-        reader.template leave_stage<0>(true);
-    }
-    if (low_rank) {
+    if (tile.steps > tile.weight_steps) {
         const uint32_t stage = reader.next_stage();
         const uint64_t x = operand_descriptor(stage);
         const uint64_t w = operand_descriptor(stage + reader.w_offset);
 #pragma unroll 1
         for (int k16 = 0; k16 < (r + 15) / 16; k16++) {
             wgmma_fence();
-            wgmma(d, w + 2 * k16, x + 2 * k16, true, T{});
+            multiply_tokens<T, P>(d, w + 2 * k16, x + 2 * k16, true);
             wgmma_commit();
         }
         reader.template leave_stage<0>(true);
@@ -77,51 +88,77 @@ multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Tile& tile, int r)
     reader.free_previous();
 }
 
-// K was split: each CTA of the pair keeps one half of the tokens and is sent the other's sums of
-// them, through the stages, which nobody fills any more.
+// A quarter of the tokens, of a part's sums in the workspace.
 template <class P>
-__device__ __forceinline__ void
-add_halves(float (&d)[P::kTokens / 2], uint32_t smem, const uint8_t* smem_generic) {
-    constexpr int kHalf = P::kTokens / 4;
-    constexpr int kVectorBytes = kConsumers * 16;
-    const int rank = blockIdx.x % kCluster;
+__device__ __forceinline__ float4* partial_of(const Params& p, int cta, int quarter) {
+    constexpr int kVectors = kTileRows * P::kTokens / 4;  // of a CTA
+    const int64_t first = int64_t{cta} * kVectors + quarter * (kVectors / 4);
+    return reinterpret_cast<float4*>(p.partials) + first + threadIdx.x - P::kProducers;
+}
+
+constexpr int kExchangeBarrier = 3;
+
+// The parts of a tile give what they have of each quarter of the tokens to its owner, which adds up
+// in the order of K but for its own part, the first.
+template <class P>
+__device__ __forceinline__ void exchange_parts(Sums<P>& d, const Params& p, const Tile& tile) {
+    constexpr int kQuarter = P::kTokens / 8;  // sums of a thread
     const int thread = threadIdx.x - P::kProducers;
-    const uint32_t buffer = in_cta(smem + thread * 16, rank ^ 1);
-    cluster_sync_unaligned();
+    bool gives = false, owns = false;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (half == rank)
+    for (int q = 0; q < 4; q++) {
+        if (owner_of(p, tile, q) == tile.part) {
+            owns = true;
             continue;
+        }
+        gives = true;
+        float4* out = partial_of<P>(p, blockIdx.x, q);
 #pragma unroll
-        for (int i = 0; i < kHalf; i += 4) {
-            const float* v = d + half * kHalf + i;
-            store_remote(buffer + i / 4 * kVectorBytes, v[0], v[1], v[2], v[3]);
+        for (int i = 0; i < kQuarter; i += 4) {
+            const float* v = sum_at<P>(d, q * kQuarter + i);
+            __stcg(out + i / 4 * kConsumers, make_float4(v[0], v[1], v[2], v[3]));
         }
     }
-    cluster_sync_unaligned();
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (half != rank)
+    // Before this call's first kernel has ended, its zeros may be missing.
+    if (gives) {
+        named_barrier(kExchangeBarrier, kConsumers);
+        if (thread == 0) {
+            wait_for_previous_kernel();
+            store_release(p.flags + blockIdx.x, 1);
+        }
+    }
+    if (!owns)
+        return;
+    const int first = blockIdx.x - tile.part * kCluster;
+    if (thread < tile.parts && thread != tile.part) {
+        wait_for_previous_kernel();
+        while (load_acquire(p.flags + first + thread * kCluster) == 0) {
+        }
+    }
+    named_barrier(kExchangeBarrier, kConsumers);
+    for (int part = 0; part < tile.parts; part++) {
+        if (part == tile.part)
             continue;
 #pragma unroll
-        for (int i = 0; i < kHalf; i += 4) {
-            const float4 v =
-                *reinterpret_cast<const float4*>(smem_generic + i / 4 * kVectorBytes + thread * 16);
-            float* own = d + half * kHalf + i;
-            own[0] += v.x, own[1] += v.y, own[2] += v.z, own[3] += v.w;
+        for (int q = 0; q < 4; q++) {
+            if (owner_of(p, tile, q) != tile.part)
+                continue;
+            const float4* in = partial_of<P>(p, first + part * kCluster, q);
+#pragma unroll
+            for (int i = 0; i < kQuarter; i += 4) {
+                const float4 v = __ldcg(in + i / 4 * kConsumers);
+                float* own = sum_at<P>(d, q * kQuarter + i);
+                own[0] += v.x, own[1] += v.y, own[2] += v.z, own[3] += v.w;
+            }
         }
     }
 }
 
-// Adds the bias, rounds, and stores the warpgroup's 64 columns of y. Two staging buffers: one fills
-// while the other is read.
+// Adds the bias, rounds, and stores the warpgroup's 64 columns of y, of the tokens that this part
+// owns. Two staging buffers: one fills while the other is read.
 template <typename T, class P>
-__device__ __forceinline__ void store_output(
-    const float (&d)[P::kTokens / 2],
-    const Maps& maps,
-    const Params& p,
-    const Tile& tile,
-    uint32_t smem) {
+__device__ __forceinline__ void
+store_output(Sums<P>& d, const Maps& maps, const Params& p, const Tile& tile, uint32_t smem) {
     constexpr int kChunks = P::kTokens / kChunkTokens;
     const int thread = threadIdx.x - P::kProducers;
     const int group = thread / kWarpgroup;
@@ -138,7 +175,7 @@ __device__ __forceinline__ void store_output(
     }
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
-        if (tile.split && c / (kChunks / 2) != blockIdx.x % kCluster)
+        if (tile.parts > 1 && owner_of(p, tile, c / (kChunks / 4)) != tile.part)
             continue;
         const uint32_t buffer = smem + P::kOutput + (group * 2 + c % 2) * kChunkBytes;
         if (stores)
@@ -146,7 +183,7 @@ __device__ __forceinline__ void store_output(
         named_barrier(1 + group, kWarpgroup);
 #pragma unroll
         for (int j = 0; j < kChunkTokens / 8; j += 2) {
-            const float* v = d + (c * kChunkTokens / 8 + j) * 4;
+            const float* v = sum_at<P>(d, (c * kChunkTokens / 8 + j) * 4);
             uint32_t pairs[4];
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -167,23 +204,22 @@ __device__ __forceinline__ void store_output(
 }
 
 template <typename T, class P>
-__device__ __forceinline__ void
-consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_generic) {
+__device__ __forceinline__ void consume(const Maps& maps, const Params& p, uint32_t smem) {
     const uint32_t thread = threadIdx.x - P::kProducers;
     const uint32_t group = thread / kWarpgroup, own = thread % kWarpgroup;
-    Reader<P> reader{
-        smem,
-        P::kXBytes + group * 64 * kRowBytes,
-        own < kCluster ? in_cta(smem + P::kEmpty, own) : 0,
-        {0, 0},
-        0};
-    const int tiles = tile_count<P>(p);
+    Reader<P> reader{smem,     P::kXBytes + group * 64 * kRowBytes,
+                     own == 0, own == 1 ? in_cta(smem + P::kEmpty, blockIdx.x % kCluster ^ 1) : 0,
+                     {0, 0},   0};
+    const Schedule schedule(p);
+    const int tiles = schedule.count();
     for (int index = 0; index < tiles; index++) {
-        const Tile tile = tile_at<P>(p, index);
-        float d[P::kTokens / 2];
+        const Tile tile = tile_at<P>(p, schedule, index);
+        Sums<P> d;
         multiply<T, P>(d, reader, tile, p.r);
-        if (tile.split)
-            add_halves<P>(d, smem, smem_generic);
+        if (index == tiles - 1)
+            let_next_kernel_start();
+        if (tile.parts > 1)
+            exchange_parts<P>(d, p, tile);
         store_output<T, P>(d, maps, p, tile, smem);
     }
     if (own == 0)

@@ -2,10 +2,12 @@
 // have TMA bring x and packed weights.
 //
 // A warp decodes 32 rows of one step at a time, a lane one block of 64 codes; warps that share rows
-// take steps in turn. Packed weights come in groups of two turns, into two buffers, and their
-// scales in fours. The stage is waited for first; then words are decoded and stored one by one, and
-// the next table is built while the stores drain. Decoding into registers ahead of the wait, with
-// the table built where it is needed, was 1 to 11% slower (H100, 2026-11).
+// take steps in turn. Packed weights come in groups of one or two turns, into two buffers, and
+// their scales in fours. The stage is waited for first; then words are decoded and stored one by
+// one. Groups of one turn where W is shared cost 3% (gate of an 8B model, M 1024). Slower on an
+// H100 (2026-11): to decode into registers ahead of the wait, 1 to 11%; to load the next words and
+// build their table while the stores drain, 5%; to deal out the loads of x among the warps and to
+// fetch packed weights into L2 ahead, 1 to 2%.
 #pragma once
 
 #include "block_decode.cuh"
@@ -20,17 +22,17 @@ template <class P>
 struct PackedLoader {
     const Maps& maps;
     const Params& p;
+    const Schedule& schedule;
     uint32_t smem;
     int own_row;
-    int tiles;
     Tile tile;
     int index, step, buffer;
 
     __device__ __forceinline__ void load_next() {
         if (step >= tile.weight_steps) {
-            if (index + 1 >= tiles)
+            if (index + 1 >= schedule.count())
                 return;
-            tile = tile_at<P>(p, ++index);
+            tile = tile_at<P>(p, schedule, ++index);
             step = 0;
         }
         const uint32_t full = smem + P::kPackedFull + buffer * 8;
@@ -128,7 +130,7 @@ template <class P>
 __device__ __forceinline__ void
 load_x(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t full) {
     const int column = (tile.first_step + step) * kStepK;
-    if (P::kSharesW || tile.split) {
+    if (P::kSharesW) {
         load_tokens<P>(stage, maps.x, column, tile.token0, full);
     } else {
         const int part = blockIdx.x % kCluster;
@@ -150,23 +152,42 @@ __device__ __forceinline__ void publish(uint32_t smem_peer, uint32_t piece, uint
         copy_to_cta(smem_peer + piece, piece, kUnitRows * kRowBytes, smem_peer + full);
 }
 
+constexpr int kTablesBarrier = 4;
+
+// What decoding looks up: the codebook, then that of the scales. Only the producers need it, and it
+// comes at the same time as the first packed weights.
+template <bool kNested, class P>
+__device__ __forceinline__ void load_tables(const WeightView& w, float* tables) {
+    if (threadIdx.x < 16)
+        tables[threadIdx.x] = __ldg(w.codebook + threadIdx.x);
+    if constexpr (kNested) {
+#pragma unroll
+        for (int i = threadIdx.x; i < kNestedCodes; i += P::kProducers)
+            tables[16 + i] = __ldg(w.nested_codebook + i);
+    }
+    named_barrier(kTablesBarrier, P::kProducers);
+}
+
 template <typename T, bool kNested, class P>
 __device__ __forceinline__ void
-produce(const Maps& maps, const Params& p, uint32_t smem, const float* tables) {
+produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int rank = blockIdx.x % kCluster;
     const int own_row = P::kSharesW ? rank * P::kOwnRows : 0;  // the first that this CTA decodes
     const int unit_row = warp % P::kUnits * kUnitRows;
     const bool loads_x = warp % P::kUnits == 0 && lane == 0;
     const uint32_t peer = in_cta(smem, rank ^ 1) - smem;
-    const int tiles = tile_count<P>(p);
+    const Schedule schedule(p);
+    const int tiles = schedule.count();
+    Tile tile = tile_at<P>(p, schedule, 0);
 
-    PackedLoader<P> loader{maps, p, smem, own_row, tiles, tile_at<P>(p, 0), 0, 0, 0};
+    PackedLoader<P> loader{maps, p, schedule, smem, own_row, tile, 0, 0, 0};
     if (threadIdx.x == 0) {
         loader.load_next();
         loader.load_next();
     }
     __syncwarp();
+    load_tables<kNested, P>(p.w, tables);
     int buffer = 0;
     uint32_t buffer_parity = 0;
     const uint32_t packed_swizzle = P::kPackedRow == 128 ? lane % 8 : lane / 2 % 4;
@@ -175,26 +196,28 @@ produce(const Maps& maps, const Params& p, uint32_t smem, const float* tables) {
     auto lane_row = [&](const Tile& t) {
         return min(static_cast<int64_t>(t.row0 + own_row + unit_row + lane), p.w.N - 1);
     };
-    Tile tile = tile_at<P>(p, 0);
     uint32_t block = static_cast<uint32_t>(lane_row(tile) * p.steps + tile.first_step);
     const float nested_offset = kNested ? __ldg(p.w.nested_offset) : 0.0f;
     RawScales<kNested> raw{};
     if (p.quick_scales)
         raw = load_scales<kNested>(p.w, block);
-    float scales[4];
+    float scales[kQuad];
 
     int step = warp / P::kUnits;
     Position<P> at{step, 1};
     for (int index = 0; index < tiles; index++) {
-        const Tile next = tile_at<P>(p, min(index + 1, tiles - 1));
+        const Tile next = tile_at<P>(p, schedule, min(index + 1, tiles - 1));
         const auto next_block = static_cast<uint32_t>(lane_row(next) * p.steps + next.first_step);
+        const T* lora_B = static_cast<const T*>(p.lora_B) + lane_row(tile) * p.r;
+        if (tile.steps > tile.weight_steps)
+            prefetch_l2(lora_B);
 #pragma unroll 1
         for (int group = 0; group < tile.weight_steps; group += P::kGroupSteps) {
             const uint32_t packed_empty = smem + P::kPackedEmpty + buffer * 8;
             barrier_wait(smem + P::kPackedFull + buffer * 8, buffer_parity);
-            uint4 packed[2][2];
+            uint4 packed[P::kTurns][2];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < 2 * P::kTurns; i++) {
                 const uint32_t chunk = (step - group + i / 2 * P::kStride) * 2 + i % 2;
                 packed[i / 2][i % 2] = load_shared(
                     packed_row + buffer * P::kPackedBytes + ((chunk ^ packed_swizzle) << 4));
@@ -202,20 +225,20 @@ produce(const Maps& maps, const Params& p, uint32_t smem, const float* tables) {
             __syncwarp();
             if (lane == 0)
                 barrier_arrive(packed_empty);
-            if (group % 4 == 0 && p.quick_scales) {
+            if (group % kQuad == 0 && p.quick_scales) {
                 unpack_scales(scales, raw, tables + 16, nested_offset);
-                const bool last = group + 4 >= tile.weight_steps;
-                raw = load_scales<kNested>(p.w, last ? next_block : block + group + 4);
-            } else if (group % 4 == 0) {
+                const bool last = group + kQuad >= tile.weight_steps;
+                raw = load_scales<kNested>(p.w, last ? next_block : block + group + kQuad);
+            } else if (group % kQuad == 0) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < kQuad; i++) {
                     const uint32_t own = block + min(group + i, tile.weight_steps - 1);
                     scales[i] = block_scale<kNested>(p.w, own >> (p.w.blocksize_log2 - 6));
                 }
             }
             ScaledTable<true> table = table_of<T>(smem + P::kTables, scales, step);
 #pragma unroll
-            for (int unit = 0; unit < 2; unit++) {
+            for (int turn = 0; turn < P::kTurns; turn++) {
                 if (step < tile.weight_steps) {
                     const uint32_t full = smem + P::kFull + at.slot * 8;
                     const uint32_t stage = smem + at.slot * P::kStageBytes;
@@ -227,17 +250,17 @@ produce(const Maps& maps, const Params& p, uint32_t smem, const float* tables) {
                     __syncwarp();
                     const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kRowBytes;
                     const uint32_t row = piece + lane * kRowBytes + lane % 8 * 16;
-                    const uint32_t* words = &packed[unit][0].x;
+                    const uint32_t* words = &packed[turn][0].x;
 #pragma unroll
                     for (int c = 0; c < 8; c++)
                         store_shared(row ^ (c << 4), decode_word(table, words[c]));
-                    if (unit == 0)  // while the stores drain
+                    if (turn + 1 < P::kTurns)  // while the stores drain
                         table = table_of<T>(smem + P::kTables, scales, step + P::kStride);
                     publish<P>(peer, piece, full);
                     step += P::kStride;
                     at.advance(P::kStride);
                 }
-                if (unit == 0 && threadIdx.x == 0) {
+                if (turn == 0 && threadIdx.x == 0) {
                     barrier_wait(packed_empty, buffer_parity);
                     loader.load_next();
                 }
@@ -246,24 +269,21 @@ produce(const Maps& maps, const Params& p, uint32_t smem, const float* tables) {
             buffer ^= 1;
             buffer_parity ^= buffer == 0;
         }
-        for (; step < tile.steps; step += P::kStride, at.advance(P::kStride)) {
-            const bool low_rank = p.r > 0 && step == tile.steps - 1;
+        if (step < tile.steps) {  // the low-rank term, one warp of each row unit
             const uint32_t full = smem + P::kFull + at.slot * 8;
             const uint32_t stage = smem + at.slot * P::kStageBytes;
             barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
             if (loads_x) {
                 barrier_arrive_expect(full, P::kArrivingBytes);
-                if (low_rank)
-                    wait_for_previous_kernel();
-                load_tokens<P>(stage, low_rank ? maps.z : maps.x, 0, tile.token0, full);
+                wait_for_previous_kernel();
+                load_tokens<P>(stage, maps.z, 0, tile.token0, full);
             }
             __syncwarp();
             const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kRowBytes;
-            if (low_rank) {
-                const T* lora_B = static_cast<const T*>(p.lora_B) + lane_row(tile) * p.r;
-                store_lora_row(piece + lane * kRowBytes + lane % 8 * 16, lora_B, p.r);
-            }
+            store_lora_row(piece + lane * kRowBytes + lane % 8 * 16, lora_B, p.r);
             publish<P>(peer, piece, full);
+            step += P::kStride;
+            at.advance(P::kStride);
         }
         step -= tile.steps;
         tile = next;

@@ -16,23 +16,30 @@
 // fills an H100 (fours and eights reached 120 of 132 SMs), in one of two shapes:
 //   shared x   two row tiles, one token tile: each loads half of x for both
 //   shared W   one row tile, two token tiles: each decodes half of W for both and copies it over
-// Grids are persistent. When the last tiles would leave half of the pairs idle, a pair with shared
-// x takes one row tile instead of two, splits K, and sums through the other's shared memory.
 //
-// Bound by shared memory and by the latency of decoding: wgmma reads 80 of the 128 bytes that
-// shared memory gives per clock, x takes 32, decoded weights 16, and the four decoding warps that
-// registers allow beside 256 tokens have little to hide it behind. Per step of 128 x 256: 0.70 us
-// with shared W, 0.86 with shared x (H100, 2026-11). Packed weights come by TMA as well: with
-// ordinary loads, a row per lane and so 32 lines per instruction, a step took 1.2 us.
+// Grids are persistent: whole rounds of tiles, one to a cluster. The tiles that are left, fewer
+// than clusters, are divided along K and their partial sums exchanged through the workspace, in one
+// of two ways or not at all, whatever nf4_lora_matmul_mid_plan.h expects to be fastest:
+//   in a row   equal shares of all their steps: a part that does not end its tile comes first, and
+//              has long been stored when the cluster that ends the tile, its last, adds it
+//   level      parts of equal length, which end together: each adds up a quarter of the tokens
+// Level parts wait for each other. A grid is never larger than what the card holds at once; where
+// it has to share the card, its CTAs start in order and the parts of a tile are neighbours, so that
+// one tile's, 7 clusters at most, wait for SMs while all others end. Up to about 1000 tokens four
+// SMs stay out of the grid and project meanwhile, which hides 5 us.
+//
+// Bound by decoding beside wgmma and by shared memory: per step wgmma reads 80 KB (96 with shared
+// x, see Plan), x takes 32, decoded weights 16. A step of 128 x 256 takes 0.70 us with shared W,
+// 0.81 with shared x, 0.72 there with decoding switched off (H100, 2026-11). Eight decoding warps
+// instead of four gain 6% with shared x. An exchange costs 5 to 8 us at 256 tokens.
 //
 // Callers have checked what serves_nf4_lora_matmul_mid lists.
-
-#include <algorithm>
 
 #include "launch_config.h"
 #include "lora_project.h"
 #include "nf4_lora_matmul_mid.h"
 #include "nf4_lora_matmul_mid_consume.cuh"
+#include "nf4_lora_matmul_mid_plan.h"
 #include "nf4_lora_matmul_mid_produce.cuh"
 #include "tensor_map.h"
 
@@ -41,15 +48,13 @@ namespace {
 
 // ---- kernel -------------------------------------------------------------------------------------
 
-// 384 threads with 168 registers (256 tokens) or 512 with 128. ptxas 13.0 does not compile products
-// of 256 tokens for 128 registers, so there are no eight decoding warps beside them.
+// 384 threads with 168 registers (shared W) or 512 with 128, to begin with.
 template <typename T, bool kNested, class P>
 __global__ void __launch_bounds__(P::kThreads, 1)
     nf4_lora_matmul_mid_kernel(const __grid_constant__ Maps maps, const Params p) {
     extern __shared__ uint8_t smem_raw[];
     const uint32_t raw = shared_address(smem_raw);
     const uint32_t smem = (raw + kSmemAlignment - 1) / kSmemAlignment * kSmemAlignment;
-    uint8_t* smem_generic = smem_raw + (smem - raw);
     if (threadIdx.x == 0) {
         for (int i = 0; i < P::kStages; i++) {
             barrier_init(smem + P::kFull + i * 8, 1 + P::kUnits);
@@ -61,35 +66,22 @@ __global__ void __launch_bounds__(P::kThreads, 1)
         }
         barrier_init_fence();
     }
-    // The projection, if any, has waited for everything before it; what it computes itself is
-    // waited for where it is read. Only the second product of a call may start early: the CTAs of a
-    // later projection would crowd on the few idle SMs (M 1024, N 4096, K 14336: 202 us instead of
-    // 180, H100, 2026-11).
+    // The projection, if any, has waited for everything before it; what it writes itself is waited
+    // for where it is read.
     if (p.waits_first)
         wait_for_previous_kernel();
-    if (p.lets_next_start)
-        let_next_kernel_start();
-    float* tables = reinterpret_cast<float*>(smem_generic + P::kTables);
-    if (threadIdx.x < 16)
-        tables[threadIdx.x] = __ldg(p.w.codebook + threadIdx.x);
-    if (kNested && threadIdx.x < kNestedCodes)
-        tables[16 + threadIdx.x] = __ldg(p.w.nested_codebook + threadIdx.x);
     __syncthreads();
     cluster_sync_unaligned();
     constexpr bool kMovesRegisters = P::kTokens == 256;
     if (threadIdx.x < P::kProducers) {
         if (kMovesRegisters)
-            shrink_registers<104>();
+            shrink_registers<P::kSharesW ? 104 : 80>();
+        float* tables = reinterpret_cast<float*>(smem_raw + (smem - raw) + P::kTables);
         produce<T, kNested, P>(maps, p, smem, tables);
-        __syncwarp();
-        if (blockIdx.x / kCluster < p.split_tiles) {  // the two of add_halves
-            cluster_sync_unaligned();
-            cluster_sync_unaligned();
-        }
     } else {
         if (kMovesRegisters)
-            grow_registers<200>();
-        consume<T, P>(maps, p, smem, smem_generic);
+            grow_registers<P::kSharesW ? 200 : 176>();
+        consume<T, P>(maps, p, smem);
     }
     __syncwarp();
     cluster_sync_unaligned();  // nobody leaves while the other may write here
@@ -113,22 +105,6 @@ cudaError_t make_maps(Maps& maps, const LoraMatmulArgs& a) {
     return error;
 }
 
-// Row tiles of W that one launch computes, and how many tiles of clusters that is.
-struct Rows {
-    int64_t first, count;
-};
-
-template <class P>
-int64_t cluster_tiles(const LoraMatmulArgs& a, int64_t row_tiles) {
-    return ceil_div(row_tiles, P::kRowTiles) * ceil_div(a.M, P::kTokens * P::kTokenTiles);
-}
-
-// Whether the tiles after the last full round are few enough to be split.
-template <class P>
-bool splits(const LoraMatmulArgs& a, int64_t tiles, int clusters) {
-    return !P::kSharesW && tiles % clusters * 2 <= clusters && a.w.K >= 16 * kStepK;
-}
-
 bool quick_scales(const WeightView& w) {
     const auto misaligned = w.absmax == nullptr ? reinterpret_cast<uintptr_t>(w.absmax_8bit) % 4
                                                 : reinterpret_cast<uintptr_t>(w.absmax) % 16;
@@ -137,86 +113,53 @@ bool quick_scales(const WeightView& w) {
 }
 
 template <typename T, bool kNested, class P>
-cudaError_t launch_product(const LoraMatmulArgs& a, Rows rows, int clusters, cudaStream_t stream) {
+cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cudaStream_t stream) {
     Maps maps{};
     cudaError_t error = make_maps<P>(maps, a);
     if (error != cudaSuccess)
         return error;
-    const int64_t tiles = cluster_tiles<P>(a, rows.count);
-    const int64_t rest = splits<P>(a, tiles, clusters) ? tiles % clusters : 0;
+    const Workspace space = layout_workspace(a, division);
     Params p{};
     p.w = a.w;
     p.lora_B = a.lora_B;
     p.bias = a.bias;
+    p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(a.workspace) + space.partials);
+    p.flags = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(a.workspace) + space.flags);
     p.r = a.r;
     p.steps = static_cast<int>(a.w.K / kStepK);
-    p.first_row = static_cast<int>(rows.first * kTileRows);
     p.token_groups = static_cast<int>(ceil_div(a.M, P::kTokens * P::kTokenTiles));
-    p.full_tiles = static_cast<int>(tiles - rest);
-    p.split_tiles = static_cast<int>(rest * P::kRowTiles);
-    p.waits_first = a.r == 0;
-    p.lets_next_start = rows.first == 0 && rows.count < ceil_div(a.w.N, kTileRows);
+    p.full_tiles = division.full_tiles;
+    p.split_tiles = division.split_tiles;
+    p.split_clusters = division.split_clusters;
+    p.level = division.split_tiles > 0 && division.split_clusters % division.split_tiles == 0;
+    p.waits_first = !has_first_kernel(a, division);
     p.quick_scales = quick_scales(a.w);
 
-    const auto kernel = nf4_lora_matmul_mid_kernel<T, kNested, P>;
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kSmemBytes);
+    constexpr auto kernel = nf4_lora_matmul_mid_kernel<T, kNested, P>;
+    error = allow_shared_memory<kernel>(P::kSmemBytes);
     if (error != cudaSuccess)
         return error;
-    const int grid = kCluster * std::min(clusters, std::max(p.full_tiles, p.split_tiles));
-    LaunchConfig config(grid, P::kThreads, P::kSmemBytes, stream);
+    LaunchConfig config(kCluster * division.clusters, P::kThreads, P::kSmemBytes, stream);
     config.cluster(kCluster);
     return cudaLaunchKernelEx(config.get(), kernel, maps, p);
 }
 
-using SharedX256 = Plan<256, false>;
-using SharedX128 = Plan<128, false>;
-using SharedW256 = Plan<256, true>;
-
-// Time of a launch, in hundredths of microseconds on an H100 (2026-11): what a step costs in each
-// plan, and what splitting K adds. Only the order of the results matters.
-template <class P>
-int64_t estimate(const LoraMatmulArgs& a, int64_t row_tiles, int clusters) {
-    constexpr int kStep = P::kTokens == 128 ? 60 : P::kSharesW ? 70 : 86;
-    constexpr int kLaunch = 300, kSplit = 300;
-    const int64_t tiles = cluster_tiles<P>(a, row_tiles), steps = a.w.K / kStepK;
-    if (!splits<P>(a, tiles, clusters) || tiles % clusters == 0)
-        return kLaunch + ceil_div(tiles, clusters) * steps * kStep;
-    return kLaunch + kSplit + (tiles / clusters * steps + steps / 2) * kStep;
-}
-
 template <typename T, bool kNested>
-cudaError_t launch_products(const LoraMatmulArgs& a, int clusters, cudaStream_t stream) {
-    const int64_t row_tiles = ceil_div(a.w.N, kTileRows);
-    const Rows all{0, row_tiles};
-    // Shared W for the rounds that it fills, and what is left split along K.
-    const int64_t groups = ceil_div(a.M, 2 * SharedW256::kTokens);
-    const int64_t head = row_tiles * groups / clusters * clusters / groups;
-    const int64_t shared_w = estimate<SharedW256>(a, row_tiles, clusters);
-    const int64_t shared_x = estimate<SharedX256>(a, row_tiles, clusters);
-    const int64_t narrow = estimate<SharedX128>(a, row_tiles, clusters);
-    const int64_t two = head == 0 || head == row_tiles
-                            ? INT64_MAX
-                            : estimate<SharedW256>(a, head, clusters) +
-                                  estimate<SharedX256>(a, row_tiles - head, clusters);
-    const int64_t best = std::min(std::min(shared_w, shared_x), std::min(narrow, two));
-    if (best == shared_w)
-        return launch_product<T, kNested, SharedW256>(a, all, clusters, stream);
-    if (best == shared_x)
-        return launch_product<T, kNested, SharedX256>(a, all, clusters, stream);
-    if (best == narrow)
-        return launch_product<T, kNested, SharedX128>(a, all, clusters, stream);
-    const cudaError_t error =
-        launch_product<T, kNested, SharedW256>(a, {0, head}, clusters, stream);
-    if (error != cudaSuccess)
-        return error;
-    return launch_product<T, kNested, SharedX256>(a, {head, row_tiles - head}, clusters, stream);
+cudaError_t launch(const LoraMatmulArgs& a, const Division& division, cudaStream_t stream) {
+    switch (division.plan) {
+    case kSharedW256:
+        return launch_product<T, kNested, SharedW256>(a, division, stream);
+    case kSharedX256:
+        return launch_product<T, kNested, SharedX256>(a, division, stream);
+    default:
+        return launch_product<T, kNested, SharedX128>(a, division, stream);
+    }
 }
 
 template <typename T>
-cudaError_t launch(const LoraMatmulArgs& a, int clusters, cudaStream_t stream) {
-    return a.w.absmax == nullptr ? launch_products<T, true>(a, clusters, stream)
-                                 : launch_products<T, false>(a, clusters, stream);
+cudaError_t launch(const LoraMatmulArgs& a, const Division& division, cudaStream_t stream) {
+    return a.w.absmax == nullptr ? launch<T, true>(a, division, stream)
+                                 : launch<T, false>(a, division, stream);
 }
 
 }  // namespace
@@ -230,20 +173,27 @@ bool serves_nf4_lora_matmul_mid(const LoraMatmulArgs& a) {
 }
 
 size_t nf4_lora_matmul_mid_workspace_bytes(const LoraMatmulArgs& a) {
-    return static_cast<size_t>(a.M) * padded_rank(a.r) * 2;
+    return layout_workspace(a, divide(a, sm_count())).bytes;
 }
 
 cudaError_t launch_nf4_lora_matmul_mid(const LoraMatmulArgs& a, cudaStream_t stream) {
     if (a.M == 0 || a.w.N == 0)
         return cudaSuccess;
-    if (a.r > 0) {
-        const cudaError_t error = launch_lora_project(a, a.workspace, stream);
+    const Division division = divide(a, sm_count());
+    if (has_first_kernel(a, division)) {
+        const Workspace space = layout_workspace(a, division);
+        uint8_t* workspace = static_cast<uint8_t*>(a.workspace);
+        Projection projection{};
+        projection.z_scaled = workspace;
+        projection.flags = reinterpret_cast<uint32_t*>(workspace + space.flags);
+        projection.flag_count = kCluster * division.split_clusters;
+        projection.spare_sms = division.spare_sms;
+        const cudaError_t error = launch_lora_project(a, projection, stream);
         if (error != cudaSuccess)
             return error;
     }
-    const int clusters = sm_count() / kCluster;  // SMs come in pairs
-    return a.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(a, clusters, stream)
-                                       : launch<__half>(a, clusters, stream);
+    return a.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(a, division, stream)
+                                       : launch<__half>(a, division, stream);
 }
 
 }  // namespace lowbit::cuda

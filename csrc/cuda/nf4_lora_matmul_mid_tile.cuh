@@ -23,21 +23,26 @@ constexpr int kNestedCodes = 256;
 constexpr int kSmemAlignment = 1024;  // of swizzled tiles
 
 // Shared memory in this order: stages (x, then W), two groups of packed weights, staged output, 16
-// codebook values and 256 nested ones, barriers. 231 584 bytes for 256 tokens, 215 216 for 128.
+// codebook values and 256 nested ones, barriers. 231 584 bytes at most.
 template <int kTokens_, bool kSharesW_>
 struct Plan {
     static constexpr int kTokens = kTokens_;
     static constexpr bool kSharesW = kSharesW_;
     static constexpr int kRowTiles = kSharesW ? 1 : 2;  // of a cluster
     static constexpr int kTokenTiles = kCluster / kRowTiles;
-    static constexpr int kStages = kTokens == 256 ? 4 : 5;
-    static constexpr int kProducerWarps = kTokens == 256 ? 4 : 8;
+    // Eight decoding warps where a CTA decodes all of its rows. ptxas 13.0 then has no registers
+    // for products of 256 tokens, and those of 128 read W twice.
+    static constexpr int kProducerWarps = kSharesW ? 4 : 8;
+    static constexpr int kProductTokens = kSharesW ? 256 : 128;
+    static constexpr int kProducts = kTokens / kProductTokens;  // beside each other
+    static constexpr int kStages = kTokens == 256 ? 4 : 6;
     static constexpr int kProducers = kProducerWarps * kWarpSize;
     static constexpr int kThreads = kProducers + kConsumers;
     static constexpr int kOwnRows = kTileRows / kTokenTiles;  // decoded here
     static constexpr int kUnits = kOwnRows / kUnitRows;       // per step
     static constexpr int kStride = kProducerWarps / kUnits;   // steps being decoded at a time
-    static constexpr int kGroupSteps = 2 * kStride;           // of packed weights, loaded together
+    static constexpr int kTurns = kSharesW ? 2 : 1;           // of a warp, per group
+    static constexpr int kGroupSteps = kTurns * kStride;      // of packed weights, loaded together
     static constexpr int kPackedRow = kGroupSteps * kStepK / 2;
     static constexpr int kPackedBytes = kOwnRows * kPackedRow;
     static constexpr int kXBytes = kTokens * kRowBytes;
@@ -55,8 +60,13 @@ struct Plan {
     static constexpr int kPackedEmpty = kPackedFull + 2 * 8;
     static constexpr int kSmemBytes = kPackedEmpty + 2 * 8 + kSmemAlignment;
     static_assert(kPackedRow == 64 || kPackedRow == 128, "one of two swizzles");
+    static_assert(kStages % kStride == 0, "a warp comes back to the same stages");
     static_assert(kSmemBytes <= 227 * 1024);
 };
+
+// Sums of a thread.
+template <class P>
+using Sums = float[P::kProducts][P::kProductTokens / 2];
 
 struct Maps {
     CUtensorMap x, z, y;
@@ -67,51 +77,95 @@ struct Params {
     WeightView w;
     const void* lora_B;
     const void* bias;
+    float* partials;  // [CTAs][quarters][kTileRows kTokens / 4]
+    uint32_t* flags;  // [CTAs], 1 when the CTA's partial is there; zeroed by the kernel before
     int r;
-    int steps;  // K / 64
-    int first_row;
-    int token_groups;  // token tiles of a cluster beside each other
-    int full_tiles;    // tiles of clusters: kRowTiles x kTokenTiles tiles of CTAs
-    int split_tiles;   // after them, tiles of CTAs whose K a cluster splits: at most one each
-    bool waits_first;  // no kernel of this call came before
-    bool lets_next_start;
-    bool quick_scales;  // four blocks of a row can be loaded as one word and share a nested absmax
+    int steps;           // K / 64
+    int token_groups;    // token tiles of a cluster beside each other
+    int full_tiles;      // of clusters, kRowTiles x kTokenTiles tiles of CTAs: whole rounds
+    int split_tiles;     // after them, fewer than clusters
+    int split_clusters;  // that these are divided among
+    bool level;          // each of them among equally many
+    bool waits_first;    // no kernel of this call came before
+    bool quick_scales;   // four blocks of a row can be loaded as one word and share a nested absmax
 };
 
-// What one CTA does in one round. `steps` is the same in the whole cluster, whose CTAs free each
-// other's stages; the first weight_steps of them are blocks of W, the last is the low-rank term.
+// What one CTA does in one go, the same rows and steps in the whole cluster, whose CTAs free each
+// other's stages. The first weight_steps of steps are blocks of W; one more is the low-rank term.
 struct Tile {
     int row0, token0;
     int first_step, weight_steps, steps;
-    bool split;
+    int part, parts;  // of K, one cluster each
+};
+
+// Four neighbouring scales are loaded together, so K is divided in units of four steps.
+constexpr int kQuad = 4;
+
+// The split tiles' quads in a row, divided evenly: where the share of a cluster begins.
+__device__ __forceinline__ int share_begin(const Params& p, int cluster) {
+    const uint32_t quads = p.split_tiles * ((p.steps + kQuad - 1) / kQuad);
+    return quads * cluster / p.split_clusters;
+}
+
+// A cluster's share reaches into two tiles at most. What it has of the second, which another
+// cluster ends, comes first, whole tiles follow, and last what it has of the first: that other
+// cluster finds the partial sums of this one when it comes to its end.
+struct Schedule {
+    int full, begin, end;
+    bool owes, ends;
+
+    __device__ __forceinline__ Schedule(const Params& p) {
+        const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+        const int quads = (p.steps + kQuad - 1) / kQuad;
+        full = p.full_tiles > cluster ? (p.full_tiles - cluster - 1) / clusters + 1 : 0;
+        begin = end = 0, owes = ends = false;
+        if (cluster < p.split_clusters) {
+            begin = share_begin(p, cluster), end = share_begin(p, cluster + 1);
+            owes = end % quads != 0 && !p.level;  // parts of equal length end together
+            ends = !owes || begin / quads != end / quads;
+        }
+    }
+    __device__ __forceinline__ int count() const {
+        return full + owes + ends;
+    }
 };
 
 template <class P>
-__device__ __forceinline__ int tile_count(const Params& p) {
-    const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
-    const int full = p.full_tiles > cluster ? (p.full_tiles - cluster - 1) / clusters + 1 : 0;
-    return full + (cluster < p.split_tiles);
-}
-
-template <class P>
-__device__ __forceinline__ Tile tile_at(const Params& p, int index) {
+__device__ __forceinline__ Tile tile_at(const Params& p, const Schedule& schedule, int index) {
     const int rank = blockIdx.x % kCluster;
     const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
-    int number = cluster + index * clusters;
-    int row_tile = P::kSharesW ? 0 : rank;
-    Tile t{0, 0, 0, p.steps, p.steps, number >= p.full_tiles};
-    if (t.split) {
-        number = p.full_tiles + cluster / P::kRowTiles;
-        row_tile = cluster % P::kRowTiles;
-        t.steps = (p.steps + 7) / 8 * 4;  // scales are loaded in fours
-        t.first_step = rank * t.steps;
-        t.weight_steps = min(t.steps, p.steps - t.first_step);
+    int number = cluster + (index - schedule.owes) * clusters;
+    Tile t{0, 0, 0, p.steps, p.steps, 0, 1};
+    bool ends = true;
+    const bool owed = schedule.owes && index == 0;
+    if (owed || index == schedule.owes + schedule.full) {
+        const int quads = (p.steps + kQuad - 1) / kQuad;
+        const int of_split = owed ? (schedule.end - 1) / quads : schedule.begin / quads;
+        const int tile_begin = of_split * quads, tile_end = tile_begin + quads;
+        const int begin = max(schedule.begin, tile_begin), end = min(schedule.end, tile_end);
+        number = p.full_tiles + of_split;
+        t.first_step = (begin - tile_begin) * kQuad;
+        t.weight_steps = min((end - tile_begin) * kQuad, p.steps) - t.first_step;
+        ends = end == tile_end;
+        int first = cluster, last = cluster;
+        while (share_begin(p, first) > tile_begin)
+            first--;
+        while (share_begin(p, last + 1) < tile_end)
+            last++;
+        t.part = cluster - first, t.parts = last - first + 1;
     }
-    t.row0 = p.first_row + (number / p.token_groups * P::kRowTiles + row_tile) * kTileRows;
-    t.token0 = number % p.token_groups * P::kTokenTiles * P::kTokens;
-    t.token0 += P::kSharesW ? rank * P::kTokens : 0;
-    t.steps += p.r > 0;
+    t.steps = t.weight_steps + (ends && p.r > 0);
+    const int row_tile = number / p.token_groups * P::kRowTiles + (P::kSharesW ? 0 : rank);
+    const int token_tile = number % p.token_groups * P::kTokenTiles + (P::kSharesW ? rank : 0);
+    t.row0 = row_tile * kTileRows;
+    t.token0 = token_tile * P::kTokens;
     return t;
+}
+
+// Which part of a tile stores a quarter of its tokens: parts of equal length share them, of others
+// the last has them all.
+__device__ __forceinline__ int owner_of(const Params& p, const Tile& tile, int quarter) {
+    return p.level ? quarter * tile.parts / 4 : tile.parts - 1;
 }
 
 // A stage of the ring and the parity of its use.

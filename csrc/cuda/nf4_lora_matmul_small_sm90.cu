@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int kTokens, int kRowGroups>
 cudaError_t launch_matmul(const Problem& problem, int ctas, cudaStream_t stream) {
     using Shape = Tile<kTokens, kRowGroups>;
-    const auto kernel = nf4_lora_matmul_small_kernel<T, Shape>;
+    constexpr auto kKernel = nf4_lora_matmul_small_kernel<T, Shape>;
     CUtensorMap map;
     const WeightView& w = problem.w;
     // Codes as [N][K / 8] words.
@@ -263,12 +263,11 @@ cudaError_t launch_matmul(const Problem& problem, int ctas, cudaStream_t stream)
         map, CU_TENSOR_MAP_DATA_TYPE_UINT32, w.qweight, w.N, w.K / 8,
         {Shape::kRows, kUnitBlocks * kBlock / 8}, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
     if (error == cudaSuccess)
-        error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
+        error = allow_shared_memory<kKernel>(Shape::kBytes);
     if (error != cudaSuccess)
         return error;
     const LaunchConfig config(ctas, kThreads, Shape::kBytes, stream);
-    return cudaLaunchKernelEx(config.get(), kernel, problem, map);
+    return cudaLaunchKernelEx(config.get(), kKernel, problem, map);
 }
 
 template <typename T>

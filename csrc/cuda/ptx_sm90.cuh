@@ -366,6 +366,16 @@ store_tile(const CUtensorMap& map, uint32_t source, int column, int row) {
         : "memory");
 }
 
+// The same, added to what is there in the map's 16-bit type, each sum rounded.
+__device__ __forceinline__ void
+add_tile(const CUtensorMap& map, uint32_t source, int column, int row) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2, %3}], [%1];" ::
+            "l"(&map),
+        "r"(source), "r"(column), "r"(row)
+        : "memory");
+}
+
 __device__ __forceinline__ void commit_stores() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -423,6 +433,23 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
     uint32_t d;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
     return d;
+}
+
+// Four 8x8 tiles of 16-bit elements from shared memory; lane 8 i + j gives the address of row j of
+// tile i. A lane receives elements 2 (lane % 4) and the next of row lane / 4 of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// The same of the transposed tiles.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(row)
+                 : "memory");
 }
 
 // d += a b over a 16 x 8 tile, a's rows along K like b's columns.

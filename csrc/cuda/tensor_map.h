@@ -31,7 +31,7 @@ inline CUtensorMapDataType tensor_map_type(Dtype dtype) {  // of the 16-bit ones
 
 struct TensorMapBox {
     int rows;
-    int columns;  // 64 or 128 bytes of them, which decides the swizzle
+    int columns;  // 32, 64 or 128 bytes of them, which decides the swizzle
 };
 
 // A row-major, contiguous matrix; reads outside give zeros. Rows take a multiple of 16 bytes.
@@ -54,12 +54,26 @@ inline cudaError_t make_tensor_map(
     const cuuint32_t box_sizes[2] = {
         static_cast<cuuint32_t>(box.columns), static_cast<cuuint32_t>(box.rows)};
     const cuuint32_t element_strides[2] = {1, 1};
-    const auto swizzle =
-        box.columns * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-    const CUresult result = encode(
-        &map, type, 2, const_cast<void*>(data), sizes, strides, box_sizes, element_strides,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    const int row_bytes = box.columns * element_bytes;
+    const auto swizzle = row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                         : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                           : CU_TENSOR_MAP_SWIZZLE_32B;
+    const auto encoded = [&] {
+        return encode(
+                   &map, type, 2, const_cast<void*>(data), sizes, strides, box_sizes,
+                   element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    };
+    if (encoded())
+        return cudaSuccess;
+    // A thread that has not called the runtime yet, such as one of autograd's, has no context.
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaSetDevice(device);
+    if (error != cudaSuccess)
+        return error;
+    return encoded() ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 }  // namespace lowbit::cuda

@@ -26,6 +26,15 @@ __device__ __forceinline__ uint64_t own_operand_descriptor(uint32_t address) {
     return address >> 4 | kOperandLayout;
 }
 
+// For wgmma_transposed, whose a has its 64 rows contiguous: line i of 128 bytes, swizzled as above,
+// has element i of the contraction; 1024-byte aligned. 8 lines are 1024 bytes, whichever of the two
+// strides they count as. 16 elements of the contraction are 16 lines and add 128.
+__device__ __forceinline__ uint64_t transposed_operand_descriptor(uint32_t address) {
+    constexpr uint64_t kLayout =
+        uint64_t{1024 / 16} << 16 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62;
+    return (address & 0x3ffff) >> 4 | kLayout;
+}
+
 // clang-format off
 
 // Names of registers, and the operands that they are.
@@ -49,12 +58,12 @@ __device__ __forceinline__ uint64_t own_operand_descriptor(uint32_t address) {
 #define LOWBIT_D128(i) LOWBIT_D64(i), LOWBIT_D64(i + 64)
 
 // Both operands by descriptor. COUNT = COLUMNS / 2; A, B, P number the operands after d.
-#define LOWBIT_WGMMA(TYPE, NAME, COLUMNS, COUNT, A, B, P)                                          \
+#define LOWBIT_WGMMA(FUNCTION, TRANSPOSED, TYPE, NAME, COLUMNS, COUNT, A, B, P)                    \
     __device__ __forceinline__ void                                                                \
-    wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate, TYPE) {                      \
+    FUNCTION(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate, TYPE) {                   \
         asm volatile("{.reg .pred p;\n\tsetp.ne.b32 p, %" #P ", 0;\n\t"                            \
                      "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME         \
-                     " {" LOWBIT_R##COUNT "}, %" #A ", %" #B ", p, 1, 1, 0, 0;}"                   \
+                     " {" LOWBIT_R##COUNT "}, %" #A ", %" #B ", p, 1, 1, " #TRANSPOSED ", 0;}"     \
                      : LOWBIT_D##COUNT(0)                                                          \
                      : "l"(a), "l"(b), "r"(int{accumulate}));                                      \
     }
@@ -72,9 +81,11 @@ __device__ __forceinline__ uint64_t own_operand_descriptor(uint32_t address) {
     }
 
 #define LOWBIT_WGMMAS(TYPE, NAME)                                                                  \
-    LOWBIT_WGMMA(TYPE, NAME, 64, 32, 32, 33, 34)                                                   \
-    LOWBIT_WGMMA(TYPE, NAME, 128, 64, 64, 65, 66)                                                  \
-    LOWBIT_WGMMA(TYPE, NAME, 256, 128, 128, 129, 130)                                              \
+    LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 64, 32, 32, 33, 34)                                         \
+    LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 128, 64, 64, 65, 66)                                        \
+    LOWBIT_WGMMA(wgmma_transposed, 1, TYPE, NAME, 128, 64, 64, 65, 66)                             \
+    LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 256, 128, 128, 129, 130)                                    \
+    LOWBIT_WGMMA(wgmma_transposed, 1, TYPE, NAME, 256, 128, 128, 129, 130)                         \
     LOWBIT_WGMMA_A(TYPE, NAME, 8, 4, 4, 5, 6, 7, 8, 9)                                             \
     LOWBIT_WGMMA_A(TYPE, NAME, 16, 8, 8, 9, 10, 11, 12, 13)                                        \
     LOWBIT_WGMMA_A(TYPE, NAME, 32, 16, 16, 17, 18, 19, 20, 21)                                     \
