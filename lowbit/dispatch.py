@@ -30,7 +30,8 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 _QUANTIZE = ("quantize_4bit", "dequantize_4bit")
 _FORWARD = ("linear", "lora_linear", "linear_low_rank")
 _BACKWARD = ("linear_dx", "lora_linear_backward")
-_MATMUL = (*_FORWARD, *_BACKWARD, "dropout")
+_KERNEL_OPERATIONS = (*_FORWARD, *_BACKWARD)
+_MATMUL = (*_KERNEL_OPERATIONS, "dropout")
 OPERATIONS = _QUANTIZE + _MATMUL
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _HALVES = (torch.float16, torch.bfloat16)
@@ -51,6 +52,16 @@ class Layer(NamedTuple):
             self.blocksize >= 64
             and self.K % max(self.blocksize, 64) == 0
             and self.N % 16 == 0
+            and self.r <= 64
+        )
+
+    def whole_lines(self) -> bool:
+        """Whether the kernels of the backward pass, which read W by columns, serve the layer."""
+        return (
+            self.blocksize >= 64
+            and self.K % max(self.blocksize, 64) == 0
+            and self.N % 8 == 0
+            and self.N * self.K <= 448 << 20  # their scales fill a workspace of 28 MiB
             and self.r <= 64
         )
 
@@ -78,6 +89,8 @@ def _fused(kernel: str, tokens: tuple[int, int | None], reason: str) -> Row:
     )  # fmt: skip
 
 
+BACKWARD_KERNEL = "nf4_lora_backward"  # of lora_linear_backward; linear_dx is the product in it
+
 # Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 3.03 TB/s and 801 TFLOP/s measured on
 # the same H100 (bench/results/linear_h100.json, 2026-11-24).
 TABLE = (
@@ -86,6 +99,18 @@ TABLE = (
     _fused("nf4_lora_matmul_small", (2, 64), "equal shares of W; 79 % of copy bandwidth at 8"),
     _fused("nf4_lora_matmul_mid", (65, 4095), "two CTAs share a decode; 87 % of peak at 1024"),
     _fused("nf4_lora_matmul_large", (4096, None), "W decoded once; 86 % of peak, faster from 4096"),
+    Row(
+        _BACKWARD,
+        "cuda",
+        "cuda",
+        "one call; dx 1.0 to 2.1 times as fast as by panels up to M 256",
+        BACKWARD_KERNEL,
+        (9, 0),
+        (9, 0),
+        _HALVES,
+        (1, 1 << 19),
+        Layer.whole_lines,
+    ),
     Row(_MATMUL, "cuda", "cuda", "dequantize by panels, cuBLAS", "panels", (8, 0)),
     Row(
         OPERATIONS,
@@ -245,15 +270,14 @@ def _choose(
     why = unavailable(backend)
     if why is not None:
         raise RuntimeError(f"backend {backend!r} was forced but cannot run here: {why}")
-    kernels = [row for row in TABLE if row.backend == backend and operation in row.operations]
-    if kernel and operation in _FORWARD:
-        kernels = [row for row in kernels if row.kernel == kernel]
-    for row in kernels:
+    rows = [row for row in TABLE if row.backend == backend and operation in row.operations]
+    named = [row for row in rows if row.kernel == kernel] if kernel else []
+    for row in named or rows:  # of an operation that the kernel is not for, any
         # Forced by name, a kernel also runs where another one is faster.
-        at = row.tokens[0] if kernel else tokens
+        at = row.tokens[0] if named else tokens
         if _serves(row, operation, device, dtype, at, layer):
             return replace(row, reason="forced")
-    if kernel and operation in _FORWARD:
+    if named:
         raise RuntimeError(
             f"kernel {kernel!r} was forced but does not serve {operation} here "
             f"({dtype}, M = {tokens}, {layer})"
@@ -284,17 +308,32 @@ def select(operation: str, args: tuple, for_backward: bool = True) -> Callable:
         for_backward: False allows a forward kernel to leave out what only backward reads (z).
     """
     first = args[0]
-    if operation in _FORWARD:
-        # x, the eleven of the weight, then lora_A [r, K] or z [M, r]
-        r = 0 if operation == "linear" else args[12].shape[operation == "linear_low_rank"]
-        blocksize = args[9] if args[2] is not None else 0
-        return _forward(
-            operation, first.device, first.dtype, first.shape[0], args[7], args[8], blocksize,
-            args[11], r, for_backward, forced(),
+    if operation in _KERNEL_OPERATIONS:
+        # Where the weight begins, and the rank: of lora_A [r, K] or z [M, r].
+        at = 3 if operation == "lora_linear_backward" else 1
+        r = 0
+        if operation == "linear_low_rank":
+            r = args[at + 11].shape[1]
+        elif operation not in ("linear", "linear_dx"):
+            r = args[at + 11].shape[0]
+        blocksize = args[at + 8] if args[at + 1] is not None else 0
+        return _kernel_function(
+            operation, first.device, first.dtype, first.shape[0], args[at + 6], args[at + 7],
+            blocksize, args[at + 10], r, for_backward, forced(),
         )  # fmt: skip
     dtype = args[-1] if operation == "dequantize_4bit" else first.dtype
     row = choose(operation, first.device, dtype, first.shape[0])
     return _function(row.backend, operation)
+
+
+def adding_dx(operation: str, args: tuple) -> Callable | None:
+    """The function that runs an operation of the backward pass and can add dx to `dx_sum` instead
+    of making a new tensor, or None where another pass has to add.
+    """
+    function = select(operation, args)
+    if isinstance(function, functools.partial) and function.keywords["kernel"] == BACKWARD_KERNEL:
+        return function
+    return None
 
 
 def _function(backend: str, operation: str) -> Callable:
@@ -304,7 +343,7 @@ def _function(backend: str, operation: str) -> Callable:
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward(
+def _kernel_function(
     operation: str,
     device: torch.device,
     dtype: torch.dtype,

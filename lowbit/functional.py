@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction, once_differentiable
 
 from . import dispatch, ops  # noqa: F401  (ops registers torch.ops.lowbit)
 from .weight import QuantizedWeight, WeightArgs
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
 _SEED_LIMIT = 2**63 - 1
 
 
@@ -109,42 +111,93 @@ def lora_matmul(
         return y.view(*x.shape[:-1], weight.N)
     lora_A, lora_B = _adapter(x, weight, lora_A, lora_B)
     vector, scalar = _scaling(x, scaling, lora_A.shape[0])
-    y, _ = _run(
-        "lora_linear",
-        rows, *weight, lora_A, lora_B, vector, scalar, bias, dropout_p, _seed(x, dropout_p),
-    )  # fmt: skip
+    y = _lora_linear(
+        rows, *weight, lora_A, lora_B, vector, scalar, bias, dropout_p, _seed(x, dropout_p)
+    )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.N)
+
+
+def _lora_linear(*args):
+    """y of torch.ops.lowbit.lora_linear; with gradients, if nothing intercepts, by _LoraLinear."""
+    if not _nothing_intercepts(args):
+        return torch.ops.lowbit.lora_linear(*args)[0]
+    inputs = args[0], args[12], args[13], args[14], args[16]
+    if _records(inputs):
+        return _LoraLinear.apply(*inputs, args)
+    return dispatch.select("lora_linear", args, for_backward=False)(*args)[0]
+
+
+class _LoraLinear(_SingleLevelFunction):
+    """What ops.py registers for lora_linear, without the operator around it, which costs the host
+    more than all the rest. The first five inputs are those of `args` that can have gradients. Not
+    torch.autograd.Function, whose apply looks for functorch's transforms once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, vector, bias, args):
+        y, z = dispatch.select("lora_linear", args)(*args)
+        # Not the frozen weight: offloading what its module keeps would free nothing.
+        ctx.save_for_backward(x, z, lora_A, lora_B, vector, args[18])
+        ctx.weight, ctx.numbers = args[1:12], args[15:18:2]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        # Only create_graph leaves gradients on here.
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
+
+
+def _gradients(ctx, dy):
+    x, z, lora_A, lora_B, vector, seed = ctx.saved_tensors
+    scaling, dropout_p = ctx.numbers
+    need_x, need_A, need_B, need_scaling, need_bias, _ = ctx.needs_input_grad
+    dx, d_A, d_B, d_bias, d_scaling = _run(
+        "lora_linear_backward",
+        dy.contiguous(), x, z, *ctx.weight, lora_A, lora_B, vector, scaling, dropout_p, seed,
+        need_x, need_A, need_B, need_bias, need_scaling,
+    )  # fmt: skip
+    return (
+        dx if need_x else None,
+        d_A if need_A else None,
+        d_B if need_B else None,
+        d_scaling if need_scaling else None,
+        d_bias.to(ctx.bias_dtype) if need_bias else None,
+        None,
+    )
+
+
+_gradients_once = once_differentiable(_gradients)
 
 
 def _run(operation: str, *args):
     """torch.ops.lowbit.<operation>, or its kernel at once if nothing between the two has work to
     do: an operator registered from Python costs more host time than a small layer's arithmetic.
     """
-    if _nothing_intercepts(args):
+    if _nothing_intercepts(args) and not _records(args):
         return dispatch.select(operation, args, for_backward=False)(*args)
     return getattr(torch.ops.lowbit, operation)(*args)
 
 
 def _nothing_intercepts(args: tuple) -> bool:
-    """There are tokens, no graph is traced, no mode or transform is active, all tensors are plain
-    ones and none of them records a gradient.
+    """There are tokens, no graph is traced, no mode or transform is active, and all tensors are
+    plain ones.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     x = args[0]
-    if x.shape[0] == 0 or x.is_meta:
-        return False
-    recording = torch.is_grad_enabled()
-    for arg in args:
-        kind = type(arg)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if recording and arg.requires_grad:
-                return False
-        elif isinstance(arg, torch.Tensor):
-            return False
-    return True
+    return x.shape[0] > 0 and not x.is_meta and _PLAIN_TYPES.issuperset(map(type, args))
+
+
+def _records(args: tuple) -> bool:
+    """Whether a gradient is recorded for any tensor among them."""
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index):
@@ -192,7 +245,10 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 
 def _casts(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device; asking about the meta device is an error in torch."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if x.is_meta:
+        return False
+    # Half a microsecond goes into the name of a device.
+    return torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,10 @@ of a layer of its own, and dx is summed as autograd sums it: the bits are those 
 Stacked, all z_i come from one product of x with the stacked lora_A, all dA_i from one product of
 the stacked u_i with x, and the low-rank part of dx from one product of the two stacks. Members with
 dropout have masks of their own and cannot share those three products, unless they share the mask.
+Where one operator runs a member's whole backward pass and adds to dx, backward goes member by
+member either way.
 
-In both, dx is one buffer, beside which one member's share exists at a time. Arguments are checked
+dx is one buffer, beside which one member's share exists at a time, if at all. Arguments are checked
 already: x [M, K] contiguous, dy contiguous.
 """
 
@@ -26,8 +28,7 @@ from .backends.composed import mm_wide
 from .functional import _nothing_intercepts, _run
 from .weight import WeightArgs
 
-WEIGHT_COUNT = 11
-FIELDS = 18  # of a flat Member
+TRAINED = 4  # tensors of a Member that autograd looks at
 
 
 class Member(NamedTuple):
@@ -64,11 +65,24 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-def unflatten(flat: Sequence) -> list[Member]:
-    return [
-        Member(flat[i : i + WEIGHT_COUNT], *flat[i + WEIGHT_COUNT : i + FIELDS])
-        for i in range(0, len(flat), FIELDS)
-    ]
+def trained(members: Sequence[Member]) -> list[torch.Tensor | None]:
+    """What autograd looks at, TRAINED tensors of every member in turn."""
+    return [t for m in members for t in (m.lora_A, m.lora_B, m.lora_scaling, m.bias)]
+
+
+def frozen(members: Sequence[Member]) -> tuple[Member, ...]:
+    """The members without that."""
+    nothing = dict.fromkeys(("lora_A", "lora_B", "lora_scaling", "bias"))
+    return tuple(m._replace(**nothing) for m in members)
+
+
+def whole(frozen: Sequence[Member], trained: Sequence) -> list[Member]:
+    """Members from their two parts."""
+    members = []
+    for i, m in enumerate(frozen):
+        A, B, scaling, bias = trained[i * TRAINED : (i + 1) * TRAINED]
+        members.append(Member(m.weight, A, B, scaling, m.scaling, bias, m.dropout_p, m.seed))
+    return members
 
 
 # ---- forward
@@ -79,20 +93,25 @@ def forward(x, members: list[Member], shared: bool, for_backward: bool = True):
     zs = [None] * len(members)
     stacked = dispatch.stacks(x.device, x.shape[0])
     if stacked:
-        zs = _project(x, members, shared)
+        zs = project(x, members, shared)
     ys = []
     for i, (m, z) in enumerate(zip(members, zs, strict=True)):
-        if m.lora_A is None:
-            y = _run("linear", x, *m.weight, m.bias)
-        elif stacked:
-            adapter = (z, m.lora_B, m.lora_scaling, m.scaling, m.bias)
-            y = _run("linear_low_rank", x, *m.weight, *adapter)
+        if stacked or m.lora_A is None:
+            y = product(x, z, m)
         elif for_backward:
             y, zs[i] = _lora_linear(x, *m.flat())
         else:
             y, _ = _run("lora_linear", x, *m.flat())
         ys.append(y)
     return ys, zs
+
+
+def product(x, z, m: Member) -> torch.Tensor:
+    """y of one member from a z that is there already; None without adapter."""
+    if m.lora_A is None:
+        return _run("linear", x, *m.weight, m.bias)
+    adapter = (z, m.lora_B, m.lora_scaling, m.scaling, m.bias)
+    return _run("linear_low_rank", x, *m.weight, *adapter)
 
 
 def _lora_linear(*args):
@@ -102,7 +121,7 @@ def _lora_linear(*args):
     return torch.ops.lowbit.lora_linear(*args)
 
 
-def _project(x, members: list[Member], shared: bool) -> list[torch.Tensor | None]:
+def project(x, members: list[Member], shared: bool) -> list[torch.Tensor | None]:
     """z_i [M, r_i] in x's dtype: columns of one product where the members share what they read."""
     zs: list[torch.Tensor | None] = [None] * len(members)
     for some in _sharing(range(len(members)), members, shared):
@@ -145,17 +164,17 @@ def backward(dys, x, zs, members, need_dx: bool, needs: list[Needs], shared: boo
     grads = [Gradients()] * len(members)
     if not live:
         return None, grads
-    fused = x is not None and not dispatch.stacks(x.device, x.shape[0])
+    separate = x is not None and not dispatch.stacks(x.device, x.shape[0])
     dx = None
     us: list[torch.Tensor | None] = [None] * len(members)
     for i in reversed(live):  # as autograd does
         dy, m, need = dys[i], members[i], needs[i]
-        if fused and m.lora_A is not None:
-            part, grads[i] = _lora_linear_backward(dy, x, zs[i], m, need_dx, need)
+        if m.lora_A is not None and (separate or _is_one_operator(dy, m)):
+            part, grads[i] = _lora_linear_backward(dy, x, zs[i], m, need_dx, need, dx)
         else:
             us[i], grads[i] = _through_B(dy, zs[i], m, need, need_dx or need.lora_A)
-            part = _run("linear_dx", dy, *m.weight) if need_dx else None
-        if need_dx:
+            part = _run_adding_dx("linear_dx", (dy, *m.weight), dx) if need_dx else None
+        if part is not None:
             dx = part if dx is None else dx.add_(part)
         del part
     rest = [i for i in live if us[i] is not None]
@@ -166,15 +185,35 @@ def backward(dys, x, zs, members, need_dx: bool, needs: list[Needs], shared: boo
     return dx, grads
 
 
-def _lora_linear_backward(dy, x, z, m: Member, need_dx: bool, need: Needs):
-    """(dx or None, Gradients) of one member by the operation of a single layer."""
+def _is_one_operator(dy, m: Member) -> bool:
+    """Whether one call runs a member's whole backward pass and adds to dx: then sharing x saves
+    less than the passes over dx cost.
+    """
+    args = (dy, None, None, *m.weight, m.lora_A)
+    if m.dropout_p > 0.0 or not _nothing_intercepts(args):
+        return False
+    return dispatch.adding_dx("lora_linear_backward", args) is not None
+
+
+def _run_adding_dx(operation: str, args: tuple, dx_sum):
+    """_run, or with dx added to `dx_sum` and None in its place where a kernel can."""
+    if dx_sum is not None and _nothing_intercepts(args):
+        function = dispatch.adding_dx(operation, args)
+        if function is not None:
+            return function(*args, dx_sum=dx_sum)
+    return _run(operation, *args)
+
+
+def _lora_linear_backward(dy, x, z, m: Member, need_dx: bool, need: Needs, dx_sum):
+    """(dx, or None if it was added to `dx_sum`, Gradients) of one member by the operation of a
+    single layer.
+    """
     if not need_dx and not any(need):
         return None, Gradients()
     adapter = (m.lora_A, m.lora_B, m.lora_scaling, m.scaling, m.dropout_p, m.seed)
-    dx, *grads = _run(
-        "lora_linear_backward", dy, x, z, *m.weight, *adapter, need_dx,
-        need.lora_A, need.lora_B, need.bias, need.lora_scaling,
-    )  # fmt: skip
+    needs = (need_dx, need.lora_A, need.lora_B, need.bias, need.lora_scaling)
+    args = (dy, x, z, *m.weight, *adapter, *needs)
+    dx, *grads = _run_adding_dx("lora_linear_backward", args, dx_sum if need_dx else None)
     d_A, d_B, d_bias, d_scaling = grads
     wanted = zip((d_A, d_B, d_scaling, d_bias), need, strict=True)
     return (dx if need_dx else None), Gradients(*(g if asked else None for g, asked in wanted))

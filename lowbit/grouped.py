@@ -13,12 +13,18 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import functional, ops  # noqa: F401  (ops registers torch.ops.lowbit)
-from .group_products import FIELDS, Gradients, Member, Needs, backward, forward, unflatten
+from .group_products import (
+    TRAINED,
+    Gradients,
+    Member,
+    Needs,
+    backward,
+    forward,
+    frozen,
+    trained,
+    whole,
+)
 from .weight import QuantizedWeight
-
-_WEIGHT_TENSORS = 6  # of the eleven weight arguments, the first
-_A, _B, _SCALING, _BIAS = 11, 12, 13, 15  # places in a flat Member
-
 
 # ---- autograd
 
@@ -31,24 +37,23 @@ def no_autocast(x: torch.Tensor):
 
 
 def needs_of(flags: Sequence[bool]) -> list[Needs]:
-    """From needs_input_grad of flat members."""
-    return [
-        Needs(flags[i + _A], flags[i + _B], flags[i + _SCALING], flags[i + _BIAS])
-        for i in range(0, len(flags), FIELDS)
-    ]
+    """From needs_input_grad of what `trained` returned."""
+    return [Needs(*flags[i : i + TRAINED]) for i in range(0, len(flags), TRAINED)]
 
 
 def save(ctx, members: list[Member], *others) -> None:
-    """Save every tensor, so that saved-tensor hooks see it, and keep the numbers on the context.
+    """Save what a forward pass computed and what is trained, and keep the rest on the context.
 
-    The bias is not needed in backward, but for its dtype.
+    The frozen weights belong to their modules, whatever hooks do to saved tensors: offloading them
+    would free nothing, and gradient checkpointing pays for every saved tensor in host time. The
+    bias is not needed in backward, but for its dtype.
     """
     tensors = list(others)
     for m in members:
-        tensors += [*m.weight[:_WEIGHT_TENSORS], m.lora_A, m.lora_B, m.lora_scaling, m.seed]
+        tensors += [m.lora_A, m.lora_B, m.lora_scaling, m.seed]
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
-    ctx.numbers = tuple((*m.weight[_WEIGHT_TENSORS:], m.scaling, m.dropout_p) for m in members)
+    ctx.frozen = tuple((m.weight, m.scaling, m.dropout_p) for m in members)
     ctx.bias_dtypes = tuple(None if m.bias is None else m.bias.dtype for m in members)
 
 
@@ -56,30 +61,26 @@ def saved(ctx, others: int) -> tuple[tuple, list[Member]]:
     """What `save` saved: (others, members without bias)."""
     tensors = ctx.saved_tensors
     members, at = [], others
-    for *numbers, scaling, dropout_p in ctx.numbers:
-        weight = (*tensors[at : at + _WEIGHT_TENSORS], *numbers)
-        lora_A, lora_B, lora_scaling, seed = tensors[at + _WEIGHT_TENSORS : at + 10]
+    for weight, scaling, dropout_p in ctx.frozen:
+        lora_A, lora_B, lora_scaling, seed = tensors[at : at + 4]
         members.append(Member(weight, lora_A, lora_B, lora_scaling, scaling, None, dropout_p, seed))
-        at += 10
+        at += 4
     return tensors[:others], members
 
 
 def flat_gradients(ctx, grads: list[Gradients]) -> list:
-    """Gradients at the places of flat members."""
+    """Gradients of what `trained` returned."""
     out = []
     for g, dtype in zip(grads, ctx.bias_dtypes, strict=True):
-        place = [None] * FIELDS
-        place[_A], place[_B], place[_SCALING] = g.lora_A, g.lora_B, g.lora_scaling
-        place[_BIAS] = None if g.bias is None else g.bias.to(dtype)
-        out += place
+        out += [*g[:3], None if g.bias is None else g.bias.to(dtype)]
     return out
 
 
 class _Group(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shared, *flat):
-        members = unflatten(flat)
-        needs = needs_of(ctx.needs_input_grad[2:])
+    def forward(ctx, x, shared, frozen, *trained):
+        members = whole(frozen, trained)
+        needs = needs_of(ctx.needs_input_grad[3:])
         with no_autocast(x):
             ys, zs = forward(x, members, shared)
         save(ctx, members, x if any(need.lora_A for need in needs) else None, *zs)
@@ -93,14 +94,14 @@ class _Group(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        (x, *zs), members = saved(ctx, 1 + len(ctx.numbers))
-        needs = needs_of(ctx.needs_input_grad[2:])
+        (x, *zs), members = saved(ctx, 1 + len(ctx.frozen))
+        needs = needs_of(ctx.needs_input_grad[3:])
         if all(dy is None for dy in dys):
-            return (None,) * (2 + FIELDS * len(members))
+            return (None,) * (3 + TRAINED * len(members))
         dys = [None if dy is None else dy.contiguous() for dy in dys]
         with no_autocast(next(dy for dy in dys if dy is not None)):
             dx, grads = backward(dys, x, zs, members, ctx.needs_input_grad[0], needs, ctx.shared)
-        return (dx, None, *flat_gradients(ctx, grads))
+        return (dx, None, None, *flat_gradients(ctx, grads))
 
 
 # ---- public
@@ -120,8 +121,8 @@ def lora_matmul_group(
     """Multiply one x by several frozen weights with low-rank updates, as q, k and v of attention
     do: y_i = x W_i^T + bias_i + (drop_i(x) A_i^T * scaling_i) B_i^T.
 
-    The results are those of one `lora_matmul` per member. x is read once for all lora_A and once
-    for all their gradients, saved once, and its gradient is accumulated in one buffer.
+    The results are those of one `lora_matmul` per member. On a GPU x is read once for all lora_A;
+    it is saved once, and its gradient is accumulated in one buffer.
 
     Args:
         x: [..., K] fp32, fp16 or bf16, any strides; under autocast it is cast to the autocast
@@ -165,8 +166,7 @@ def lora_matmul_group(
     members = draw_seeds(x, members, shared_dropout)
     rows = functional._rows(x)
     if records(x, members):
-        flat = [field for m in members for field in m.flat()]
-        ys = _Group.apply(rows, shared_dropout, *flat)
+        ys = _Group.apply(rows, shared_dropout, frozen(members), *trained(members))
     else:
         with no_autocast(x):
             ys, _ = forward(rows, members, shared_dropout, for_backward=False)

@@ -140,7 +140,11 @@ def _implementation(name: str):
             return tuple(t.zero_() for t in out) if isinstance(out, tuple) else out.zero_()
         return dispatch.select(name, args)(*args)
 
-    return run
+    def run_backward(*args):  # the kernels leave out what nobody asked for
+        empty = fake(*args[:-5], *(False,) * 5)
+        return tuple(e if t is None else t for t, e in zip(run(*args), empty, strict=True))
+
+    return run_backward if name == "lora_linear_backward" else run
 
 
 for _name, _schema in SCHEMAS.items():

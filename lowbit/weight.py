@@ -93,7 +93,8 @@ class QuantizedWeight:
     @property
     def N(self) -> int:
         """Rows: the product of all dimensions but the last."""
-        return math.prod(self.shape[:-1])
+        shape = self.shape
+        return shape[0] if len(shape) == 2 else math.prod(shape[:-1])
 
     @property
     def K(self) -> int:

@@ -19,7 +19,16 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit import dispatch
-from lowbit.benchmarks import implementations, linear, plots, records, shapes, timing
+from lowbit.benchmarks import (
+    checks,
+    implementations,
+    linear,
+    linear_backward,
+    plots,
+    records,
+    shapes,
+    timing,
+)
 from lowbit.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +173,7 @@ def test_every_formula_against_float64(name, size):
     with torch.no_grad():
         for i in range(weights.copies):
             assert relative_rms(ready.call(x, i), exact) <= 2 * relative_rms(plain, exact)
-    error, plain_error = linear.errors(implementation, ready, weights, x)
+    error, plain_error = checks.errors(implementation, ready, weights, x)
     assert error <= 2 * plain_error
     assert plain_error == pytest.approx(relative_rms(plain, exact), rel=1e-6)
 
@@ -248,8 +257,8 @@ def test_percentiles():
 
 
 def test_spread_holds_both_ends():
-    assert linear.spread(3, 32).tolist() == [0, 1, 2]
-    some = linear.spread(4096, 512).tolist()
+    assert checks.spread(3, 32).tolist() == [0, 1, 2]
+    some = checks.spread(4096, 512).tolist()
     assert (some[0], some[-1], len(set(some))) == (0, 4095, 512)
     assert {index % 8 for index in some} == set(range(8))  # not always the same place in a tile
 
@@ -291,11 +300,11 @@ def test_without_dense_there_is_no_ratio_to_it():
 
 
 def test_check_holds_lowbit_only():
-    linear.check("lowbit", 0.002, 0.001, "q8b, M 1")
-    linear.check("bitsandbytes", 0.5, 0.001, "q8b, M 1")
+    checks.check("lowbit", 0.002, 0.001, "q8b, M 1")
+    checks.check("bitsandbytes", 0.5, 0.001, "q8b, M 1")
     for error in (0.0021, math.nan):
-        with pytest.raises(linear.CheckError, match="lowbit is wrong at q8b, M 1"):
-            linear.check("lowbit", error, 0.001, "q8b, M 1")
+        with pytest.raises(checks.CheckError, match="lowbit is wrong at q8b, M 1"):
+            checks.check("lowbit", error, 0.001, "q8b, M 1")
 
 
 # ---- the whole run, without a GPU ----------------------------------------------------------------
@@ -318,7 +327,7 @@ def no_gpu_needed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "measure_ceilings", lambda dtype: CARD)
-    monkeypatch.setattr(timing, "extra_bytes", lambda call: call().nbytes)
+    monkeypatch.setattr(timing, "extra_bytes", lambda call: timing.result_bytes(call()))
     monkeypatch.setattr(timing, "time_replays", time_replays)
     monkeypatch.setattr(timing, "capture", lambda calls, pool: timing.Replay(calls[0], len(calls)))
 
@@ -359,6 +368,67 @@ def test_run_writes_rows_record_and_plots(no_gpu_needed, tmp_path, capsys):
     assert "geometric mean over 4 cases, lowbit" in shown
 
 
+def test_forward_and_backward(no_gpu_needed, monkeypatch, tmp_path, capsys):
+    """Gradients are checked; a layer alone is timed, and where N = K a chain of them."""
+    layers = shapes.parse_shapes("64x64,40x128")
+    names = ["dense", "dense+lora", "dense+addmm", "lowbit"]
+    given = options(
+        layers=layers,
+        tokens=[5, 300],
+        json=tmp_path / "out.json",
+        eager=True,
+        implementations=names,
+    )
+    rows = linear_backward.run(given)
+    assert json.loads((tmp_path / "out.json").read_text())["benchmark"] == "linear_backward"
+    timed = [row for row in rows if row.op == linear_backward.OP]
+    assert [(r.layer, r.M, r.impl) for r in timed] == [
+        (layer.name, M, impl) for layer in layers for M in (5, 300) for impl in names
+    ]
+    assert all(0 < row.error < 0.02 for row in timed)
+    lowbit_row = next(r for r in timed if (r.layer, r.M, r.impl) == ("40x128", 5, "lowbit"))
+    assert lowbit_row.flops == 2 * 5 * (2 * 40 * 128 + 3 * 4 * (40 + 128))
+    assert lowbit_row.vs_dense == len("dense") / len("lowbit")
+    # y, dx and the gradients of A and B
+    assert lowbit_row.extra_bytes == 2 * (5 * 40 + 5 * 128 + 4 * (40 + 128))
+    wall = [r for r in rows if r.op == linear_backward.WALL_OP]
+    assert {(r.layer, r.M) for r in wall} == {("64x64", 5), ("40x128", 5)}
+    host = [r for r in rows if r.op == linear_backward.HOST_OP]
+    assert {(r.layer, r.M) for r in host} == {("64x64", 5)}
+    assert {r.impl for r in host} == set(names)
+    assert "forward and backward, r 4" in capsys.readouterr().out
+
+
+def test_wrong_gradients_end_the_run(no_gpu_needed, monkeypatch):
+    true = implementations.lora_matmul
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * 1.05
+
+    monkeypatch.setattr(
+        implementations, "lora_matmul", lambda x, w, A, B, s: true(x, w, Scaled.apply(A), B, s)
+    )
+    with pytest.raises(checks.CheckError, match="lowbit is wrong at 96x128, M 1"):
+        linear_backward.run(options())
+
+
+@NEEDS_BNB
+def test_gradients_of_the_unsloth_style():
+    weights, ready = prepared("unsloth-style", 96, 128)
+    x, dy = torch.randn(5, 128), torch.randn(5, 96)
+    x = x.bfloat16().requires_grad_()
+    A, B = weights.A[0].requires_grad_(), weights.B[0].requires_grad_()
+    gradients = torch.autograd.grad(ready.call(x, 0), (x, A, B), dy.bfloat16())
+    error, plain = checks.gradient_errors(gradients, ready, weights, x, dy.bfloat16())
+    assert error <= 3 * plain
+
+
 def test_a_run_cut_short_leaves_what_it_had(no_gpu_needed, monkeypatch, tmp_path):
     case = linear.Benchmark.case
 
@@ -378,7 +448,7 @@ def test_a_run_cut_short_leaves_what_it_had(no_gpu_needed, monkeypatch, tmp_path
 def test_wrong_results_end_the_run(no_gpu_needed, monkeypatch):
     true = implementations.lora_matmul
     monkeypatch.setattr(implementations, "lora_matmul", lambda *args: true(*args) * 1.02)
-    with pytest.raises(linear.CheckError, match="lowbit is wrong at 96x128, M 1"):
+    with pytest.raises(checks.CheckError, match="lowbit is wrong at 96x128, M 1"):
         linear.run(options())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(records, "environment", dict)
@@ -416,7 +486,7 @@ def test_what_cannot_be_captured_is_timed_eagerly(no_gpu_needed, monkeypatch, ca
 
 def test_panels_are_left_out_where_lowbit_runs_them(no_gpu_needed, monkeypatch, capsys):
     chosen = {1: "cuda:nf4_lora_gemv", 5: implementations.PANELS}
-    monkeypatch.setattr(linear, "lowbit_kernel", lambda q, r, M: chosen[M])
+    monkeypatch.setattr(linear, "lowbit_kernel", lambda operation, q, r, M: chosen[M])
     panels = implementations.IMPLEMENTATIONS["lowbit-panels"]
     there = implementations.Implementation(panels.name, "", implementations._lowbit)
     monkeypatch.setitem(implementations.IMPLEMENTATIONS, "lowbit-panels", there)
@@ -521,7 +591,7 @@ def test_every_implementation_on_a_gpu(name):
         weights, ready = prepared(name, 512, 1024, device="cuda")
         for M in (1, 16, 300):
             x = torch.randn(M, 1024, device="cuda", dtype=torch.bfloat16)
-            error, plain = linear.errors(implementation, ready, weights, x)
+            error, plain = checks.errors(implementation, ready, weights, x)
             assert error <= (2 * plain if name.startswith("lowbit") else 0.02), (name, M)
             for i in range(weights.copies):
                 assert relative_rms(ready.call(x, i), ready.call(x, 0)) < 1e-3, (name, i)

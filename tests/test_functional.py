@@ -293,7 +293,7 @@ def test_without_gradients_the_kernel_is_called_at_once(device):
     def call():
         return lowbit.lora_matmul(x, q, lora_A, lora_B, 1.5, bias=bias), lowbit.matmul(x, q, bias)
 
-    expected = call()  # the parameters record: through the operators
+    expected = call()  # the parameters record
     assert expected[0].requires_grad
     with torch.no_grad():
         direct = call()
@@ -306,13 +306,74 @@ def test_without_gradients_the_kernel_is_called_at_once(device):
         assert_bitwise_equal(b, c)
 
 
-def test_saved_tensor_hooks_see_the_weight(device):
-    """Offloading hooks must be able to move everything backward needs."""
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_with_gradients_the_kernels_are_called_at_once(device, dropout_p):
+    """The same bits as through the operators, which modes still see, backward too."""
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    vector = torch.rand(4, device=device) + 0.5
+    leaves = [
+        t.detach().clone().requires_grad_()
+        for t in (p["x"], p["lora_A"], p["lora_B"], vector, p["bias"])
+    ]
+
+    def step():
+        x, lora_A, lora_B, scaling, bias = leaves
+        torch.manual_seed(3)
+        y = lowbit.lora_matmul(x, p["w"], lora_A, lora_B, scaling, bias=bias, dropout_p=dropout_p)
+        return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    direct = step()
+    with _Recorder() as recorder:
+        recorded = step()
+    assert [name for name in recorder.names if name.startswith("lowbit::lora")] == [
+        "lowbit::lora_linear", "lowbit::lora_linear_backward",
+    ]  # fmt: skip
+    names = ("y", "d_x", "d_lora_A", "d_lora_B", "d_scaling", "d_bias")
+    for name, a, b in zip(names, direct, recorded, strict=True):
+        assert_bitwise_equal(a, b, name)
+
+
+def test_only_leaves_that_ask_get_gradients(device):
+    """Frozen adapters, an input without gradient, and a graph that is used twice."""
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    names = ("x", "lora_A", "lora_B", "bias")
+    reference = None
+    for wanted in [names, ("x",), ("lora_A", "lora_B"), ("lora_B",), ("bias",)]:
+        leaves = {n: p[n].detach().clone().requires_grad_(n in wanted) for n in names}
+        y = lowbit.lora_matmul(
+            leaves["x"], p["w"], leaves["lora_A"], leaves["lora_B"], 2.0, bias=leaves["bias"]
+        )
+        y.backward(torch.ones_like(y), retain_graph=True)
+        y.backward(torch.ones_like(y))
+        grads = {n: leaf.grad for n, leaf in leaves.items()}
+        reference = grads if reference is None else reference
+        for name in names:
+            if name in wanted:
+                assert_bitwise_equal(grads[name], reference[name], name)
+            else:
+                assert grads[name] is None, name
+
+
+def test_second_derivatives_are_refused(device):
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    x = p["x"].detach().clone().requires_grad_()
+    lora_A = p["lora_A"].detach().clone().requires_grad_()
+    y = lowbit.lora_matmul(x, p["w"], lora_A, p["lora_B"], 2.0)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_saved_tensor_hooks_see_the_activations(device):
+    """Offloading hooks can move what the step made, and leave the frozen weight where it is."""
     p = _problem((5, 48, 64, 4), torch.float32, device)
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         lowbit.lora_matmul(p["x"].requires_grad_(), p["w"], p["lora_A"], p["lora_B"], 2.0)
-    assert any(t.data_ptr() == p["w"].qweight.data_ptr() for t in packed)
+    saved = {t.data_ptr() for t in packed}
+    assert {p[name].data_ptr() for name in ("x", "lora_A", "lora_B")} <= saved
+    assert (5, 4) in {tuple(t.shape) for t in packed}  # z
+    assert p["w"].qweight.data_ptr() not in saved
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])

@@ -104,6 +104,36 @@ def _mask(dropout_p, device, size=(M, K)):
     return reference.dropout_mask(*size, dropout_p, seed.cpu()) / (1 - dropout_p)
 
 
+@pytest.mark.parametrize("frozen", [(), ("x",)])
+def test_kernels_that_add_to_dx_are_given_the_sum(monkeypatch, frozen):
+    """Where a kernel adds dx itself, the first member makes it and the others add, though z
+    comes from a stacked product.
+    """
+    choose_way(monkeypatch, "stacked")
+    sums = []
+
+    def adding(operation, args):
+        run = dispatch.select(operation, args)
+
+        def add(*args, dx_sum=None):
+            results = run(*args)
+            sums.append(dx_sum is not None)
+            if dx_sum is None:
+                return results
+            single = isinstance(results, torch.Tensor)
+            dx_sum.add_(results if single else results[0])
+            return None if single else (None, *results[1:])
+
+        return add
+
+    monkeypatch.setattr(dispatch, "adding_dx", adding)
+    problem = _problem(torch.float32, "cpu")
+    actual, expected = _grouped(*problem, frozen=frozen), _separate(*problem, frozen=frozen)
+    assert sums == ([] if frozen else [True] * 3)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_each_member_has_its_own_mask(device, way):
     """Drawn in the order of the members that have one; some may drop less, or nothing."""
     problem, ps = _problem(torch.float32, device), [0.3, 0.0, 0.5, 0.5]
@@ -201,8 +231,10 @@ def test_x_is_saved_once_and_only_for_lora_A(device, way):
         )
         assert [shape for shape, _ in sizes].count((M, K)) == count
         assert not any(shape == (M, m["w"].N) for shape, _ in sizes for m in members)
-        packed = [m["w"].qweight.data_ptr() for m in members]
-        assert set(packed) <= {pointer for _, pointer in sizes}  # offloading hooks see all
+        packed = {m["w"].qweight.data_ptr() for m in members}
+        assert not packed & {pointer for _, pointer in sizes}  # the modules' own, not to be moved
+        trained = {m["lora_B"].data_ptr() for m in fresh if "lora_B" in m}
+        assert trained <= {pointer for _, pointer in sizes}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -20,29 +20,6 @@ struct Kernel {
     cudaError_t (*launch)(const LoraMatmulArgs&, cudaStream_t);
 };
 
-// A 16-bit matrix or vector argument: its pointer, or null when absent.
-const void* checked_data(
-    const Call& call,
-    const OptionalTensor& tensor,
-    ScalarType type,
-    int64_t rows,
-    int64_t columns,
-    const char* argument) {
-    if (!tensor.has_value())
-        return nullptr;
-    call.check_here(*tensor, argument);
-    STD_TORCH_CHECK(
-        tensor->scalar_type() == type, argument, " must be ", torch::headeronly::toString(type),
-        " like x, got ", torch::headeronly::toString(tensor->scalar_type()));
-    STD_TORCH_CHECK(
-        tensor->numel() == rows * columns && tensor->size(0) == rows, argument, " must have ", rows,
-        " rows and ", rows * columns, " elements, got ", tensor->size(0), " and ", tensor->numel());
-    const void* data = tensor->const_data_ptr();
-    STD_TORCH_CHECK(
-        reinterpret_cast<uintptr_t>(data) % 16 == 0, argument, " must be 16-byte aligned");
-    return data;
-}
-
 template <const Kernel& kKernel>
 Tensor lora_matmul(
     Tensor x,
@@ -66,6 +43,9 @@ Tensor lora_matmul(
     OptionalTensor z_out) {
     const Call call(x);
     const ScalarType type = x.scalar_type();
+    align(x);
+    for (OptionalTensor* tensor : {&lora_A, &lora_B, &bias, &z_in})
+        align(*tensor);
     LoraMatmulArgs a{};
     a.w = make_weight_view(
         call, qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K,

@@ -3,6 +3,9 @@
 Quantize and dequantize are one launch each. A forward product is one operator of the library, which
 decodes the weight inside the product and adds the low-rank term there; dispatch.py says which.
 
+The backward pass is one operator, too: a pass over dy for u = s dy B, dB and the gradients of bias
+and scaling, the product that decodes the weight again and adds u A, a pass over x for dA.
+
 Every other product goes by panels: it dequantizes a panel of the weight, at most PANEL_BYTES,
 multiplies with it through torch.mm and goes on to the next: nothing of the weight's size is ever
 written. y takes panels of whole rows and dx panels of whole columns, so that every
@@ -99,40 +102,34 @@ def _column_panels(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Te
 # ---- products
 
 
-def _aligned(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """In the kernels' dtype, at a multiple of 16 bytes as every tensor is that is not a view."""
-    if tensor is None:
-        return None
-    if tensor.dtype != dtype:
-        tensor = tensor.to(dtype)
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _readable(weight) -> bool:
     """Whether the kernels' wide loads can read the weight; a view into a larger tensor may start
-    anywhere, and is then multiplied by panels.
+    anywhere, and is then multiplied by panels. (Of the other arguments the operators copy such
+    views.)
     """
     return weight[0].data_ptr() % 16 == 0 and weight[1].data_ptr() % 16 == 0
 
 
 def _fused_linear(kernel, x, weight, bias):
-    return getattr(_ops, kernel)(
-        _aligned(x, x.dtype), *weight, None, None, None, 1.0, _aligned(bias, x.dtype), None, None
-    )
+    bias = _cast(bias, x.dtype)
+    return getattr(_ops, kernel)(x, *weight, None, None, None, 1.0, bias, None, None)
 
 
 def _fused_lora_linear(
     kernel, for_backward, x, weight, lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, seed
 ):
     dtype = x.dtype
-    x, lora_A = _aligned(x, dtype), _aligned(lora_A, dtype)
-    adapter = (_aligned(lora_B, dtype), lora_scaling, scaling, _aligned(bias, dtype))
+    lora_A, lora_B, bias = _cast(lora_A, dtype), _cast(lora_B, dtype), _cast(bias, dtype)
     op = getattr(_ops, kernel)
     if dropout_p > 0:
         z = dropout(x, dropout_p, seed) @ lora_A.t()
-        return op(x, *weight, None, *adapter, z, None), z
+        return op(x, *weight, None, lora_B, lora_scaling, scaling, bias, z, None), z
     z = x.new_empty((x.shape[0], lora_A.shape[0])) if for_backward else None
-    return op(x, *weight, lora_A, *adapter, None, z), z
+    return op(x, *weight, lora_A, lora_B, lora_scaling, scaling, bias, None, z), z
 
 
 def linear(x, *weight_and_bias, kernel="panels"):
@@ -158,18 +155,27 @@ def linear_low_rank(x, *rest, kernel="panels"):
         return composed.linear_low_rank(x, *rest)
     dtype = x.dtype
     return getattr(_ops, kernel)(
-        _aligned(x, dtype), *weight, None, _aligned(lora_B, dtype), lora_scaling, scaling,
-        _aligned(bias, dtype), _aligned(z, dtype), None,
-    )  # fmt: skip
+        x, *weight, None, _cast(lora_B, dtype), lora_scaling, scaling, _cast(bias, dtype), z, None
+    )
 
 
-def linear_dx(dy, *weight):
+def linear_dx(dy, *weight, kernel="panels", dx_sum=None):
+    """dx, or None with dx added to `dx_sum`."""
+    if kernel != "panels" and _readable(weight):
+        return _ops.nf4_lora_matmul_dx(dy, *weight, dx_sum)
     if _is_dense(weight):
-        return dy @ weight[0].to(dy.dtype)
+        return _added(dy @ weight[0].to(dy.dtype), dx_sum)
     dx = dy.new_empty((dy.shape[0], weight[7]))
     for columns, panel in _column_panels(weight, dy.dtype):
         torch.mm(dy, panel, out=dx[:, columns])
-    return dx
+    return _added(dx, dx_sum)
+
+
+def _added(dx, dx_sum):
+    if dx_sum is None:
+        return dx
+    dx_sum.add_(dx)
+    return None
 
 
 def lora_linear(x, *rest, kernel="panels", for_backward=True):
@@ -185,20 +191,42 @@ def lora_linear(x, *rest, kernel="panels", for_backward=True):
     return y, z
 
 
-def lora_linear_backward(dy, x, z, *rest):
+def lora_linear_backward(dy, x, z, *rest, kernel="panels", dx_sum=None):
+    """(dx, d_lora_A, d_lora_B, d_bias, d_lora_scaling); None is what is not asked for, and dx if it
+    was added to `dx_sum`.
+    """
     weight, rest = rest[:_WEIGHT_COUNT], rest[_WEIGHT_COUNT:]
     lora_A, lora_B, lora_scaling, scaling, dropout_p, seed, *needs = rest
+    adapter = (lora_A, lora_B, lora_scaling, scaling)
+    if kernel == "panels" or not _readable(weight):
+        return _backward_by_panels(dy, x, z, weight, adapter, dropout_p, seed, needs, dx_sum)
+    if dropout_p == 0:
+        return _ops.nf4_lora_backward(dy, x, z, *weight, *adapter, dx_sum, *needs)
+    # The mask is on the low-rank term alone, which the product cannot tell from its other terms.
+    need_dx, need_d_lora_A, *others = needs
+    dropped = dropout(x, dropout_p, seed) if need_d_lora_A else None
+    u, *gradients = _ops.lora_grads(dy, dropped, z, *adapter, need_dx, need_d_lora_A, *others)
+    del dropped  # [M, K]: free before dx is made
+    if not need_dx:
+        return None, *gradients
+    dx = _ops.nf4_lora_matmul_dx(dy, *weight, dx_sum)
+    target = dx_sum if dx is None else dx
+    _add_low_rank(target, u[:, : lora_A.shape[0]], lora_A.to(dy.dtype), dropout_p, seed)
+    return dx, *gradients
+
+
+def _backward_by_panels(dy, x, z, weight, adapter, dropout_p, seed, needs, dx_sum):
+    lora_A, lora_B, lora_scaling, scaling = adapter
     need_dx, need_d_lora_A, need_d_lora_B, need_d_bias, need_d_scaling = needs
     s = scaling if lora_scaling is None else lora_scaling * scaling
-    dx, d_bias = dy.new_empty(0), dy.new_empty(0)
-    d_lora_A, d_lora_B = lora_A.new_empty(0), lora_B.new_empty(0)
-    d_scaling = dy.new_empty(0, dtype=torch.float32)
+    dx = d_lora_A = d_lora_B = d_bias = d_scaling = None
     if need_dx or need_d_lora_A or need_d_scaling:
         u = composed.mm_wide(dy, lora_B.to(dy.dtype))  # [M, r]
         scaled = (u * s).to(dy.dtype)
     if need_dx:
         dx = linear_dx(dy, *weight)
         _add_low_rank(dx, scaled, lora_A.to(dy.dtype), dropout_p, seed)
+        dx = _added(dx, dx_sum)
     if need_d_lora_A:
         dropped = dropout(x, dropout_p, seed) if dropout_p > 0 else x
         d_lora_A = composed.mm_wide(scaled.t(), dropped).to(lora_A.dtype)

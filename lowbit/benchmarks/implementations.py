@@ -154,10 +154,10 @@ def _lowbit(weights: Weights) -> Prepared:
     return Prepared(call, _rows_of(weights), q[0].nbytes)
 
 
-def lowbit_kernel(q: QuantizedWeight, r: int, M: int) -> str:
+def lowbit_kernel(operation: str, q: QuantizedWeight, r: int, M: int) -> str:
     """What lowbit's dispatch table chooses: a backend, and its kernel where it has several."""
     layer = dispatch.Layer(q.N, q.K, q.blocksize, q.row_blocks, r)
-    row = dispatch.choose("lora_linear", q.device, q.dtype, M, layer)
+    row = dispatch.choose(operation, q.device, q.dtype, M, layer)
     return f"{row.backend}:{row.kernel}" if row.kernel else row.backend
 
 
@@ -198,10 +198,27 @@ def _bitsandbytes(weights: Weights) -> Prepared:
     return Prepared(call, _bnb_rows(weights), weights.quantized[0].nbytes)
 
 
+class _UnslothStyle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dequantize, A, B):
+        ctx.save_for_backward(x, A, B)
+        ctx.dequantize = dequantize
+        return add_low_rank(torch.mm(x, dequantize().t()), x, A, B)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, A, B = ctx.saved_tensors
+        u = torch.mm(dy, B)
+        dx = torch.mm(dy, ctx.dequantize()).addmm_(u, A, alpha=SCALING)
+        d_A = torch.mm(u.t(), x).mul_(SCALING)
+        d_B = torch.mm(dy.t(), torch.mm(x, A.t())).mul_(SCALING)
+        return dx, None, d_A, d_B
+
+
 def _unsloth_style(weights: Weights) -> Prepared:
     """bitsandbytes' kernels dequantize the whole weight into buffers that all layers share, cuBLAS
-    multiplies, and the low-rank term is added in place. After a description of what Unsloth does;
-    none of its code.
+    multiplies, and the low-rank term is added in place; backward dequantizes again. After a
+    description of what Unsloth does; none of its code.
     """
     from bitsandbytes import functional
 
@@ -218,7 +235,7 @@ def _unsloth_style(weights: Weights) -> Prepared:
         return functional.dequantize_4bit(packed, absmax=absmax, out=W, **options)
 
     def call(x, i):
-        return add_low_rank(torch.mm(x, dequantize(*stored[i]).t()), x, A[i], B[i])
+        return _UnslothStyle.apply(x, functools.partial(dequantize, *stored[i]), A[i], B[i])
 
     held = W.nbytes + absmax.nbytes
     return Prepared(call, _bnb_rows(weights), weights.quantized[0].nbytes, held)

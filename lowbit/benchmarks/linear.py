@@ -22,7 +22,9 @@ from pathlib import Path
 
 import torch
 
+from ..weight import QuantizedWeight
 from . import timing
+from .checks import ERROR_FACTOR, check, errors
 from .implementations import (
     IMPLEMENTATIONS,
     PANELS,
@@ -30,7 +32,6 @@ from .implementations import (
     Prepared,
     Weights,
     lowbit_kernel,
-    peft_formula,
 )
 from .records import Row, geometric_mean, print_header, short, write_json
 from .shapes import Layer
@@ -50,13 +51,6 @@ MAX_PASSES = 8
 HOST_MAX_TOKENS = 64  # above, the card is slower than the host and the loop waits for it
 HOST_CALLS, HOST_ROUNDS = 25, 9
 
-CHECKED_TOKENS, CHECKED_OUTPUTS = 32, 512  # spread over all of them, so that every tile is met
-ERROR_FACTOR = 2.0
-
-
-class CheckError(Exception):
-    """An implementation of lowbit is further from float64 than it may be."""
-
 
 @dataclass
 class Options:
@@ -67,6 +61,7 @@ class Options:
     r: int = 16
     dtype: torch.dtype = torch.bfloat16
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS)
+    backward: bool = False  # linear_backward.py's run
     rounds: int = 20
     eager: bool = False
     json: Path | None = None
@@ -116,11 +111,11 @@ def finish(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def summary(rows: list[Row]) -> list[str]:
+def summary(rows: list[Row], op: str = OP) -> list[str]:
     """One line per implementation: geometric means over all cases."""
     lines = []
-    for impl in dict.fromkeys(row.impl for row in rows if row.op == OP):
-        mine = [row for row in rows if (row.op, row.impl) == (OP, impl)]
+    for impl in dict.fromkeys(row.impl for row in rows if row.op == op):
+        mine = [row for row in rows if (row.op, row.impl) == (op, impl)]
         cases = f"{len(mine)} case{'s' if len(mine) > 1 else ''}"
         parts = [f"geometric mean over {cases}, {impl:<14}"]
         if all(row.vs_dense for row in mine):
@@ -129,48 +124,6 @@ def summary(rows: list[Row]) -> list[str]:
             parts.append(f"{geometric_mean(row.vs_floor for row in mine):6.2f} x floor")
         lines.append(" ".join(parts))
     return lines
-
-
-# ---- check ---------------------------------------------------------------------------------------
-
-
-def spread(total: int, count: int, device: str | torch.device = "cpu") -> torch.Tensor:
-    """At most `count` indices below `total`, the first and the last among them."""
-    steps = torch.linspace(0, total - 1, min(total, count), dtype=torch.float64)
-    return steps.round().long().to(device)
-
-
-def relative_rms(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """RMS(got - exact) / RMS(exact)."""
-    error = got.double() - exact
-    return float(error.square().mean().sqrt() / exact.square().mean().sqrt())
-
-
-def errors(
-    implementation: Implementation, prepared: Prepared, weights: Weights, x: torch.Tensor
-) -> tuple[float, float]:
-    """Relative RMS error against float64 of an implementation, and of PEFT's formula in 16 bits."""
-    some = spread(x.shape[0], CHECKED_TOKENS, x.device)
-    outputs = spread(weights.N, CHECKED_OUTPUTS, x.device)
-    y = prepared.call(x, 0)[some][:, outputs]
-    parts = (x[some], prepared.exact_rows(outputs), weights.A[0], weights.B[0][outputs])
-    exact = _formula(*(part.double() for part in parts), lora=implementation.lora)
-    plain = _formula(*(part.to(x.dtype) for part in parts), lora=implementation.lora)
-    return relative_rms(y, exact), relative_rms(plain, exact)
-
-
-def _formula(x, W, A, B, *, lora: bool) -> torch.Tensor:
-    y = torch.nn.functional.linear(x, W)
-    return peft_formula(y, x, A, B) if lora else y
-
-
-def check(name: str, error: float, plain: float, where: str) -> None:
-    """Hold lowbit to twice the error of the plain formula; the others are only reported."""
-    if name.startswith("lowbit") and not error <= ERROR_FACTOR * plain:
-        raise CheckError(
-            f"{name} is wrong at {where}: relative RMS error {error:.3g} against float64, allowed "
-            f"{ERROR_FACTOR * plain:.3g}, {ERROR_FACTOR:g} times that of the 16-bit formula"
-        )
 
 
 # ---- one case ------------------------------------------------------------------------------------
@@ -188,14 +141,18 @@ class Contender:
     def name(self) -> str:
         return self.implementation.name
 
-    def calls(self, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-        """One call for every copy of the weight."""
-        return [functools.partial(self.prepared.call, x, i) for i in range(self.weights.copies)]
-
 
 @dataclass
 class Benchmark:
-    """The whole run: options, the card's ceilings, and what has been measured so far."""
+    """The whole run: options, the card's ceilings, and what has been measured so far.
+
+    What is done with a layer, and what it costs at least, is in the methods under `a layer's work`.
+    """
+
+    op = OP
+    record = "linear"
+    title = "forward"
+    error_factor = ERROR_FACTOR
 
     options: Options
     ceilings: timing.Ceilings
@@ -209,19 +166,17 @@ class Benchmark:
         weights = Weights(layer.N, layer.K, o.r, o.dtype, DEVICE, copies)
         contenders = self.build(weights, layer)
         for M in o.tokens:
-            x = torch.randn(M, layer.K, dtype=o.dtype, device=DEVICE)
-            rows = self.case(layer, contenders, x)
+            rows = self.case(layer, contenders, self.inputs(layer, M))
             for row in rows:
                 _say(row.line())
             self.rows += rows
-            del x
             torch.cuda.empty_cache()
 
     def save_unfinished(self) -> None:
         """Write what there is beside the record, so that a run that is cut short leaves it."""
         if self.options.json is not None:
             extra = {"ceilings": asdict(self.ceilings), "skipped": self.skipped}
-            write_json(unfinished(self.options.json), "linear", self.rows, **extra)
+            write_json(unfinished(self.options.json), self.record, self.rows, **extra)
 
     def build(self, weights: Weights, layer: Layer) -> list[Contender]:
         """Contenders of a layer; a library that cannot hold the weight is named and left out."""
@@ -237,6 +192,31 @@ class Benchmark:
                 continue
             contenders.append(Contender(implementation, prepared, weights))
         return contenders
+
+    # ---- a layer's work
+
+    def inputs(self, layer: Layer, M: int) -> torch.Tensor:
+        return torch.randn(M, layer.K, dtype=self.options.dtype, device=DEVICE)
+
+    def calls(self, contender: Contender, x: torch.Tensor) -> list[Callable[[], object]]:
+        """One call for every copy of the weight."""
+        copies = range(contender.weights.copies)
+        return [functools.partial(contender.prepared.call, x, i) for i in copies]
+
+    def errors(self, contender: Contender, x: torch.Tensor) -> tuple[float, float]:
+        return errors(contender.implementation, contender.prepared, contender.weights, x)
+
+    def kernel(self, q: QuantizedWeight, M: int) -> str:
+        """What lowbit runs."""
+        return lowbit_kernel("lora_linear", q, self.options.r, M)
+
+    def needed(self, layer: Layer, M: int, r: int, weight_bytes: int) -> tuple[float, float]:
+        """Flops, and bytes."""
+        N, K = layer.N, layer.K
+        itemsize = self.options.dtype.itemsize
+        return needed_flops(M, N, K, r), needed_bytes(M, N, K, r, weight_bytes, itemsize)
+
+    # ---- measuring it
 
     @torch.no_grad()
     def case(self, layer: Layer, contenders: list[Contender], x: torch.Tensor) -> list[Row]:
@@ -260,7 +240,7 @@ class Benchmark:
             rows[name].us, rows[name].p20, rows[name].p80 = times
             rows[name].timing = "eager" if replays[name].eager else "graph"
         measured = list(rows.values())
-        if self.options.eager and x.shape[0] <= HOST_MAX_TOKENS:
+        if self.options.eager:
             measured += self.host_rows(present, rows, x)
         return finish(measured)
 
@@ -271,35 +251,31 @@ class Benchmark:
         name = contender.name
         kernel = None
         if name.startswith("lowbit"):
-            kernel = lowbit_kernel(contender.weights.quantized[0], self.options.r, x.shape[0])
+            kernel = self.kernel(contender.weights.quantized[0], x.shape[0])
         if name == "lowbit-panels":
             if kernel == PANELS:
                 _say(f"# {name} left out at {where}: lowbit itself runs it")
                 return None
             kernel = PANELS
         try:
-            error, plain = errors(
-                contender.implementation, contender.prepared, contender.weights, x
-            )
-            extra = timing.extra_bytes(contender.calls(x)[0])
+            error, plain = self.errors(contender, x)
+            extra = timing.extra_bytes(self.calls(contender, x)[0])
         except Exception as failure:
             if name.startswith("lowbit"):
                 raise
             _say(f"# {name} skipped at {where}: {_sentence(failure)}")
             return None
-        check(name, error, plain, where)
-        M, N, K, r = x.shape[0], layer.N, layer.K, self.options.r
+        check(name, error, plain, where, self.error_factor)
+        M, r = x.shape[0], self.options.r
         own_r = r if contender.implementation.lora else 0
-        packed = contender.weights.quantized[0].nbytes
-        floor = floor_us(
-            needed_bytes(M, N, K, r, packed, x.itemsize), needed_flops(M, N, K, r), self.ceilings
-        )
+        needed_flops, needed_bytes = self.needed(layer, M, r, contender.weights.quantized[0].nbytes)
+        flops, moved = self.needed(layer, M, own_r, contender.prepared.weight_bytes)
         return Row(
-            OP, M, N, K, r, short(x.dtype), name, math.nan, math.nan, math.nan,
-            flops=needed_flops(M, N, K, own_r),
-            bytes=needed_bytes(M, N, K, own_r, contender.prepared.weight_bytes, x.itemsize),
+            self.op, M, layer.N, layer.K, r, short(x.dtype), name, math.nan, math.nan, math.nan,
+            flops=flops,
+            bytes=moved,
             layer=layer.name,
-            floor_us=floor,
+            floor_us=floor_us(needed_bytes, needed_flops, self.ceilings),
             extra_bytes=extra + contender.prepared.held_bytes,
             error=error,
             kernel=kernel,
@@ -312,7 +288,7 @@ class Benchmark:
         graphs, uncaptured = {}, {}
         pool = torch.cuda.graph_pool_handle()  # they run one after the other and keep no result
         for contender in contenders:
-            calls = contender.calls(x)
+            calls = self.calls(contender, x)
             for call in calls:  # everything that happens only once happens here
                 call()
             try:
@@ -328,7 +304,9 @@ class Benchmark:
         self, contenders: list[Contender], rows: dict[str, Row], x: torch.Tensor
     ) -> list[Row]:
         """Host time per call of a loop that does not wait for the card."""
-        calls = {contender.name: contender.calls(x)[0] for contender in contenders}
+        if x.shape[0] > HOST_MAX_TOKENS:
+            return []
+        calls = {contender.name: self.calls(contender, x)[0] for contender in contenders}
         times = timing.host_times(calls, calls=HOST_CALLS, rounds=HOST_ROUNDS)
         return [
             Row(
@@ -376,11 +354,11 @@ def notes(options: Options, ceilings: timing.Ceilings, skipped: dict[str, str]) 
     ]
 
 
-def run(options: Options) -> list[Row]:
+def run(options: Options, kind: type[Benchmark] = Benchmark) -> list[Row]:
     """Measure everything that was asked for on the current CUDA device; print rows as they come.
 
     Raises:
-        CheckError: lowbit's result is wrong.
+        checks.CheckError: lowbit's result is wrong.
         ValueError: none of the wished implementations is there.
     """
     options.implementations, skipped = present(options.implementations)
@@ -388,15 +366,15 @@ def run(options: Options) -> list[Row]:
         why = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"--impl: none of them can run here ({why})")
     torch.manual_seed(0)
-    benchmark = Benchmark(options, timing.measure_ceilings(options.dtype), skipped)
+    benchmark = kind(options, timing.measure_ceilings(options.dtype), skipped)
     torch.cuda.empty_cache()
-    title = f"a linear layer with a LoRA adapter, forward, r {options.r}, us per layer"
+    title = f"a linear layer with a LoRA adapter, {kind.title}, r {options.r}, us per layer"
     print_header(title, notes(options, benchmark.ceilings, skipped))
     for layer in options.layers:
         benchmark.layer(layer)
         torch.cuda.empty_cache()
         benchmark.save_unfinished()
-    for line in summary(benchmark.rows):
+    for line in summary(benchmark.rows, kind.op):
         print(line)
     if options.json is not None:
         unfinished(options.json).replace(options.json)
@@ -404,6 +382,6 @@ def run(options: Options) -> list[Row]:
     if options.plot is not None:
         from .plots import plot_linear
 
-        for path in plot_linear(benchmark.rows, options.plot):
+        for path in plot_linear(benchmark.rows, options.plot, op=kind.op, name=kind.record):
             print(f"written: {path}")
     return benchmark.rows

@@ -21,16 +21,24 @@ STYLES = {
 }
 
 
-def plot_linear(rows: Sequence[Row], folder: Path, machine: str = "") -> list[Path]:
+def plot_linear(
+    rows: Sequence[Row],
+    folder: Path,
+    machine: str = "",
+    *,
+    op: str = LINEAR_OP,
+    name: str = "linear",
+) -> list[Path]:
     """Draw one figure for each layer and dtype.
 
     Args:
-        rows: of `lowbit bench linear`; those of other operations are ignored.
+        rows: of `lowbit bench linear`; those of operations other than `op` are ignored.
         folder: made if it does not exist.
         machine: named in the title; default the card of this machine, if there is one.
+        name: begins the names of the files.
 
     Returns:
-        The files written, `linear_<layer>_<dtype>.png`.
+        The files written, `<name>_<layer>_<dtype>.png`.
     """
     import matplotlib
 
@@ -42,7 +50,7 @@ def plot_linear(rows: Sequence[Row], folder: Path, machine: str = "") -> list[Pa
     paths = []
     cases: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row.op == LINEAR_OP:
+        if row.op == op:
             cases.setdefault((row.layer or f"{row.N}x{row.K}", row.dtype), []).append(row)
     for (layer, dtype), mine in cases.items():
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=140, layout="tight")
@@ -52,7 +60,7 @@ def plot_linear(rows: Sequence[Row], folder: Path, machine: str = "") -> list[Pa
             first = mine[0]
             title = f"{layer}: {first.N} x {first.K}, {dtype}, rank {first.r}"
             figure.suptitle(", ".join(part for part in (title, machine) if part), fontsize=10)
-            paths.append(folder / f"linear_{layer}_{dtype}.png")
+            paths.append(folder / f"{name}_{layer}_{dtype}.png")
             figure.savefig(paths[-1])
         finally:
             pyplot.close(figure)

@@ -92,6 +92,19 @@ def host_times(
     return {name: percentiles(values) for name, values in samples.items()}
 
 
+def wall_times(contenders: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, Times]:
+    """Microseconds from the call until the card has done its work, with nothing before it."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            samples[name].append((time.perf_counter() - start) * 1e6)
+    return {name: percentiles(values) for name, values in samples.items()}
+
+
 # ---- CUDA graphs ---------------------------------------------------------------------------------
 
 
@@ -196,11 +209,17 @@ def measure_ceilings(dtype: torch.dtype, rounds: int = 9) -> Ceilings:
     return Ceilings(2 * COPY_BYTES / times["copy"][0] / 1e3, 2 * n**3 / times["product"][0] / 1e6)
 
 
-def extra_bytes(call: Callable[[], torch.Tensor]) -> int:
-    """Device memory a call takes at its peak beyond what was there and beyond its result."""
+def extra_bytes(call: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]) -> int:
+    """Device memory a call takes at its peak beyond what was there and beyond its results."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     result = call()
     torch.cuda.synchronize()
-    return max(0, torch.cuda.max_memory_allocated() - before - result.nbytes)
+    return max(0, torch.cuda.max_memory_allocated() - before - result_bytes(result))
+
+
+def result_bytes(result: torch.Tensor | tuple[torch.Tensor, ...]) -> int:
+    """Bytes of what a call returned."""
+    results = (result,) if isinstance(result, torch.Tensor) else result
+    return sum(tensor.nbytes for tensor in results)

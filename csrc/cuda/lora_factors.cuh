@@ -1,0 +1,61 @@
+// Low-rank factors as the kernels of the backward pass read them: in their 16-bit type T, with rows
+// as long as TMA wants them.
+#pragma once
+
+#include "common.cuh"
+#include "launch_config.h"
+#include "ptx_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int kCopyThreads = 256;
+
+// A copy [rows, columns] in T of a factor [rows, from_columns] in T or fp32, zeros behind it.
+struct FactorCopy {
+    const void* from;
+    bool is_float;
+    int64_t rows;
+    int64_t from_columns, columns;
+    void* to;
+};
+
+template <typename T>
+__device__ __forceinline__ void copy_element(const FactorCopy& c, int64_t i) {
+    if (i >= c.rows * c.columns)
+        return;
+    const int64_t row = i / c.columns, column = i - row * c.columns;
+    const int64_t at = row * c.from_columns + column;
+    T value = from_float<T>(0.0f);
+    if (column < c.from_columns)
+        value = c.is_float ? from_float<T>(static_cast<const float*>(c.from)[at])
+                           : static_cast<const T*>(c.from)[at];
+    static_cast<T*>(c.to)[i] = value;
+}
+
+struct FactorCopies {
+    FactorCopy copy[2];
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kCopyThreads)
+    copy_factors_kernel(const __grid_constant__ FactorCopies copies) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const int64_t i = blockIdx.x * int64_t{kCopyThreads} + threadIdx.x;
+    const int64_t first_elements = copies.copy[0].rows * copies.copy[0].columns;
+    const bool in_first = i < first_elements;
+    copy_element<T>(copies.copy[in_first ? 0 : 1], in_first ? i : i - first_elements);
+}
+
+// One launch for both; one without rows is skipped.
+template <typename T>
+cudaError_t copy_factors(const FactorCopy& first, const FactorCopy& second, cudaStream_t stream) {
+    const int64_t elements = first.rows * first.columns + second.rows * second.columns;
+    LaunchConfig config(
+        static_cast<unsigned>(ceil_div(elements, kCopyThreads)), kCopyThreads, 0, stream);
+    return cudaLaunchKernelEx(config.get(), copy_factors_kernel<T>, FactorCopies{{first, second}});
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

@@ -1,0 +1,53 @@
+// The skinny products of the backward pass of a low-rank adapter, sm_90a. See lora_grads_sm90.cu.
+//
+//     u[m, j] = s_j sum_n dy[m, n] lora_B[n, j]        s_j = scaling * lora_scaling[j]
+//     d_lora_B[n, j] = s_j sum_m dy[m, n] z[m, j]      d_bias[n] = sum_m dy[m, n]
+//     d_lora_scaling[j] = scaling * sum_m (dy lora_B)[m, j] z[m, j]
+//     d_lora_A[j, k] = sum_m u[m, j] x[m, k]
+#pragma once
+
+#include <cstddef>
+
+#include "device.h"
+#include "weight.h"
+
+namespace lowbit::cuda {
+
+// Columns of u: r padded to one width of a swizzle.
+inline int lora_columns(int r) {
+    return r <= 16 ? 16 : r <= 32 ? 32 : 64;
+}
+
+struct LoraGradsArgs {
+    Dtype dtype;                // of dy, x, z, u and d_bias: kBFloat16 or kFloat16
+    Dtype lora_A_dtype;         // of d_lora_A: dtype or kFloat32
+    Dtype lora_B_dtype;         // of lora_B and d_lora_B: dtype or kFloat32
+    const void* dy;             // [M, N]
+    const void* x;              // [M, K], with dropout the dropped-out one; null: no d_lora_A
+    const void* z;              // [M, r], null: no d_lora_B and no d_lora_scaling
+    const void* lora_B;         // [N, r]
+    const float* lora_scaling;  // [r], or null: all 1
+    float scaling;
+    int64_t M, N, K;
+    int r;
+    void* u;                // [M, lora_columns(r)], rounded, zeros behind r; null: not wanted
+    void* d_lora_A;         // [r, K] or null: not wanted, like the rest
+    void* d_lora_B;         // [N, r]
+    void* d_bias;           // [N]
+    float* d_lora_scaling;  // [r]
+    void* workspace;        // lora_grads_workspace_bytes, uninitialized
+};
+
+// 16-bit dtype, 1 <= r <= 64, N % 8 == 0, K % 8 == 0, 16-byte aligned dy, x, z, lora_B and u.
+bool serves_lora_grads(const LoraGradsArgs& args);
+
+// At most 28 MiB but for extreme shapes; enough for each of the two launches.
+size_t lora_grads_workspace_bytes(const LoraGradsArgs& args);
+
+// One read of dy: u, d_lora_B, d_bias, d_lora_scaling.
+cudaError_t launch_lora_grads_dy(const LoraGradsArgs& args, cudaStream_t stream);
+
+// One read of x: d_lora_A, from u.
+cudaError_t launch_lora_grads_x(const LoraGradsArgs& args, cudaStream_t stream);
+
+}  // namespace lowbit::cuda

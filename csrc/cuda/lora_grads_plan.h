@@ -1,0 +1,116 @@
+// How lora_grads_sm90.cu divides an activation [tokens, C] among CTAs, and what its workspace
+// holds.
+//
+// A CTA has cta_columns x cta_tokens. Wide ones leave fewer partial sums of the projection, long
+// ones fewer of the features, and there should be one for each SM.
+#pragma once
+
+#include <algorithm>
+
+#include "lora_grads.h"
+#include "lora_grads_finish.cuh"
+#include "lora_grads_tile.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int64_t kWorkspaceLimit = 28 << 20;
+
+struct Division {
+    int64_t cta_columns, cta_tokens;
+    int64_t column_parts, token_parts;
+    int64_t pass_tokens;
+    int passes;
+    int64_t projection_floats, sum_floats, column_sum_floats;
+
+    int64_t bytes() const {
+        return 4 * (projection_floats + sum_floats + column_sum_floats);
+    }
+};
+
+// Hundredths of microseconds on an H100, roughly: what CTAs read at the speed of one, or of the
+// memory, and partial sums written and read.
+int64_t estimate(const Division& d, int stage_columns, int processors) {
+    const int64_t ctas = d.column_parts * d.token_parts;
+    const int64_t bytes = d.cta_columns * d.cta_tokens * 2;
+    const int64_t rate = std::min<int64_t>(600, 30000 / std::min<int64_t>(ctas, processors));
+    return ceil_div(ctas, processors) * bytes / rate + d.bytes() * 2 / 40000 + stage_columns / 256;
+}
+
+template <class P>
+Division divide_pass(int64_t tokens, int64_t C, bool projects, int processors) {
+    const int64_t chunks = ceil_div(C, P::kColumns);
+    Division best{};
+    int64_t best_time = INT64_MAX;
+    int64_t width = 1;
+    while (width <= chunks) {
+        Division d{};
+        d.cta_columns = width * P::kColumns;
+        d.column_parts = ceil_div(chunks, width);
+        // Next, the least width that leaves fewer parts.
+        width = d.column_parts == 1 ? chunks + 1 : (chunks - 1) / (d.column_parts - 1) + 1;
+        const int64_t wanted = std::max<int64_t>(1, processors / d.column_parts);
+        d.cta_tokens = ceil_div(ceil_div(tokens, wanted), kStageTokens) * kStageTokens;
+        d.cta_tokens = std::min<int64_t>(d.cta_tokens, P::kMaxTokens);
+        d.token_parts = ceil_div(tokens, d.cta_tokens);
+        d.projection_floats = projects ? d.column_parts * tokens * P::kRank : 0;
+        d.sum_floats = d.token_parts * C * P::kRank;
+        d.column_sum_floats = d.token_parts * C;
+        const int64_t time = estimate(d, P::kColumns, processors);
+        if (time < best_time)
+            best_time = time, best = d;
+    }
+    return best;
+}
+
+// Floats of the workspace, each part 128-byte aligned.
+struct Workspace {
+    int64_t projection, sums, column_sums, running_sums, running_column_sums, scaling_parts;
+    int64_t z, lora_B;  // copies of them
+    int64_t end;
+};
+
+// Factors that the pass over dy cannot read as they are: TMA wants rows of 16 bytes, in dtype.
+struct Copies {
+    bool z, lora_B;
+};
+
+Copies copies_of(const LoraGradsArgs& a) {
+    const bool ragged = a.r % 8 != 0;
+    return {a.z != nullptr && ragged, a.u != nullptr && (ragged || a.lora_B_dtype != a.dtype)};
+}
+
+int finish_units(int64_t elements) {
+    return static_cast<int>(ceil_div(elements, 4 * kFinishThreads));
+}
+
+Workspace lay_out(const Division& d, const LoraGradsArgs& a, int64_t C, Copies copies) {
+    const int columns = lora_columns(a.r);
+    auto aligned = [](int64_t floats) { return ceil_div(floats, 32) * 32; };
+    Workspace w{};
+    w.sums = aligned(d.projection_floats);
+    w.column_sums = w.sums + aligned(d.sum_floats);
+    w.running_sums = w.column_sums + aligned(d.column_sum_floats);
+    w.running_column_sums = w.running_sums + (d.passes > 1 ? aligned(C * columns) : 0);
+    w.scaling_parts = w.running_column_sums + (d.passes > 1 ? aligned(C) : 0);
+    w.z = w.scaling_parts + aligned(int64_t{finish_units(C * columns)} * columns);
+    w.lora_B = w.z + (copies.z ? aligned(a.M * columns / 2) : 0);
+    w.end = w.lora_B + (copies.lora_B ? aligned(a.N * columns / 2) : 0);
+    return w;
+}
+
+// In as few passes as the limit of the workspace allows.
+template <class P>
+Division divide(const LoraGradsArgs& a, int64_t C, bool projects, Copies copies, int processors) {
+    for (int passes = 1;; passes *= 2) {
+        const int64_t tokens = ceil_div(ceil_div(a.M, passes), kStageTokens) * kStageTokens;
+        Division d = divide_pass<P>(std::min(tokens, a.M), C, projects, processors);
+        d.pass_tokens = tokens;
+        d.passes = static_cast<int>(ceil_div(a.M, tokens));
+        if (lay_out(d, a, C, copies).end * 4 <= kWorkspaceLimit || tokens == kStageTokens)
+            return d;
+    }
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

@@ -1,0 +1,343 @@
+// The product kernel of lora_grads_sm90.cu: one pass over an activation [M, C], which is dy or x.
+//
+//     sums[c, j] = sum_m g[m, c] t[m, j]           over the CTA's tokens
+//     projection[m, j] = sum_c g[m, c] f[c, j]     over the CTA's columns (dy only)
+//
+// A CTA owns a rectangle of g. It walks over it in chunks of kColumns columns, and in a chunk 64
+// tokens at a time, through a ring of stages that one thread fills by TMA. Half of the warps, or
+// without a projection all of them, keep the chunk's sums in registers, the other half adds up the
+// projection of all tokens in shared memory. Both go to the workspace as fp32 partial sums; then
+// the CTAs wait for each other and share the rest of the work (lora_grads_finish.cuh).
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda.h>
+
+#include "common.cuh"
+#include "lora_grads_finish.cuh"
+#include "ptx_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int kStageTokens = 64;
+constexpr int kBoxColumns = 64;  // 128 bytes: a swizzled line
+constexpr int kBoxBytes = kStageTokens * kBoxColumns * 2;
+constexpr int kComputeWarps = 8;
+constexpr int kGradThreads = (kComputeWarps + 1) * kWarpSize;
+
+// Shared memory, 137 to 226 KiB: stages (g, then t), with a projection two chunks of f, barriers,
+// and the sums of the projection.
+template <int kRank_, bool kProjects_>
+struct GradPlan {
+    static constexpr int kRank = kRank_;  // r padded: 16, 32 or 64
+    static constexpr bool kProjects = kProjects_;
+    static constexpr int kColumns = kRank == 64 ? 128 : 256;
+    static constexpr int kStages = 4;
+    static constexpr int kSumWarps = kProjects ? kComputeWarps / 2 : kComputeWarps;
+    static constexpr int kTiles = kColumns / 16 / kSumWarps;  // of 16 columns, per warp
+    static constexpr int kMaxTokens = !kProjects ? 1 << 30 : kRank == 16 ? 1024 : 384;
+    static constexpr int kGBytes = kColumns * kStageTokens * 2;
+    static constexpr int kFactorRow = kRank * 2;
+    static constexpr int kTBytes = kStageTokens * kFactorRow;
+    static constexpr int kStageBytes = kGBytes + kTBytes;
+    static constexpr int kFBytes = kColumns * kFactorRow;
+    static constexpr int kF = kStages * kStageBytes;
+    static constexpr int kFull = kF + (kProjects ? 2 * kFBytes : 0);
+    static constexpr int kEmpty = kFull + kStages * 8;
+    static constexpr int kFFull = kEmpty + kStages * 8;
+    static constexpr int kFEmpty = kFFull + 2 * 8;
+    static constexpr int kProjection = kFull + 128;
+    static constexpr int kSmemBytes = kProjection + (kProjects ? kMaxTokens * kRank * 4 : 0) + 1024;
+    static_assert(kFEmpty + 2 * 8 <= kProjection && kTiles >= 1 && kSmemBytes <= 227 * 1024);
+};
+
+struct GradMaps {
+    CUtensorMap g;  // box [64 tokens][64 columns]
+    CUtensorMap t;  // box [64 tokens][kRank]
+    CUtensorMap f;  // box [kColumns][kRank]
+};
+
+struct GradParams {
+    int C;
+    int first_token, end_token;  // of the pass
+    int cta_columns, cta_tokens;
+    bool wants_projection, wants_sums, wants_column_sums;
+    bool finishes;       // all CTAs are resident
+    float* projection;   // [column parts, tokens of the pass, kRank]
+    float* sums;         // [token parts, C, kRank]
+    float* column_sums;  // [token parts, C]
+};
+
+// The rectangle of a CTA.
+struct Part {
+    int column0, chunks;
+    int token0, blocks;
+};
+
+template <class P>
+__device__ __forceinline__ Part own_part(const GradParams& p) {
+    const int column0 = blockIdx.x * p.cta_columns;
+    const int token0 = p.first_token + blockIdx.y * p.cta_tokens;
+    const int columns = min(p.cta_columns, p.C - column0);
+    const int tokens = min(p.cta_tokens, p.end_token - token0);
+    return {
+        column0, (columns + P::kColumns - 1) / P::kColumns, token0,
+        (tokens + kStageTokens - 1) / kStageTokens};
+}
+
+struct Ring {
+    int slot = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance(int stages) {
+        if (++slot == stages) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Byte of 16-byte chunk `chunk` of row `row` in a box with rows of kRowBytes, as TMA swizzles it.
+template <int kRowBytes>
+__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
+    constexpr int kChunks = kRowBytes / 16;
+    return row * kRowBytes + ((chunk ^ (row / (8 / kChunks) % kChunks)) << 4);
+}
+
+// One thread.
+template <class P>
+__device__ __forceinline__ void
+load_part(const GradMaps& maps, const GradParams& p, uint32_t smem) {
+    const Part part = own_part<P>(p);
+    Ring ring;
+    for (int chunk = 0; chunk < part.chunks; chunk++) {
+        const int column = part.column0 + chunk * P::kColumns;
+        if (P::kProjects && p.wants_projection) {
+            const int buffer = chunk % 2;
+            const uint32_t full = smem + P::kFFull + buffer * 8;
+            barrier_wait(smem + P::kFEmpty + buffer * 8, chunk / 2 % 2 ^ 1);
+            barrier_arrive_expect(full, P::kFBytes);
+            load_tile(smem + P::kF + buffer * P::kFBytes, maps.f, 0, column, full);
+        }
+        for (int block = 0; block < part.blocks; block++, ring.advance(P::kStages)) {
+            const int token = part.token0 + block * kStageTokens;
+            const uint32_t full = smem + P::kFull + ring.slot * 8;
+            const uint32_t stage = smem + ring.slot * P::kStageBytes;
+            barrier_wait(smem + P::kEmpty + ring.slot * 8, ring.parity ^ 1);
+            barrier_arrive_expect(full, P::kGBytes + (p.wants_sums ? P::kTBytes : 0));
+#pragma unroll
+            for (int box = 0; box < P::kColumns / kBoxColumns; box++) {
+                const uint32_t to = stage + box * kBoxBytes;
+                const int from = column + box * kBoxColumns;
+                if (P::kProjects)  // dy is read again, for dx
+                    load_tile(to, maps.g, from, token, full);
+                else
+                    load_tile_once(to, maps.g, from, token, full);
+            }
+            if (p.wants_sums)
+                load_tile(stage + P::kGBytes, maps.t, 0, token, full);
+        }
+    }
+}
+
+// b of k16 x 16 columns from rows of kRank elements: b0, b1 of the first 8 columns, then of the
+// others.
+template <class P>
+__device__ __forceinline__ void
+load_factor(uint32_t (&b)[4], uint32_t rows, int row0, int column16, int lane) {
+    load_matrices_transposed(
+        b, rows + swizzled<P::kFactorRow>(row0 + lane % 16, 2 * column16 + lane / 16));
+}
+
+// A warp's 16 tokens of each block.
+template <typename T, class P>
+__device__ __forceinline__ void
+project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
+    const int lane = threadIdx.x % kWarpSize;
+    const Part part = own_part<P>(p);
+    const int64_t pass_tokens = p.end_token - p.first_token;
+    float* out = p.projection + blockIdx.x * pass_tokens * P::kRank;
+    Ring ring;
+    for (int chunk = 0; chunk < part.chunks; chunk++) {
+        const int buffer = chunk % 2;
+        const uint32_t f = smem + P::kF + buffer * P::kFBytes;
+        if (p.wants_projection)
+            barrier_wait(smem + P::kFFull + buffer * 8, chunk / 2 % 2);
+        for (int block = 0; block < part.blocks; block++, ring.advance(P::kStages)) {
+            float d[P::kRank / 8][4] = {};
+            barrier_wait(smem + P::kFull + ring.slot * 8, ring.parity);
+            if (p.wants_projection) {
+                const uint32_t rows = smem + ring.slot * P::kStageBytes + warp * 16 * 128;
+#pragma unroll 4
+                for (int k16 = 0; k16 < P::kColumns / 16; k16++) {
+                    uint32_t a[4];
+                    load_matrices(
+                        a, rows + k16 / 4 * kBoxBytes +
+                               swizzled<128>(lane % 16, k16 % 4 * 2 + lane / 16));
+#pragma unroll
+                    for (int t = 0; t < P::kRank / 16; t++) {
+                        uint32_t b[4];
+                        load_factor<P>(b, f, k16 * 16, t, lane);
+                        mma_16x8x16(d[2 * t], a, b[0], b[1], T{});
+                        mma_16x8x16(d[2 * t + 1], a, b[2], b[3], T{});
+                    }
+                }
+            }
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(smem + P::kEmpty + ring.slot * 8);
+            if (!p.wants_projection)
+                continue;
+            // A thread's own words: in whatever order, without conflicts.
+            float* sums = smem_projection + (block * 4 + warp) * (P::kRank / 2 * kWarpSize) + lane;
+            const int64_t token = part.token0 + block * kStageTokens + warp * 16 + lane / 4;
+#pragma unroll
+            for (int i = 0; i < P::kRank / 2; i++) {
+                float& value = d[i / 4][i % 4];
+                if (chunk > 0)
+                    value += sums[i * kWarpSize];
+                if (chunk + 1 < part.chunks)
+                    sums[i * kWarpSize] = value;
+            }
+            if (chunk + 1 < part.chunks)
+                continue;
+#pragma unroll
+            for (int i = 0; i < P::kRank / 4; i++) {
+                const int64_t row = token + i % 2 * 8;
+                const int column = i / 2 * 8 + lane % 4 * 2;
+                const float* v = &d[i / 2][i % 2 * 2];
+                if (row < p.end_token)
+                    *reinterpret_cast<float2*>(out + (row - p.first_token) * P::kRank + column) = {
+                        v[0], v[1]};
+            }
+        }
+        __syncwarp();
+        if (p.wants_projection && lane == 0)
+            barrier_arrive(smem + P::kFEmpty + buffer * 8);
+    }
+}
+
+// A pair of ones.
+__device__ __forceinline__ uint32_t ones(__nv_bfloat16) {
+    return 0x3f803f80;
+}
+__device__ __forceinline__ uint32_t ones(__half) {
+    return 0x3c003c00;
+}
+
+// A warp's kTiles x 16 columns of each chunk.
+template <typename T, class P>
+__device__ __forceinline__ void add_tokens(const GradParams& p, uint32_t smem, int warp) {
+    const int lane = threadIdx.x % kWarpSize;
+    const Part part = own_part<P>(p);
+    float* out = p.sums + static_cast<int64_t>(blockIdx.y) * p.C * P::kRank;
+    float* out_columns = p.column_sums + static_cast<int64_t>(blockIdx.y) * p.C;
+    const int own_column = warp * P::kTiles * 16;
+    Ring ring;
+    for (int chunk = 0; chunk < part.chunks; chunk++) {
+        float d[P::kTiles][P::kRank / 8][4] = {};
+        float column_sums[P::kTiles][4] = {};
+#pragma unroll 1
+        for (int block = 0; block < part.blocks; block++, ring.advance(P::kStages)) {
+            const uint32_t stage = smem + ring.slot * P::kStageBytes;
+            barrier_wait(smem + P::kFull + ring.slot * 8, ring.parity);
+#pragma unroll
+            for (int k16 = 0; k16 < kStageTokens / 16; k16++) {
+                uint32_t a[P::kTiles][4];
+#pragma unroll
+                for (int i = 0; i < P::kTiles; i++) {
+                    const int column = own_column + i * 16;
+                    const int token = k16 * 16 + lane / 16 * 8 + lane % 8;
+                    load_matrices_transposed(
+                        a[i], stage + column / kBoxColumns * kBoxBytes +
+                                  swizzled<128>(token, column % kBoxColumns / 8 + lane / 8 % 2));
+                }
+                if (p.wants_sums) {
+#pragma unroll
+                    for (int t = 0; t < P::kRank / 16; t++) {
+                        uint32_t b[4];
+                        load_factor<P>(b, stage + P::kGBytes, k16 * 16, t, lane);
+#pragma unroll
+                        for (int i = 0; i < P::kTiles; i++) {
+                            mma_16x8x16(d[i][2 * t], a[i], b[0], b[1], T{});
+                            mma_16x8x16(d[i][2 * t + 1], a[i], b[2], b[3], T{});
+                        }
+                    }
+                }
+                if (P::kProjects && p.wants_column_sums) {
+#pragma unroll
+                    for (int i = 0; i < P::kTiles; i++)
+                        mma_16x8x16(column_sums[i], a[i], ones(T{}), ones(T{}), T{});
+                }
+            }
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(smem + P::kEmpty + ring.slot * 8);
+        }
+#pragma unroll
+        for (int i = 0; i < P::kTiles * 2; i++) {
+            const int column =
+                part.column0 + chunk * P::kColumns + own_column + i / 2 * 16 + lane / 4 + i % 2 * 8;
+            if (column >= p.C)
+                continue;
+            if (p.wants_sums) {
+                float* row = out + static_cast<int64_t>(column) * P::kRank + lane % 4 * 2;
+#pragma unroll
+                for (int t = 0; t < P::kRank / 8; t++) {
+                    const float* v = &d[i / 2][t][i % 2 * 2];
+                    *reinterpret_cast<float2*>(row + t * 8) = {v[0], v[1]};
+                }
+            }
+            if (P::kProjects && p.wants_column_sums && lane % 4 == 0)
+                out_columns[column] = column_sums[i / 2][i % 2 * 2];
+        }
+    }
+}
+
+template <typename T, class P>
+__global__ void __launch_bounds__(kGradThreads, 1) lora_grads_kernel(
+    const __grid_constant__ GradMaps maps,
+    const GradParams p,
+    const __grid_constant__ FinishParams f) {
+    extern __shared__ uint8_t smem_raw[];
+    const uint32_t raw = shared_address(smem_raw);
+    const uint32_t smem = (raw + 1023) / 1024 * 1024;
+    const int warp = threadIdx.x / kWarpSize;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < P::kStages; i++) {
+            barrier_init(smem + P::kFull + i * 8, 1);
+            barrier_init(smem + P::kEmpty + i * 8, kComputeWarps);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(smem + P::kFFull + i * 8, 1);
+            barrier_init(smem + P::kFEmpty + i * 8, kComputeWarps - P::kSumWarps);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    if (warp == kComputeWarps) {
+        if (threadIdx.x % kWarpSize == 0)
+            load_part<P>(maps, p, smem);
+    } else if (P::kProjects && warp < kComputeWarps - P::kSumWarps) {
+        float* projection = reinterpret_cast<float*>(smem_raw + (smem - raw) + P::kProjection);
+        project<T, P>(p, smem, projection, warp);
+    } else {
+        add_tokens<T, P>(p, smem, warp - (kComputeWarps - P::kSumWarps));
+    }
+    if (!p.finishes)
+        return;
+    __syncwarp();
+    cooperative_groups::this_grid().sync();
+    if (threadIdx.x >= kFinishThreads)
+        return;
+    float4* smem_products = reinterpret_cast<float4*>(smem_raw);  // stages nobody needs any more
+    const int ctas = gridDim.x * gridDim.y;
+    for (int unit = blockIdx.y * gridDim.x + blockIdx.x; unit < f.units; unit += ctas)
+        finish_unit<T>(f, unit, smem_products);
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

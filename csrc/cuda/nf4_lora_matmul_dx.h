@@ -1,0 +1,36 @@
+// The gradient of a 4-bit linear layer's input, sm_90a. See nf4_lora_matmul_dx_sm90.cu.
+//
+//     dx[m, k] = sum_n dy[m, n] W[n, k] + sum_j u[m, j] lora_A[j, k]        (+ dx[m, k])
+#pragma once
+
+#include "device.h"
+#include "weight.h"
+
+namespace lowbit::cuda {
+
+struct LoraDxArgs {
+    WeightView w;
+    Dtype dtype;         // of dy, u and dx: kBFloat16 or kFloat16
+    const void* dy;      // [M, N]
+    const void* u;       // [M, lora_columns(r)]: RN(s_j sum_n dy[m, n] lora_B[n, j]), 0 behind r
+    const void* lora_A;  // [r, K]; u and lora_A null when r = 0
+    Dtype lora_A_dtype;  // dtype or kFloat32, then rounded
+    void* dx;            // [M, K]
+    bool adds;           // to what is in dx, in its own dtype
+    int64_t M;
+    int r;
+    void* workspace;  // nf4_lora_matmul_dx_workspace_bytes, uninitialized
+};
+
+// 16-bit dtype, flat weight, a workspace of at most 32 MiB, K % 64 == 0, N % 8 == 0, blocksize 64
+// to 4096, r <= 64, 16-byte aligned pointers. Dropout stays outside: with it, r = 0 here and the
+// caller adds the masked low-rank term.
+bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
+
+// 4 bytes per 64 elements of W, and 2 per element of an fp32 lora_A.
+size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& args);
+
+// Two or three kernels, one after the other in the stream, as programmatic dependent launches.
+cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& args, cudaStream_t stream);
+
+}  // namespace lowbit::cuda

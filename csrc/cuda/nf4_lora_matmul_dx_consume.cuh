@@ -1,0 +1,193 @@
+// The consumer warpgroups of nf4_lora_matmul_dx_sm90.cu: products of the stages, the sum over a
+// split N, and the store of dx.
+#pragma once
+
+#include "nf4_lora_matmul_dx_tile.cuh"
+#include "wgmma_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+// 16 lines, a product's share of the contraction, in a descriptor.
+constexpr uint64_t kLines16 = 16 * kLineBytes / 16;
+
+// Where a consumer warpgroup stands in the ring.
+template <class P>
+struct Reader {
+    uint32_t smem;
+    uint32_t w_offset;  // of its 64 columns in a stage
+    uint32_t empty;     // barriers of the CTA whose stages this thread frees, or 0
+    Position<P> at;
+    int previous;
+
+    __device__ __forceinline__ void free_previous() {
+        if (empty != 0)
+            barrier_arrive_remote(empty + previous * 8);
+    }
+
+    __device__ __forceinline__ uint32_t next_stage() {
+        barrier_wait(smem + P::kFull + at.slot * 8, at.parity);
+        return smem + at.slot * P::kStageBytes;
+    }
+
+    // Leaves `kPending` of the products running, none of which reads the stage before.
+    template <int kPending>
+    __device__ __forceinline__ void leave_stage(bool free) {
+        wgmma_wait<kPending>();
+        if (free)
+            free_previous();
+        previous = at.slot;
+        at.advance(1);
+    }
+};
+
+// Sums of one tile in d.
+template <typename T, class P>
+__device__ __forceinline__ void
+multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Tile& tile, int r) {
+#pragma unroll 1
+    for (int step = 0; step < tile.weight_steps; step++) {
+        const uint32_t stage = reader.next_stage();
+        const uint64_t dy = operand_descriptor(stage);
+        const uint64_t w = transposed_operand_descriptor(stage + reader.w_offset);
+        wgmma_fence();
+        wgmma_transposed(d, w, dy, step > 0, T{});
+        wgmma_transposed(d, w + kLines16, dy + 2, true, T{});
+        wgmma_transposed(d, w + 2 * kLines16, dy + 4, true, T{});
+        wgmma_transposed(d, w + 3 * kLines16, dy + 6, true, T{});
+        wgmma_commit();
+        reader.template leave_stage<1>(step > 0);
+    }
+    // Of a split tile's CTAs, one has the low-rank term, and one may have fewer steps.
+    const bool low_rank = r > 0 && !(tile.split && blockIdx.x % kCluster != 0);
+    for (int step = tile.weight_steps + low_rank; step < tile.steps; step++) {
+        reader.next_stage();
+        reader.template leave_stage<0>(true);
+    }
+    if (low_rank) {
+        const uint32_t stage = reader.next_stage();
+        const uint64_t u = operand_descriptor(stage);
+        const uint64_t w = transposed_operand_descriptor(stage + reader.w_offset);
+#pragma unroll 1
+        for (int k16 = 0; k16 < (r + 15) / 16; k16++) {
+            wgmma_fence();
+            wgmma_transposed(d, w + k16 * kLines16, u + 2 * k16, true, T{});
+            wgmma_commit();
+        }
+        reader.template leave_stage<0>(true);
+    }
+    wgmma_wait<0>();
+    reader.free_previous();
+}
+
+// N was split: each CTA of the pair keeps one half of the tokens and is sent the other's sums of
+// them, through the stages, which nobody fills any more.
+template <class P>
+__device__ __forceinline__ void
+add_halves(float (&d)[P::kTokens / 2], uint32_t smem, const uint8_t* smem_generic) {
+    constexpr int kHalf = P::kTokens / 4;
+    constexpr int kVectorBytes = kConsumers * 16;
+    const int rank = blockIdx.x % kCluster;
+    const int thread = threadIdx.x - P::kProducers;
+    const uint32_t buffer = in_cta(smem + thread * 16, rank ^ 1);
+    cluster_sync_unaligned();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half == rank)
+            continue;
+#pragma unroll
+        for (int i = 0; i < kHalf; i += 4) {
+            const float* v = d + half * kHalf + i;
+            store_remote(buffer + i / 4 * kVectorBytes, v[0], v[1], v[2], v[3]);
+        }
+    }
+    cluster_sync_unaligned();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half != rank)
+            continue;
+#pragma unroll
+        for (int i = 0; i < kHalf; i += 4) {
+            const float4 v =
+                *reinterpret_cast<const float4*>(smem_generic + i / 4 * kVectorBytes + thread * 16);
+            float* own = d + half * kHalf + i;
+            own[0] += v.x, own[1] += v.y, own[2] += v.z, own[3] += v.w;
+        }
+    }
+}
+
+// Rounds the warpgroup's 64 columns of dx and stores or adds them. Two staging buffers: one fills
+// while the other is read.
+template <typename T, class P>
+__device__ __forceinline__ void store_output(
+    const float (&d)[P::kTokens / 2],
+    const Maps& maps,
+    const Tile& tile,
+    bool adds,
+    uint32_t smem) {
+    constexpr int kChunks = P::kTokens / kChunkTokens;
+    const int thread = threadIdx.x - P::kProducers;
+    const int group = thread / kWarpgroup;
+    const int warp = thread % kWarpgroup / kWarpSize, lane = thread % kWarpSize;
+    const bool stores = thread % kWarpgroup == 0;
+    const int column0 = tile.column0 + group * 64;
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+        if (tile.split && c / (kChunks / 2) != blockIdx.x % kCluster)
+            continue;
+        const uint32_t buffer = smem + P::kOutput + (group * 2 + c % 2) * kChunkBytes;
+        if (stores)
+            wait_stores_read<1>();
+        named_barrier(1 + group, kWarpgroup);
+#pragma unroll
+        for (int j = 0; j < kChunkTokens / 8; j += 2) {
+            const float* v = d + (c * kChunkTokens / 8 + j) * 4;
+            uint32_t pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                pairs[i] = pack_pair(v[2 * i], v[2 * i + 1], T{});
+            const int matrix = lane / 8, line = lane % 8;
+            const int token = 8 * (j + matrix / 2) + line;
+            const int chunk = (2 * warp + matrix % 2) ^ line;
+            store_matrices_transposed(
+                buffer + token * kLineBytes + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+        fence_async_proxy();
+        named_barrier(1 + group, kWarpgroup);
+        if (stores) {
+            const int token0 = tile.token0 + c * kChunkTokens;
+            if (adds)
+                add_tile(maps.dx, buffer, column0, token0);
+            else
+                store_tile(maps.dx, buffer, column0, token0);
+            commit_stores();
+        }
+    }
+}
+
+template <typename T, class P>
+__device__ __forceinline__ void
+consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_generic) {
+    const uint32_t thread = threadIdx.x - P::kProducers;
+    const uint32_t group = thread / kWarpgroup, own = thread % kWarpgroup;
+    Reader<P> reader{
+        smem,
+        P::kDyBytes + group * 64 * kLineBytes,
+        own < kCluster ? in_cta(smem + P::kEmpty, own) : 0,
+        {0, 0},
+        0};
+    const int tiles = tile_count<P>(p);
+    for (int index = 0; index < tiles; index++) {
+        const Tile tile = tile_at<P>(p, index);
+        float d[P::kTokens / 2];
+        multiply<T, P>(d, reader, tile, p.r);
+        if (tile.split)
+            add_halves<P>(d, smem, smem_generic);
+        store_output<T, P>(d, maps, tile, p.adds, smem);
+    }
+    if (own == 0)
+        wait_stores_read<0>();
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

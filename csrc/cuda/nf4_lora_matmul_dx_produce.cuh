@@ -1,0 +1,226 @@
+// The producer warps of nf4_lora_matmul_dx_sm90.cu: they fill the stages with decoded weights and
+// have TMA bring dy and packed weights.
+//
+// A warp decodes 32 rows of one block column in one step, a lane one block of 64 codes; warps that
+// share them take steps in turn. Packed weights and scales come in groups of two turns, the former
+// into two buffers, the latter into registers a group ahead.
+#pragma once
+
+#include "block_decode.cuh"
+#include "nf4_lora_matmul_dx_tile.cuh"
+#include "ptx_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+// Keeps two groups of packed weights loaded or on their way. One thread.
+template <class P>
+struct PackedLoader {
+    const Maps& maps;
+    const Params& p;
+    uint32_t smem;
+    int own_row;
+    int tiles;
+    Tile tile;
+    int index, step, buffer;
+
+    __device__ __forceinline__ void load_next() {
+        if (step >= tile.weight_steps) {
+            if (index + 1 >= tiles)
+                return;
+            tile = tile_at<P>(p, ++index);
+            step = 0;
+        }
+        const uint32_t full = smem + P::kPackedFull + buffer * 8;
+        barrier_arrive_expect(full, P::kPackedBytes);
+#pragma unroll
+        for (int i = 0; i < P::kGroupSteps; i++)
+            load_tile(
+                smem + P::kPacked + buffer * P::kPackedBytes + i * P::kPackedStep, maps.packed,
+                tile.column0 / 2, (tile.first_step + step + i) * kStepN + own_row, full);
+        step += P::kGroupSteps;
+        buffer ^= 1;
+    }
+};
+
+__device__ __forceinline__ float load_scale(const Params& p, int block, int row) {
+    const auto at = static_cast<uint32_t>(block) * p.scale_pitch + min(row, p.scale_pitch - 1);
+    return p.scales[at];
+}
+
+// The codebook is read anew each time: registers are scarce here.
+template <typename T>
+__device__ __forceinline__ ScaledTable<true> table_of(uint32_t smem_codebook, float scale) {
+    Codebook codebook;
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+        const uint4 v = load_shared(smem_codebook + i * 4);
+        codebook.value[i] = __uint_as_float(v.x), codebook.value[i + 1] = __uint_as_float(v.y);
+        codebook.value[i + 2] = __uint_as_float(v.z), codebook.value[i + 3] = __uint_as_float(v.w);
+    }
+    return scale_codebook<T, true>(codebook, scale);
+}
+
+// The tokens of a tile from dy or u, for this CTA alone.
+template <class P>
+__device__ __forceinline__ void
+load_tokens(uint32_t stage, const CUtensorMap& map, int column, int token0, uint32_t full) {
+#pragma unroll 1
+    for (int part = 0; part < P::kColumnTiles; part++) {
+        const uint32_t destination = stage + part * P::kDyBoxBytes;
+        load_tile(destination, map, column, token0 + part * P::kDyBoxTokens, full);
+    }
+}
+
+// The same of dy, each CTA a half for both where they share it.
+template <class P>
+__device__ __forceinline__ void
+load_dy(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t full) {
+    const int column = (tile.first_step + step) * kStepN;
+    if (P::kSharesW || tile.split) {
+        load_tokens<P>(stage, maps.dy, column, tile.token0, full);
+    } else {
+        const int part = blockIdx.x % kCluster;
+        load_tile_multicast(
+            stage + part * P::kDyBoxBytes, maps.dy, column, tile.token0 + part * P::kDyBoxTokens,
+            full, 0b11);
+    }
+}
+
+// After a warp's stores: tells the consumers here, and gives the peer its copy.
+template <class P>
+__device__ __forceinline__ void publish(uint32_t smem_peer, uint32_t piece, uint32_t full) {
+    fence_async_proxy();
+    __syncwarp();
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane == 0)
+        barrier_arrive(full);
+    if (P::kSharesW && lane == 1)
+        copy_to_cta(smem_peer + piece, piece, kUnitRows * kLineBytes, smem_peer + full);
+}
+
+// The low-rank term as one step: u against lora_A, whose rows are lines as they are. Every CTA has
+// its own. Or, where the peer has one step of a split N more, a step that nobody multiplies.
+template <class P>
+__device__ __forceinline__ void
+load_last_step(const Maps& maps, const Tile& tile, bool low_rank, uint32_t stage, uint32_t full) {
+    barrier_arrive_expect(full, P::kDyBytes + (low_rank ? P::kWBytes : 0));
+    load_tokens<P>(stage, low_rank ? maps.u : maps.dy, 0, tile.token0, full);
+    if (low_rank) {
+        const uint32_t lines = stage + P::kDyBytes;
+        load_tile(lines, maps.lora_A, tile.column0, 0, full);
+        load_tile(lines + P::kWBytes / 2, maps.lora_A, tile.column0 + 64, 0, full);
+    }
+}
+
+template <typename T, class P>
+__device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint32_t smem) {
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int rank = blockIdx.x % kCluster;
+    const int own_row = P::kSharesW ? rank * P::kOwnRows : 0;  // the first that this CTA decodes
+    const int unit = warp % P::kUnits;
+    const int unit_block = unit % 2, unit_row = unit / 2 * kUnitRows;
+    const bool loads_dy = unit == 0 && lane == 0;
+    const uint32_t peer = in_cta(smem, rank ^ 1) - smem;
+    const int tiles = tile_count<P>(p);
+
+    PackedLoader<P> loader{maps, p, smem, own_row, tiles, tile_at<P>(p, 0), 0, 0, 0};
+    if (threadIdx.x == 0) {
+        loader.load_next();
+        loader.load_next();
+    }
+    __syncwarp();
+    int buffer = 0;
+    uint32_t buffer_parity = 0;
+    const uint32_t packed_row = smem + P::kPacked + (unit_row + lane) * kPackedRow;
+    const uint32_t packed_swizzle = lane / 2 % 4;
+    const uint32_t piece_offset =
+        P::kDyBytes + (unit_block * kStepN + own_row + unit_row) * kLineBytes;
+
+    auto load = [&](const Tile& t, int step) {
+        const int row = (t.first_step + step) * kStepN + own_row + unit_row + lane;
+        return load_scale(p, min(t.column0 / 64 + unit_block, p.blocks - 1), row);
+    };
+    int step = warp / P::kUnits;
+    Position<P> at{step, 1};
+    Tile tile = tile_at<P>(p, 0);
+    float scale[2] = {load(tile, step), load(tile, step + P::kStride)};
+
+    for (int index = 0; index < tiles; index++) {
+        const Tile next = tile_at<P>(p, min(index + 1, tiles - 1));
+#pragma unroll 1
+        for (int group = 0; group < tile.weight_steps; group += P::kGroupSteps) {
+            const uint32_t packed_empty = smem + P::kPackedEmpty + buffer * 8;
+            barrier_wait(smem + P::kPackedFull + buffer * 8, buffer_parity);
+            uint4 packed[2][2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t chunk = unit_block * 2 + i % 2;
+                packed[i / 2][i % 2] = load_shared(
+                    packed_row + buffer * P::kPackedBytes +
+                    (step - group + i / 2 * P::kStride) * P::kPackedStep +
+                    ((chunk ^ packed_swizzle) << 4));
+            }
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(packed_empty);
+            const float second_scale = scale[1];
+            ScaledTable<true> table = table_of<T>(smem + P::kCodebook, scale[0]);
+            if (group + P::kGroupSteps < tile.weight_steps) {
+                scale[0] = load(tile, step + 2 * P::kStride);
+                scale[1] = load(tile, step + 3 * P::kStride);
+            } else {  // at what step this warp begins the next tile
+                const int first = (step ^ tile.steps) & (P::kStride - 1);
+                scale[0] = load(next, first);
+                scale[1] = load(next, first + P::kStride);
+            }
+#pragma unroll
+            for (int turn = 0; turn < 2; turn++) {
+                if (step < tile.weight_steps) {
+                    const uint32_t full = smem + P::kFull + at.slot * 8;
+                    const uint32_t stage = smem + at.slot * P::kStageBytes;
+                    barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
+                    if (loads_dy) {
+                        barrier_arrive_expect(full, P::kArrivingBytes);
+                        load_dy<P>(maps, tile, step, stage, full);
+                    }
+                    __syncwarp();
+                    const uint32_t piece = stage + piece_offset;
+                    const uint32_t line = piece + lane * kLineBytes + lane % 8 * 16;
+                    const uint32_t* words = &packed[turn][0].x;
+#pragma unroll
+                    for (int c = 0; c < 8; c++)
+                        store_shared(line ^ (c << 4), decode_word(table, words[c]));
+                    if (turn == 0)  // while the stores drain
+                        table = table_of<T>(smem + P::kCodebook, second_scale);
+                    publish<P>(peer, piece, full);
+                    step += P::kStride;
+                    at.advance(P::kStride);
+                }
+                if (turn == 0 && threadIdx.x == 0) {
+                    barrier_wait(packed_empty, buffer_parity);
+                    loader.load_next();
+                }
+                __syncwarp();
+            }
+            buffer ^= 1;
+            buffer_parity ^= buffer == 0;
+        }
+        for (; step < tile.steps; step += P::kStride, at.advance(P::kStride)) {
+            const uint32_t full = smem + P::kFull + at.slot * 8;
+            barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
+            if (loads_dy)
+                load_last_step<P>(
+                    maps, tile, p.r > 0 && step == tile.steps - 1, smem + at.slot * P::kStageBytes,
+                    full);
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(full);
+        }
+        step -= tile.steps;
+        tile = next;
+    }
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

@@ -1,0 +1,147 @@
+// Sizes and the division of work of nf4_lora_matmul_dx_sm90.cu: what lies where in shared memory,
+// which tile a CTA computes when, and how far along the ring of stages a warp is.
+#pragma once
+
+#include <cuda.h>
+
+#include "common.cuh"
+#include "nf4_lora_matmul_dx.h"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int kStepN = 64;         // rows of W in a step
+constexpr int kLineBytes = 128;    // a swizzled line: 64 elements
+constexpr int kTileColumns = 128;  // of dx: two blocks of W
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2 * kWarpgroup;
+constexpr int kCluster = 2;
+constexpr int kUnitRows = kWarpSize;  // what a warp decodes at a time: 32 blocks below each other
+constexpr int kPackedRow = kTileColumns / 2;  // bytes
+constexpr int kChunkTokens = 32;              // of dx, staged for one TMA store
+constexpr int kChunkBytes = kChunkTokens * kLineBytes;
+// Tokens whose tiles are computed together: with all of them a large M would read dy from memory
+// once per two columns of tiles.
+constexpr int kSlabTokens = 4096;
+constexpr int kSmemAlignment = 1024;  // of swizzled tiles
+
+// Shared memory in this order: stages (dy, then W), two groups of packed weights, staged output, 16
+// codebook values, barriers. 230 560 bytes for 256 tokens, 214 192 for 128.
+//
+// Decoded W of a stage: line 64 b + i has row i of the step, block b of the tile's two. A CTA that
+// shares W decodes 32 rows of both blocks for both CTAs.
+template <int kTokens_, bool kSharesW_>
+struct Plan {
+    static constexpr int kTokens = kTokens_;
+    static constexpr bool kSharesW = kSharesW_;
+    static constexpr int kColumnTiles = kSharesW ? 1 : 2;  // of a cluster
+    static constexpr int kTokenTiles = kCluster / kColumnTiles;
+    static constexpr int kStages = kTokens == 256 ? 4 : 5;
+    static constexpr int kProducerWarps = kTokens == 256 ? 4 : 8;
+    static constexpr int kProducers = kProducerWarps * kWarpSize;
+    static constexpr int kThreads = kProducers + kConsumers;
+    static constexpr int kOwnRows = kStepN / kTokenTiles;    // of a step, decoded here
+    static constexpr int kUnits = 2 * kOwnRows / kUnitRows;  // per step
+    static constexpr int kStride = kProducerWarps / kUnits;  // steps being decoded at a time
+    static constexpr int kGroupSteps = 2 * kStride;          // of packed weights, loaded together
+    static constexpr int kPackedStep = kOwnRows * kPackedRow;
+    static constexpr int kPackedBytes = kGroupSteps * kPackedStep;
+    static constexpr int kDyBytes = kTokens * kLineBytes;
+    static constexpr int kWBytes = kTileColumns * kStepN * 2;
+    static constexpr int kStageBytes = kDyBytes + kWBytes;
+    static constexpr int kDyBoxTokens = kTokens / kColumnTiles;
+    static constexpr int kDyBoxBytes = kDyBoxTokens * kLineBytes;
+    static constexpr int kArrivingBytes = kDyBytes + (kSharesW ? kWBytes / 2 : 0);
+    static constexpr int kPacked = kStages * kStageBytes;
+    static constexpr int kOutput = kPacked + 2 * kPackedBytes;
+    static constexpr int kCodebook = kOutput + 4 * kChunkBytes;
+    static constexpr int kFull = kCodebook + 16 * 4;
+    static constexpr int kEmpty = kFull + kStages * 8;
+    static constexpr int kPackedFull = kEmpty + kStages * 8;
+    static constexpr int kPackedEmpty = kPackedFull + 2 * 8;
+    static constexpr int kSmemBytes = kPackedEmpty + 2 * 8 + kSmemAlignment;
+    static_assert(kStride == 1 || kStride == 2, "what next_tile_step counts on");
+    static_assert(kSmemBytes <= 227 * 1024);
+};
+
+struct Maps {
+    CUtensorMap dy, u, lora_A, dx;
+    CUtensorMap packed;  // bytes of W [N, K/2]
+};
+
+struct Params {
+    WeightView w;
+    const float* scales;  // [K / 64, scale_pitch] absmax of block b of row n at b * scale_pitch + n
+    int scale_pitch;
+    int blocks;  // K / 64
+    int r;
+    int steps;  // N / 64, rounded up
+    int first_column;
+    // Tiles of clusters. They are counted within a column group of a slab first, a slab being at
+    // most slab_groups of the token groups.
+    int column_groups, token_groups, slab_groups;
+    int full_tiles;   // tiles of clusters: kColumnTiles x kTokenTiles tiles of CTAs
+    int split_tiles;  // after them, tiles of CTAs whose N a cluster splits: at most one each
+    bool is_first;    // of the products of a call
+    bool is_last;
+    bool adds;  // to dx
+};
+
+// What one CTA does in one round. `steps` is the same in the whole cluster, whose CTAs free each
+// other's stages; the first weight_steps of them are rows of W, the last is the low-rank term.
+struct Tile {
+    int column0, token0;
+    int first_step, weight_steps, steps;
+    bool split;
+};
+
+template <class P>
+__device__ __forceinline__ int tile_count(const Params& p) {
+    const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+    const int full = p.full_tiles > cluster ? (p.full_tiles - cluster - 1) / clusters + 1 : 0;
+    return full + (cluster < p.split_tiles);
+}
+
+template <class P>
+__device__ __forceinline__ Tile tile_at(const Params& p, int index) {
+    const int rank = blockIdx.x % kCluster;
+    const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+    int number = cluster + index * clusters;
+    int column_tile = P::kSharesW ? 0 : rank;
+    Tile t{0, 0, 0, p.steps, p.steps, number >= p.full_tiles};
+    if (t.split) {
+        number = p.full_tiles + cluster / P::kColumnTiles;
+        column_tile = cluster % P::kColumnTiles;
+        t.steps = (p.steps + 7) / 8 * 4;  // whole groups of packed weights
+        t.first_step = rank * t.steps;
+        t.weight_steps = min(t.steps, p.steps - t.first_step);
+    }
+    const int slab = number / (p.slab_groups * p.column_groups);
+    const int in_slab = number - slab * (p.slab_groups * p.column_groups);
+    const int groups = min(p.slab_groups, p.token_groups - slab * p.slab_groups);
+    const int column_group = in_slab / groups;
+    const int token_group = slab * p.slab_groups + in_slab - column_group * groups;
+    t.column0 = p.first_column + (column_group * P::kColumnTiles + column_tile) * kTileColumns;
+    t.token0 = token_group * P::kTokenTiles * P::kTokens;
+    t.token0 += P::kSharesW ? rank * P::kTokens : 0;
+    t.steps += p.r > 0;
+    return t;
+}
+
+// A stage of the ring and the parity of its use.
+template <class P>
+struct Position {
+    int slot;
+    uint32_t parity;
+
+    __device__ __forceinline__ void advance(int by) {
+        slot += by;
+        if (slot >= P::kStages) {
+            slot -= P::kStages;
+            parity ^= 1;
+        }
+    }
+};
+
+}  // namespace
+}  // namespace lowbit::cuda

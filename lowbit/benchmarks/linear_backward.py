@@ -1,0 +1,125 @@
+"""Forward and backward of a linear layer with a LoRA adapter: `lowbit bench linear --backward`.
+
+As in linear.py, with dx, d_lora_A and d_lora_B from a dy [M, N] after every forward; `dense` has no
+adapter and returns dx alone. What is counted, per layer:
+
+    flops   2 M (2 N K + 3 r (N + K)), without the second term for `dense`
+    bytes   the weight as it is stored, x, A and B twice, y, dy, dx and the gradients of A and B
+    MiB     device memory at the peak beyond y and the gradients
+
+With --eager also, for M up to 256: the wall time of one layer between two synchronizations, and
+where N = K the time of the host per layer in a chain of layers that does not wait for the card.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from .. import dispatch
+from ..weight import QuantizedWeight
+from . import linear, timing
+from .checks import GRADIENT_FACTOR, gradient_errors
+from .implementations import PANELS, Weights, lowbit_kernel
+from .linear import Contender
+from .records import Row
+from .shapes import Layer
+
+OP = "forward+backward"
+WALL_OP = "forward+backward wall"
+HOST_OP = "forward+backward host"
+EAGER_MAX_TOKENS = 256
+WALL_ROUNDS, HOST_ROUNDS = 40, 7
+
+
+class Backward(linear.Benchmark):
+    """The run of linear.py with another work per layer."""
+
+    op = OP
+    record = "linear_backward"
+    title = "forward and backward"
+    error_factor = GRADIENT_FACTOR
+
+    def build(self, weights: Weights, layer: Layer) -> list[Contender]:
+        for tensor in (*weights.A, *weights.B):
+            tensor.requires_grad_()
+        return super().build(weights, layer)
+
+    def inputs(self, layer: Layer, M: int) -> torch.Tensor:
+        self.dy = torch.randn(M, layer.N, dtype=self.options.dtype, device=linear.DEVICE)
+        return super().inputs(layer, M).requires_grad_()
+
+    def calls(self, contender: Contender, x: torch.Tensor) -> list[Callable[[], object]]:
+        copies = range(contender.weights.copies)
+        return [functools.partial(self.step, contender, x, (i,)) for i in copies]
+
+    def step(self, contender: Contender, x: torch.Tensor, chain: tuple[int, ...]):
+        """(y, dx, gradients of the adapters) of the copies in `chain`, one after the other."""
+        if contender.name != "lowbit-panels":
+            return self._step(contender, x, chain)
+        with dispatch.force(PANELS):  # the call itself forces its forward pass alone
+            return self._step(contender, x, chain)
+
+    @torch.enable_grad()
+    def _step(self, contender: Contender, x: torch.Tensor, chain: tuple[int, ...]):
+        y, leaves = x, [x]
+        for i in chain:
+            y = contender.prepared.call(y, i)
+            if contender.implementation.lora:
+                leaves += [contender.weights.A[i], contender.weights.B[i]]
+        return y.detach(), *torch.autograd.grad(y, leaves, self.dy)
+
+    def errors(self, contender: Contender, x: torch.Tensor) -> tuple[float, float]:
+        _, *gradients = self.step(contender, x, (0,))
+        return gradient_errors(gradients, contender.prepared, contender.weights, x, self.dy)
+
+    def kernel(self, q: QuantizedWeight, M: int) -> str:
+        forward = super().kernel(q, M)
+        backward = lowbit_kernel("lora_linear_backward", q, self.options.r, M)
+        return forward if forward == backward else f"{forward}, {backward}"
+
+    def needed(self, layer: Layer, M: int, r: int, weight_bytes: int) -> tuple[float, float]:
+        return needed(layer, M, r, weight_bytes, self.options.dtype.itemsize)
+
+    def host_rows(
+        self, contenders: list[Contender], rows: dict[str, Row], x: torch.Tensor
+    ) -> list[Row]:
+        if x.shape[0] > EAGER_MAX_TOKENS:
+            return []
+        single = {c.name: self.calls(c, x)[0] for c in contenders}
+        measured = _rows(rows, WALL_OP, "wall", timing.wall_times(single, rounds=WALL_ROUNDS))
+        if x.shape[1] == self.dy.shape[1]:
+            length = contenders[0].weights.copies
+            chain = tuple(range(length))
+            chains = {c.name: functools.partial(self.step, c, x, chain) for c in contenders}
+            times = timing.host_times(chains, calls=1, rounds=HOST_ROUNDS)
+            per_layer = {name: tuple(t / length for t in some) for name, some in times.items()}
+            measured += _rows(rows, HOST_OP, "host", per_layer)
+        return measured
+
+
+def _rows(rows: dict[str, Row], op: str, kind: str, times: dict[str, timing.Times]) -> list[Row]:
+    return [
+        Row(
+            op, row.M, row.N, row.K, row.r, row.dtype, name, *times[name], layer=row.layer,
+            timing=kind,
+        )
+        for name, row in rows.items()
+    ]  # fmt: skip
+
+
+def needed(
+    layer: Layer, M: int, r: int, weight_bytes: int, itemsize: int = 2
+) -> tuple[float, float]:
+    """Flops, and bytes, of forward and backward; r = 0 without an adapter."""
+    N, K = layer.N, layer.K
+    flops = 2.0 * M * (2 * N * K + 3 * r * (N + K))
+    activations = M * (3 * K + 2 * N)  # x twice and dx; y and dy
+    return flops, 2 * weight_bytes + itemsize * float(activations + 3 * r * (N + K))
+
+
+def run(options: linear.Options) -> list[Row]:
+    """linear.run, forward and backward."""
+    return linear.run(options, Backward)

@@ -1,0 +1,365 @@
+"""The fused backward pass of the CUDA library against float64.
+
+Weights, scales and adapters are those the kernels read, so quantization error plays no part. All of
+it needs a card the kernels are compiled for; a GPU they do not serve skips with the reason.
+"""
+
+import functools
+
+import pytest
+import torch
+from grouping import arguments, gradients, leaves_of, make_member, separate
+from helpers import assert_bitwise_equal, assert_close_to_float64
+from layer_case import GRADIENTS, LayerCase
+
+import lowbit
+from lowbit import dispatch, reference
+from lowbit.backends import cuda
+
+pytestmark = pytest.mark.gpu
+
+KERNEL = dispatch.BACKWARD_KERNEL
+BF16 = torch.bfloat16
+# One row; below and at a tile of tokens and beyond; odd numbers of clusters; several rounds.
+TOKENS = (1, 64, 65, 200, 257, 1030)
+# N, K: the least; N a multiple of 8 only; an odd number of blocks per row; the last tile of columns
+# half full; more tiles than an H100 has clusters, so that some are split along N.
+LAYERS = [(8, 64), (400, 192), (1040, 1088), (1096, 9216)]
+
+
+@functools.cache
+def _why_not() -> str | None:
+    if (why := dispatch.unavailable("cuda")) is not None:
+        return f"the compiled CUDA backend is not there: {why}"
+    capability = torch.cuda.get_device_capability()
+    served = {row.newest for row in dispatch.TABLE if row.kernel == KERNEL}
+    if capability not in served:
+        return f"the kernels are compiled for {sorted(served)}, this card is {capability}"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if (why := _why_not()) is not None:
+        pytest.skip(why)
+
+
+def _case(M, N, K, r=16, dtype=BF16, **options):
+    return LayerCase((M, N, K, r), dtype, "cuda", **options)
+
+
+def _z(case):
+    """z by the formula: the forward kernels have their own tests."""
+    dropped = reference.dropout(case.x, case.dropout_p, case.seed) if case.dropout_p else case.x
+    return dropped @ case.lora_A.to(case.dtype).t()
+
+
+def _check(case, needs=(True,) * 5):
+    z = _z(case)
+    actual = case.backward(z, needs, kernel=KERNEL)
+    exact, low = case.formulas(torch.float64), case.formulas(case.dtype)
+    for name, need, a, e, plain in zip(GRADIENTS, needs, actual, exact[2:], low[2:], strict=True):
+        if need:
+            assert_close_to_float64(name, a, e, plain, 3.0)
+        else:
+            assert a is None
+    if needs[1]:
+        assert actual[1].dtype == case.lora_A.dtype
+    if needs[2]:
+        assert actual[2].dtype == case.lora_B.dtype
+
+
+def _same(actual, expected, names=GRADIENTS):
+    for name, a, e in zip(names, actual, expected, strict=True):
+        assert_bitwise_equal(a, e, name)
+
+
+@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+def test_layers_against_float64(M, N, K):
+    _check(_case(M, N, K, vector=True))
+
+
+@pytest.mark.parametrize("M", [37, 600])
+@pytest.mark.parametrize("masters", [False, True], ids=["16-bit", "fp32-masters"])
+@pytest.mark.parametrize("r", [1, 8, 20, 24, 33, 64])
+def test_ranks_against_float64(M, r, masters):
+    _check(_case(M, 328, 768, r, masters=masters, vector=r > 8))
+
+
+OPTIONS = {
+    "fp16": {"dtype": torch.float16},
+    "fp16-fp32-absmax": {"dtype": torch.float16, "double_quant": False},
+    "fp32-absmax": {"double_quant": False},
+    "fp4": {"quant_type": "fp4"},
+    "blocksize-128": {"blocksize": 128},
+    "blocksize-512": {"blocksize": 512},
+    "nested-blocksize-64": {"nested_blocksize": 64},
+    "flat": {"layout": "flat"},
+    "dropout": {"dropout_p": 0.25},
+    "dropout-masters-vector": {"dropout_p": 0.25, "masters": True, "vector": True},
+    "scaling-0": {"scaling": 0.0},
+}
+
+
+@pytest.mark.parametrize("M", [48, 300])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_against_float64(M, options):
+    _check(_case(M, 272, 1536, **options))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize(
+    "needs",
+    [*(tuple(i == j for j in range(5)) for i in range(5)), (True, False, True, False, False),
+     (False, True, True, True, False)],
+    ids=[*GRADIENTS, "frozen-A", "first-layer"],
+)  # fmt: skip
+def test_only_what_is_needed(needs, dropout_p):
+    _check(_case(150, 264, 512, 12, vector=True, dropout_p=dropout_p), needs)
+
+
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+def test_one_hot_rows_read_the_weight(N, K):
+    """dy = e_n gives row n of the weight, bit for bit."""
+    q = lowbit.quantize(torch.randn(N, K, device="cuda"))
+    for M in (70, 600):
+        n = torch.randint(N, (M,), device="cuda")
+        dy = torch.nn.functional.one_hot(n, N).to(BF16)
+        dx = cuda.linear_dx(dy, *q.args(), kernel=KERNEL)
+        assert_bitwise_equal(dx, cuda.dequantize_4bit(*q.args(), BF16)[n], "dx")
+
+
+@pytest.mark.parametrize("M", [40, 300, 1030])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_dx_is_added_to_a_sum(M, dropout_p):
+    """As another pass would: the product rounded, then the sum."""
+    case = _case(M, 1096, 9216, dropout_p=dropout_p)
+    z, start = _z(case), torch.randn_like(case.x)
+    dx, *others = case.backward(z, kernel=KERNEL)
+    total = start.clone()
+    nothing, *again = case.backward(z, kernel=KERNEL, dx_sum=total)
+    assert nothing is None
+    _same(again, others, GRADIENTS[1:])
+    if dropout_p == 0:
+        assert_bitwise_equal(total, start + dx, "dx_sum")
+        total = start.clone()
+        plain = cuda.linear_dx(case.dy, *case.q.args(), kernel=KERNEL)
+        assert cuda.linear_dx(case.dy, *case.q.args(), kernel=KERNEL, dx_sum=total) is None
+        assert_bitwise_equal(total, start + plain, "dx_sum without adapter")
+    else:  # the masked term is added after the product
+        torch.testing.assert_close(total, start + dx, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("M", TOKENS)
+def test_results_repeat_bit_for_bit(M):
+    """Also on another stream, and after other work has used the same memory; inputs stay."""
+    case = _case(M, 1040, 4096, 24, vector=True, masters=True)
+    z = _z(case)
+    inputs = [case.dy, case.x, z, case.lora_A, case.lora_B]
+    before = [t.clone() for t in inputs]
+    expected = case.backward(z, kernel=KERNEL)
+    for _ in range(5):
+        scratch = torch.full((8 << 20,), 255, dtype=torch.uint8, device="cuda")
+        del scratch
+        _same(case.backward(z, kernel=KERNEL), expected)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = case.backward(z, kernel=KERNEL)
+    torch.cuda.current_stream().wait_stream(stream)
+    _same(other, expected)
+    _same(inputs, before, ("dy", "x", "z", "lora_A", "lora_B"))
+
+
+@pytest.mark.parametrize("M", [32, 300])
+def test_inputs_written_by_the_kernel_before(M):
+    """A chain of layers, each of which reads what the one before wrote, against the same chain with
+    a synchronization after every step: no kernel may read too early.
+    """
+    cases = [_case(M, 512, 512) for _ in range(6)]
+
+    def chain(wait):
+        dy = cases[0].dy
+        for _ in range(4):
+            for case in cases:
+                case.dy = dy
+                dx, *_ = case.backward(_z(case), kernel=KERNEL)
+                dy = dx * 0.5
+                if wait:
+                    torch.cuda.synchronize()
+        return dy
+
+    start = cases[0].dy
+    expected = chain(wait=True)
+    for _ in range(3):
+        cases[0].dy = start
+        assert_bitwise_equal(chain(wait=False), expected, "dx")
+
+
+@pytest.mark.parametrize("M", [32, 1030])
+def test_two_streams_at_once(M):
+    cases = [_case(M, 2048, 2048) for _ in range(2)]
+    zs = [_z(case) for case in cases]
+    expected = [case.backward(z, kernel=KERNEL) for case, z in zip(cases, zs, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    results = [[], []]
+    for _ in range(10):
+        for case, z, stream, out in zip(cases, zs, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                out.append(case.backward(z, kernel=KERNEL))
+    torch.cuda.synchronize()
+    for out, exact in zip(results, expected, strict=True):
+        for result in out:
+            _same(result, exact)
+
+
+def _shifted(tensor):
+    """The same values at an address that is no multiple of 16 bytes."""
+    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")
+    return storage[1:].view(tensor.shape).copy_(tensor)
+
+
+def test_views_that_are_not_16_byte_aligned():
+    case = _case(100, 128, 256, vector=True)
+    z = _z(case)
+    expected = case.backward(z, kernel=KERNEL)
+    for name in ("dy", "x", "lora_A", "lora_B"):
+        setattr(case, name, _shifted(getattr(case, name)))
+    _same(case.backward(_shifted(z), kernel=KERNEL), expected)
+    total = torch.zeros_like(case.x)
+    case.q.qweight = _shifted(case.q.qweight)  # by panels
+    _same(case.backward(z, kernel=KERNEL), case.backward(z))
+    assert case.backward(z, kernel=KERNEL, dx_sum=total)[0] is None
+    assert_bitwise_equal(total, case.backward(z)[0], "dx_sum")
+
+
+def _leaves(case):
+    return [t.detach().clone().requires_grad_() for t in (case.x, case.lora_A, case.lora_B)]
+
+
+def _layer(case, x, lora_A, lora_B):
+    return lowbit.lora_matmul(x, case.q, lora_A, lora_B, case.scaling, dropout_p=case.dropout_p)
+
+
+@pytest.mark.parametrize("M", [16, 300])
+@pytest.mark.parametrize("masters", [False, True])
+def test_a_cuda_graph_of_forward_and_backward(M, masters):
+    case = _case(M, 512, 1024, masters=masters)
+    leaves = _leaves(case)
+
+    def step():
+        y = _layer(case, *leaves)
+        return y, *torch.autograd.grad(y, leaves, case.dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        with torch.no_grad():
+            leaves[0].copy_(torch.randn_like(case.x))
+        case.dy.copy_(torch.randn_like(case.dy))
+        graph.replay()
+        _same(captured, step(), ("y", *GRADIENTS[:3]))
+
+
+def test_an_input_used_twice_and_a_graph_used_twice():
+    case = _case(130, 256, 512)
+    leaves = _leaves(case)
+    y = _layer(case, *leaves)
+    first = torch.autograd.grad(y, leaves, case.dy, retain_graph=True)
+    _same(torch.autograd.grad(y, leaves, case.dy), first, GRADIENTS[:3])
+    both = _layer(case, *leaves) + _layer(case, *leaves)
+    for name, twice, once in zip(
+        GRADIENTS, torch.autograd.grad(both, leaves, case.dy), first, strict=False
+    ):
+        assert_bitwise_equal(twice, once * 2, name)
+    assert_bitwise_equal(leaves[0].detach(), case.x, "x")
+
+
+def test_saved_tensors_may_wait_on_the_host():
+    case = _case(130, 256, 512, masters=True)
+    leaves = _leaves(case)
+    expected = torch.autograd.grad(_layer(case, *leaves), leaves, case.dy)
+    with torch.autograd.graph.save_on_cpu():
+        y = _layer(case, *leaves)
+    _same(torch.autograd.grad(y, leaves, case.dy), expected, GRADIENTS[:3])
+
+
+@pytest.mark.parametrize("M", [1, 256, 4096])
+def test_memory_of_a_call(M):
+    """Gradients and at most 32 MiB, whatever the weight."""
+    N, K = 14336, 4096
+    case = _case(M, N, K)
+    z = _z(case)
+    case.backward(z, kernel=KERNEL)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = case.backward(z, kernel=KERNEL)
+    extra = torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results)
+    assert extra <= 32 << 20
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("M", [20, 200])
+def test_a_group_is_its_layers(M, dropout_p):
+    """Gradients of q, k, v and a member without adapter, dx added member by member."""
+    members = [
+        make_member(N, 512, r, BF16, "cuda", lora_dtype=torch.float32)
+        for N, r in ((512, 16), (128, 16), (128, 0), (256, 8))
+    ]
+    x, members, named = leaves_of(torch.randn(M, 512, device="cuda", dtype=BF16), members)
+    columns, biases = arguments(members)
+    dys = [torch.randn(M, m["w"].N, device="cuda", dtype=BF16) for m in members]
+    results = []
+    for grouped in (True, False):
+        torch.manual_seed(1)
+        if grouped:
+            ys = lowbit.lora_matmul_group(x, *columns, biases=biases, dropout_p=dropout_p)
+        else:
+            ys = [separate(x, m, dropout_p) for m in members]
+        results.append(gradients(ys, dys, named))
+    for name, value in results[1].items():  # where the order of additions differs, so do roundings
+        scale = float(value.abs().max())
+        torch.testing.assert_close(
+            results[0][name], value, rtol=0, atol=2**-6 * scale, msg=f"{name} differs"
+        )
+
+
+def test_the_table_names_the_layers_that_are_served():
+    device = torch.device("cuda")
+    layer = dispatch.Layer(4096, 4096, 64, True, 16)
+    for operation in ("lora_linear_backward", "linear_dx"):
+        for M in (1, 64, 65, 1024, 100_000):
+            assert dispatch.choose(operation, device, BF16, M, layer).kernel == KERNEL
+        for other in (
+            layer._replace(K=3420), layer._replace(N=4100), layer._replace(blocksize=32),
+            layer._replace(r=65), layer._replace(blocksize=0), layer._replace(N=1 << 20),
+        ):  # fmt: skip
+            assert dispatch.choose(operation, device, BF16, 64, other).kernel == "panels"
+        assert dispatch.choose(operation, device, torch.float32, 64, layer).kernel == "panels"
+        with dispatch.force("cuda:panels"):
+            assert dispatch.choose(operation, device, BF16, 64, layer).kernel == "panels"
+        with dispatch.force("cuda:nf4_lora_gemv"):  # says nothing about the backward pass
+            assert dispatch.choose(operation, device, BF16, 64, layer).kernel == KERNEL
+
+
+def test_what_a_kernel_does_not_serve_is_refused():
+    case = _case(8, 128, 96, blocksize=32)
+    with (
+        dispatch.force(f"cuda:{KERNEL}"),
+        pytest.raises(RuntimeError, match=f"kernel '{KERNEL}' was forced but does not serve"),
+    ):
+        torch.ops.lowbit.linear_dx(case.dy, *case.q.args())
+    with pytest.raises(RuntimeError, match="nf4_lora_matmul_dx does not serve these sizes"):
+        torch.ops.lowbit_cuda.nf4_lora_matmul_dx(case.dy, *case.q.args(), None)
+    wide = _case(8, 128, 128, 65)
+    with pytest.raises(RuntimeError, match="does not serve these sizes"):
+        wide.backward(_z(wide), kernel=KERNEL)
