@@ -5,13 +5,22 @@
 
 The parameters are lora_A [r, K] and lora_B [N, r] of every linear layer of Llama 8B (r = 16, 448
 tensors, 41.9 M elements) and 65B (r = 64, 1120 tensors, 799.5 M), with random gradients. A row is
-wall time from an idle card to an idle card. `evicted`: all state was moved to the host before the
-step (cudaMemPrefetchAsync, not timed), as memory pressure would. No more memory is ever in use than
-the card has. Each lowbit step is checked first: after three steps parameters equal torch's within a
-rounding (fp32 state) or two units of 8-bit state.
+wall time from an idle card to an idle card. Where its state is:
 
-`link` is the least time the state takes over the link: once in, at the rate measured in the same
-run with a pinned copy. `GPU MiB` is what the state holds of the card after the step.
+    (nothing)        on the card, or where the library puts it
+    evicted          all of it was moved to the host before the step (cudaMemPrefetchAsync, timed
+                     apart: `evict ms`), as memory pressure would; there is room to come back
+    under pressure   torch may use no more of the card than it does (its memory fraction): there is
+                     no room, so the policy itself moves state out and then updates it over the link
+    pinned           always on the host
+
+No more memory is ever in use than the card has. Each lowbit step is checked first: after three
+steps parameters equal torch's within a rounding (fp32 state) or two units of 8-bit state.
+
+`link ms` is the least time the state takes over the link, at the rates of plain copies of pinned
+memory in the same run: once in where it comes back to stay, else in and out at the same time.
+`GPU MiB` is what the state holds of the card after the step. The record is written anew after every
+row: a run that is cut short leaves what it measured.
 """
 
 from __future__ import annotations
@@ -20,8 +29,8 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 from common import environment, write_json
@@ -43,8 +52,8 @@ MODELS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COLUMNS = (
-    f"{'parameters':<12} {'optimizer':<36} {'ms':>9} {'p20':>9} {'p80':>9} {'link ms':>8} "
-    f"{'GPU MiB':>8} {'host MiB':>8}"
+    f"{'parameters':<12} {'optimizer':<38} {'ms':>9} {'p20':>9} {'p80':>9} {'link ms':>8} "
+    f"{'evict ms':>8} {'GPU MiB':>8} {'host MiB':>8}"
 )
 
 
@@ -56,14 +65,15 @@ class Row:
     p20: float
     p80: float
     link_ms: float | None
+    evict_ms: float | None
     device_mib: float
     host_mib: float
 
     def line(self) -> str:
-        link = "-" if self.link_ms is None else f"{self.link_ms:.1f}"
+        link, evict = ("-" if t is None else f"{t:.1f}" for t in (self.link_ms, self.evict_ms))
         return (
-            f"{self.parameters:<12} {self.optimizer:<36} {self.ms:>9.2f} {self.p20:>9.2f} "
-            f"{self.p80:>9.2f} {link:>8} {self.device_mib:>8.0f} {self.host_mib:>8.0f}"
+            f"{self.parameters:<12} {self.optimizer:<38} {self.ms:>9.2f} {self.p20:>9.2f} "
+            f"{self.p80:>9.2f} {link:>8} {evict:>8} {self.device_mib:>8.0f} {self.host_mib:>8.0f}"
         )
 
 
@@ -86,65 +96,74 @@ def wall_ms(call: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def time_steps(optimizer, rounds: int, before: Callable[[], object] | None) -> list[float]:
-    optimizer.step()
-    optimizer.step()
-    samples = []
-    for _ in range(rounds):
-        if before is not None:
-            before()
-        samples.append(wall_ms(optimizer.step))
-    return sorted(samples)
+@dataclass
+class Link:
+    """GB/s of pinned copies: to the device alone, and in each direction while both run."""
+
+    to_device: float
+    each_way: float
+
+    def ms(self, nbytes: float, moves: str | None) -> float | None:
+        """Least time for state that moves "in" or "both" ways."""
+        rate = {"in": self.to_device, "both": self.each_way}.get(moves)
+        return None if rate is None else nbytes / rate / 1e6
 
 
-def link_gbps() -> float:
-    """Pinned host memory to the device."""
-    pinned = memory.empty((1 << 28,), torch.uint8, kind="pinned")
-    target = torch.empty_like(pinned, device="cuda")
-    stream = torch.cuda.current_stream()
-    times = [wall_ms(lambda: memory.copy_async(target, pinned, stream)) for _ in range(5)]
-    return pinned.nbytes / min(times) / 1e6
+def measure_link() -> Link:
+    first, second = (memory.empty((1 << 28,), torch.uint8, kind="pinned") for _ in range(2))
+    target, source = (torch.empty_like(first, device="cuda") for _ in range(2))
+    stream, other = torch.cuda.current_stream(), torch.cuda.Stream()
+
+    def both() -> None:
+        other.wait_stream(stream)
+        memory.copy_async(target, first, stream)
+        memory.copy_async(second, source, other)
+
+    def gbps(call: Callable[[], object]) -> float:
+        return first.nbytes / min(wall_ms(call) for _ in range(5)) / 1e6
+
+    return Link(gbps(lambda: memory.copy_async(target, first, stream)), gbps(both))
 
 
-def contenders() -> dict[str, tuple[Callable, str | None]]:
-    """name -> (constructor, how to move state out before a step)."""
+# ---- who is measured -----------------------------------------------------------------------------
+
+
+@dataclass
+class Contender:
+    make: Callable  # of the parameters
+    before: Callable | None = None  # of the optimizer, ahead of every step, not timed
+    moves: str | None = None  # of the state over the link in a step: "in", "both" or None
+    pressed: bool = False  # no more of the card than is in use
+
+
+def contenders() -> dict[str, Contender]:
     optim = lowbit.optim
-    found: dict[str, tuple[Callable, str | None]] = {
-        "torch AdamW fused": (lambda p: torch.optim.AdamW(p, fused=True), None),
-        "torch AdamW foreach": (lambda p: torch.optim.AdamW(p, foreach=True), None),
-        "lowbit PagedAdamW": (optim.PagedAdamW, None),
-        "lowbit PagedAdamW evicted": (optim.PagedAdamW, "evict"),
-        "lowbit PagedAdamW zero_copy": (
-            lambda p: optim.PagedAdamW(p, policy="zero_copy"),
-            None,
+    found = {
+        "torch AdamW fused": Contender(lambda p: torch.optim.AdamW(p, fused=True)),
+        "lowbit PagedAdamW": Contender(optim.PagedAdamW),
+        "lowbit PagedAdamW pinned": Contender(
+            lambda p: optim.PagedAdamW(p, paging="pinned"), moves="both"
         ),
-        "lowbit PagedAdamW pinned": (lambda p: optim.PagedAdamW(p, paging="pinned"), None),
-        "lowbit AdamW8bit": (optim.AdamW8bit, None),
-        "lowbit PagedAdamW8bit": (optim.PagedAdamW8bit, None),
-        "lowbit PagedAdamW8bit evicted": (optim.PagedAdamW8bit, "evict"),
-        "lowbit PagedAdamW8bit zero_copy": (
-            lambda p: optim.PagedAdamW8bit(p, policy="zero_copy"),
-            None,
-        ),
-        "lowbit PagedLion": (optim.PagedLion, None),
+        "lowbit AdamW8bit": Contender(optim.AdamW8bit),
+        "lowbit PagedAdamW8bit": Contender(optim.PagedAdamW8bit),
+        "lowbit PagedLion": Contender(optim.PagedLion),
     }
+    for cls in (optim.PagedAdamW, optim.PagedAdamW8bit):
+        name = f"lowbit {cls.__name__}"
+        found |= {
+            f"{name} evicted": Contender(cls, cls.evict, moves="in"),
+            f"{name} under pressure": Contender(cls, moves="both", pressed=True),
+        }
     try:
         import bitsandbytes.optim as bnb
     except ImportError:
         return found
     for name in ("AdamW32bit", "PagedAdamW32bit", "AdamW8bit", "PagedAdamW8bit"):
-        found[f"bitsandbytes {name}"] = (getattr(bnb, name), None)
+        found[f"bitsandbytes {name}"] = Contender(getattr(bnb, name))
         if name.startswith("Paged"):
-            found[f"bitsandbytes {name} evicted"] = (getattr(bnb, name), "bitsandbytes")
+            evicted = Contender(getattr(bnb, name), evict_bitsandbytes, moves="in")
+            found[f"bitsandbytes {name} evicted"] = evicted
     return found
-
-
-def evictor(optimizer, how: str | None) -> Callable[[], object] | None:
-    if how == "evict":
-        return optimizer.evict
-    if how == "bitsandbytes":
-        return lambda: evict_bitsandbytes(optimizer)
-    return None
 
 
 def evict_bitsandbytes(optimizer) -> None:
@@ -168,6 +187,9 @@ def held_mib(optimizer) -> tuple[float, float]:
     return (sum(t.nbytes for t in unique) - paged) / 2**20, paged / 2**20
 
 
+# ---- measurement ---------------------------------------------------------------------------------
+
+
 def check(dtype: torch.dtype) -> None:
     """Three steps of each lowbit optimizer beside torch's, on a few tensors."""
     sizes = [(16, 4096), (1024, 16), (7, 33)]
@@ -187,28 +209,44 @@ def check(dtype: torch.dtype) -> None:
             assert error.max() < limit, f"{cls.__name__}: {error.max()}"
 
 
-def run(model: str, dtype: str, rounds: int, only: str, gbps: float) -> list[Row]:
+def time_steps(contender: Contender, optimizer, rounds: int) -> tuple[list[float], list[float]]:
+    """Sorted milliseconds of steps, and of what comes before them."""
+    optimizer.step()
+    optimizer.step()
+    if contender.pressed:
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+        optimizer.step()
+    samples, before = [], []
+    try:
+        for _ in range(rounds):
+            if contender.before is not None:
+                before.append(wall_ms(lambda: contender.before(optimizer)))
+            samples.append(wall_ms(optimizer.step))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return sorted(samples), sorted(before)
+
+
+def run(model: str, dtype: str, rounds: int, only: str, link: Link) -> Iterator[Row]:
     parameters = lora_parameters(model, DTYPES[dtype])
-    label, rows = f"{model} {dtype}", []
+    label = f"{model} {dtype}"
     count = sum(p.numel() for p in parameters)
     print(f"# {label}: {len(parameters)} tensors, {count / 1e6:.1f} M elements")
-    for name, (make, how) in contenders().items():
+    for name, contender in contenders().items():
         if only not in name:
             continue
-        optimizer = make(parameters)
-        samples = time_steps(optimizer, rounds, evictor(optimizer, how))
+        optimizer = contender.make(parameters)
+        samples, before = time_steps(contender, optimizer, rounds)
         device, host = held_mib(optimizer)
-        link = None
-        if how or host:
-            link = (device + host) * 2**20 / gbps / 1e6
+        least = link.ms((device + host) * 2**20, contender.moves)
         last = len(samples) - 1
         p20, p80 = samples[round(0.2 * last)], samples[round(0.8 * last)]
-        rows.append(Row(label, name, statistics.median(samples), p20, p80, link, device, host))
-        print(rows[-1].line(), flush=True)
+        median, evict = statistics.median(samples), statistics.median(before) if before else None
+        yield Row(label, name, median, p20, p80, least, evict, device, host)
         del optimizer
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
 
 
 def main() -> None:
@@ -219,19 +257,21 @@ def main() -> None:
     parser.add_argument("--only", default="", help="optimizers whose name holds this text")
     parser.add_argument("--json", help="write a record for bench/results/")
     options = parser.parse_args()
-    gbps = link_gbps()
+    link = measure_link()
     print("# optimizer steps on LoRA parameters")
     print("# " + ", ".join(f"{k} {v}" for k, v in environment().items() if v is not None))
-    print(f"# pinned copy to the device: {gbps:.1f} GB/s")
+    print(f"# pinned copies: {link.to_device:.1f} GB/s in, {link.each_way:.1f} each way at once")
     print(COLUMNS)
     rows = []
     for model in options.models.split(","):
         for dtype in options.dtypes.split(","):
             check(DTYPES[dtype])
-            rows += run(model, dtype, options.rounds, options.only, gbps)
+            for row in run(model, dtype, options.rounds, options.only, link):
+                print(row.line(), flush=True)
+                rows.append(row)
+                if options.json:
+                    write_json(options.json, "optimizer", rows, link=asdict(link))
             torch.cuda.empty_cache()
-    if options.json:
-        write_json(options.json, "optimizer", rows, link_gbps=gbps)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ void define_optimizer_operators(Library& m) {
           "Tensor(a!) steps, Tensor(b!) numbers) -> ()");
     m.def("optimizer_step(Tensor rows, Tensor pointers, Tensor numbers, int chunks, Tensor(a!) values, "
           "Tensor(b!)? scales, Tensor tables, Tensor? found_inf, Tensor? grad_scale, int algorithm, "
-          "ScalarType dtype, bool stochastic, int seed) -> ()");
+          "ScalarType dtype, bool stochastic, int seed, bool follows_step) -> ()");
     m.def("gradient_table(Tensor[] gradients, Tensor(a!) table) -> int");
     m.def("gradient_norm(Tensor table, int chunks) -> (Tensor, Tensor)");
     m.def("clip_gradients(Tensor table, int chunks, Tensor norm, float max_norm) -> ()");

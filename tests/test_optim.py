@@ -64,6 +64,18 @@ def test_kernels_equal_the_reference(cls, dtype, stochastic, device, monkeypatch
     _assert_same(a, b, compiled, _train(cls, b, **options))
 
 
+@pytest.mark.parametrize(("state", "mantissa_bits"), [(0, 6), (1, 7)])
+def test_no_two_thresholds_share_a_cell(state, mantissa_bits):
+    """What csrc/cuda/optimizer_state.cuh builds on: sign, exponent and some leading bits of the
+    mantissa lead to at most one threshold, and none is below 2^-23 or at least 1.
+    """
+    thresholds = tables.state_tables(2)[state, 1, :-1]
+    cells = thresholds.view(torch.int32) >> (23 - mantissa_bits)
+    assert cells.unique().numel() == 255
+    assert thresholds.abs().min() >= 2.0**-23 * (1 + 2.0**-mantissa_bits)
+    assert thresholds.abs().max() < 1
+
+
 @needs_cpu_library
 @pytest.mark.parametrize("cls", CLASSES, ids=_name)
 def test_every_instruction_set_gives_the_same_bits(cls):

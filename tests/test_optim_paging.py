@@ -44,12 +44,13 @@ class Unpaged(optim.PagedAdamW):
 
 @pytest.fixture
 def small_slabs(monkeypatch):
-    """Slabs of 1 MiB: every way of moving them meets many."""
-    monkeypatch.setattr(packing, "SLAB_BYTES", MIB)
+    """Slabs of 256 KiB, two parameters with 8-bit Lion state: every way of moving meets many."""
+    monkeypatch.setattr(packing, "SLAB_BYTES", MIB // 4)
     monkeypatch.setattr(paging, "TIMED_BYTES", MIB)
 
 
 def _used():
+    """Memory in use on the whole card: tests that ask are exclusive."""
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return total - free
@@ -114,7 +115,7 @@ def test_nothing_runs_on_the_default_stream(small_slabs):
         assert_bitwise_equal(p.detach(), q.detach())
 
 
-def test_a_resident_step_can_be_captured():
+def test_a_resident_step_can_be_captured(small_slabs):
     captured, eager = _parameters(), _parameters()
     a, b = (optim.PagedAdamW(p, lr=1e-2) for p in (captured, eager))
     for optimizer, parameters in ((a, captured), (b, eager)):
@@ -134,12 +135,19 @@ def test_a_resident_step_can_be_captured():
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def test_state_on_the_host_takes_none_of_the_card():
-    parameters = _parameters(4, 8 * MIB)
-    _step(Unpaged(parameters[:1]), parameters, 0)
+def _used_once_warm(parameters):
+    """The card's memory in use when all that the driver allocates at first use is there."""
+    for cls in (Unpaged, optim.PagedAdamW):
+        _step(cls(parameters), parameters, 0)
     gc.collect()
     torch.cuda.empty_cache()
-    before = _used()
+    return _used()
+
+
+@pytest.mark.exclusive
+def test_state_on_the_host_takes_none_of_the_card():
+    parameters = _parameters(4, 8 * MIB)
+    before = _used_once_warm(parameters)
     optimizer = optim.PagedAdamW(parameters, policy="zero_copy")
     for step in range(3):
         optimizer.step()
@@ -149,17 +157,16 @@ def test_state_on_the_host_takes_none_of_the_card():
     assert (held["device"], held["host"]) == (0, 8 * padded)
 
 
+@pytest.mark.exclusive
 def test_released_state_takes_none_of_the_card():
     parameters = _parameters(4, 8 * MIB)
-    _step(Unpaged(parameters[:1]), parameters, 0)
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = _used()
+    before = _used_once_warm(parameters)
     optimizer = optim.PagedAdamW(parameters)
     optimizer.step()
     moment = optimizer.state[parameters[1]]["exp_avg"].cpu()
-    assert _used() - before >= 4 * 8 * 8 * MIB
+    assert _used() - before > 0.9 * 4 * 8 * 8 * MIB
     optimizer.evict(release=True)
+    assert optimizer.state_bytes()["device"] == 0
     assert _used() - before < 32 * MIB
     assert_bitwise_equal(optimizer.state[parameters[1]]["exp_avg"].cpu(), moment)
     assert _used() - before < 32 * MIB  # reading it does not bring it back
@@ -176,27 +183,26 @@ def test_eviction_is_where_the_driver_says(small_slabs):
         assert all(memory.residency(t).type == "cuda" for t in slab.tensors)
 
 
+@pytest.mark.exclusive
 def test_state_is_freed_with_the_optimizer():
     parameters = _parameters(4, 8 * MIB)
-    _step(Unpaged(parameters[:1]), parameters, 0)
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = _used()
+    before = _used_once_warm(parameters)
     for _ in range(3):
         optimizer = optim.PagedAdamW(parameters)
         optimizer.step()
-        assert _used() - before >= 4 * 8 * 8 * MIB
+        assert _used() - before > 0.9 * 4 * 8 * 8 * MIB
         view = optimizer.state[parameters[0]]["exp_avg"]
         del optimizer
         gc.collect()
-        assert view.abs().max() > 0
+        assert view[:1000].abs().max() > 0
         del view
         gc.collect()
+        torch.cuda.empty_cache()
         assert _used() - before < 32 * MIB
 
 
 def _train_with_a_spike(cls, limit=None):
-    """Losses, where state was after each step, most memory reserved, bytes of weights."""
+    """Losses, where state was after each step, most memory in use by torch, bytes of weights."""
     hidden, layers, long = 4096, 6, 32768  # an activation of the long sequence takes 512 MiB
     gc.collect()
     torch.cuda.empty_cache()
@@ -222,10 +228,11 @@ def _train_with_a_spike(cls, limit=None):
             torch.cuda.empty_cache()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    peak, weights = torch.cuda.max_memory_reserved(), sum(p.nbytes for p in model.parameters())
+    peak, weights = torch.cuda.max_memory_allocated(), sum(p.nbytes for p in model.parameters())
     return losses, held, peak, weights
 
 
+@pytest.mark.exclusive
 def test_a_spike_does_not_end_the_run():
     """A card on which state and a long sequence do not fit together: unpaged, the run ends."""
     gc.collect()
@@ -234,7 +241,9 @@ def test_a_spike_does_not_end_the_run():
     if free < 12 << 30:
         pytest.skip(f"needs 12 GiB of free memory, there are {free >> 30}")
     expected, _, peak, weights = _train_with_a_spike(Unpaged)
-    limit = peak - weights  # without the two moments the peak is one weight lower still
+    # Tensors alone would pass the limit, however torch caches. Without the two moments they stay
+    # below it by one moment, which is for what torch's blocks waste.
+    limit = peak - weights
     with pytest.raises(torch.OutOfMemoryError):
         _train_with_a_spike(Unpaged, limit)
     losses, held, _, _ = _train_with_a_spike(optim.PagedAdamW, limit)

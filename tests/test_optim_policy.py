@@ -181,6 +181,20 @@ def test_torchs_memory_fraction_is_a_smaller_card(card):
     assert optimizer.state_bytes()["device"] == 0
 
 
+def test_paged_state_counts_in_torchs_memory_fraction(card):
+    """Half of the state fits beside what torch reserved; the rest is placed on the host."""
+    _, unlimited, _ = _train()
+    whole = unlimited.state_bytes()["device"]
+    pager = next(iter(unlimited._pagers.values()))
+    card.fraction = 0.1
+    card.reserved = int(card.total * card.fraction) - pager.reserve - whole // 2 - 1
+    _, optimizer, _ = _train()
+    held = optimizer.state_bytes()
+    slab = max(s.nbytes for pack in optimizer._packs for s in pack.slabs)
+    assert whole // 2 - slab <= held["device"] <= whole // 2
+    assert held["device"] + held["host"] == whole
+
+
 def test_the_faster_way_by_measured_rates(card):
     card.free = GIB
     _, optimizer, _ = _train()

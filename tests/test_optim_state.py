@@ -63,6 +63,24 @@ def test_resuming_reproduces_the_run_bit_for_bit(cls, dtype, device):
     _assert_same_state(through, resumed, optimizer, again)
 
 
+@pytest.mark.parametrize("cls", [optim.AdamW8bit, optim.PagedLion8bit], ids=lambda c: c.__name__)
+def test_loaded_scales_leave_the_padding_of_a_block_at_zero(cls, device):
+    """100 of 256 elements, shrinking momentum: the rest of the block must not hold the scale."""
+    scales = []
+    for resumes in (False, True):
+        parameter = torch.nn.Parameter(torch.ones(100, device=device))
+        optimizer = cls([parameter], lr=1e-3)
+        for step in range(8):
+            parameter.grad = torch.full_like(parameter, 1.0 if step < 4 else -1.0)
+            optimizer.step()
+            if resumes and step == 3:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = cls([parameter], lr=1e-3)
+                optimizer.load_state_dict(state)
+        scales.append(optimizer.state[parameter]["absmax1"].item())
+    assert scales[0] == scales[1]
+
+
 _ENDLESS_RUN = """
 import sys, torch, lowbit.optim as optim
 parameter = torch.nn.Parameter(torch.ones(300_000, dtype=torch.bfloat16))

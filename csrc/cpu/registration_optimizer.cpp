@@ -83,7 +83,8 @@ void optimizer_step(
     int64_t algorithm,
     ScalarType dtype,
     bool stochastic,
-    int64_t seed) {
+    int64_t seed,
+    bool /*follows_step*/) {
     StepArgs a{};
     a.algorithm = to_algorithm(algorithm);
     const int64_t states = a.algorithm == Algorithm::kAdamW ? 2 : 1;

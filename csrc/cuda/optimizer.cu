@@ -1,34 +1,34 @@
 // AdamW and Lion over all tensors of a slab in one launch, with fp32 or 8-bit blockwise state.
 //
-//     g = sign * gradient / grad_scale          p = decay * parameter
-//     AdamW:  m += (1 - beta1) (g - m)          v = beta2 v + (1 - beta2) g g
-//             p -= step_size * m / (sqrt(v) / correction + eps)
-//     Lion:   p -= step_size * sign(beta1 m + (1 - beta1) g)          m = beta2 m + (1 - beta2) g
-//     8-bit:  m = codebook[code] * scale of its block of 256; then the new scale is max |m|, and
-//             the new code the nearest value's, #{j : m / scale > thresholds[j]}
+//     g = sign * gradient / grad_scale, then the rules of optimizer_update.cuh, on state that
+//     optimizer_state.cuh decodes and encodes
 //
 // Parameters and gradients fp32, bf16 or fp16, anywhere in memory; state in the slab at each
 // tensor's offset, padded to whole blocks (the padding stays 0). All arithmetic is fp32, every
 // operation rounded by itself and in the order of torch.optim.AdamW, so that results equal torch's
 // and the CPU's bit for bit; the parameter is rounded to its type once, at the end.
 //
-// A CTA takes chunks of 4096 elements, a warp one block of 256 at a time, so that the 8-bit maximum
-// needs no shared memory. CTAs stay for many chunks, since the 8-bit tables must be loaded first.
-// Bound by bytes, 28 per element with fp32 everywhere, 10 with bf16 and 8-bit AdamW state (the
-// search over 255 thresholds is 8 reads of shared memory and stays below that). State may lie in
-// host memory mapped into the GPU's address space: then the link bounds it, state once each way.
-// Deterministic. Checked by callers: rows, pointers and sizes agree.
+// A CTA takes a range of chunks of 4096 elements, a warp one block of 256 at a time, so that the
+// 8-bit maximum needs no shared memory. The launches for neighbouring slabs overlap (follows_step):
+// the end of one and the start of the next cost 10 % of a slab of 128 MiB otherwise.
+// Bound by bytes with fp32 state, 28 per element with fp32 everywhere, 22 with bf16: 2.8 of 3.0
+// TB/s; with 8-bit AdamW state (10 bytes) by instructions, about 100 per element: 2.1 TB/s (H100,
+// 2026-11). State may lie in host memory mapped into the GPU's address space: then the link bounds
+// it, state once each way. Deterministic. Checked by callers: rows, pointers and sizes agree.
 
 #include "device.h"
+#include "launch_config.h"
 #include "optimizer.h"
 #include "optimizer_elements.cuh"
+#include "optimizer_state.cuh"
+#include "optimizer_update.cuh"
+#include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kCodes = 256;
 
 // ---- the numbers of a step ----------------------------------------------------------------------
 
@@ -55,125 +55,6 @@ __global__ void optimizer_advance_kernel(AdvanceArgs a) {
     n.step = static_cast<float>(step);
     a.numbers[t] = n;
 }
-
-// ---- arithmetic ---------------------------------------------------------------------------------
-
-// fp32 as written: the compiler may not contract these into fused multiply-adds.
-__device__ __forceinline__ float mul(float a, float b) {
-    return __fmul_rn(a, b);
-}
-__device__ __forceinline__ float add(float a, float b) {
-    return __fadd_rn(a, b);
-}
-__device__ __forceinline__ float sub(float a, float b) {
-    return __fsub_rn(a, b);
-}
-
-struct AdamW {
-    static constexpr int kStates = 2;
-
-    static __device__ __forceinline__ void
-    update(float g, float& p, float (&state)[kStates], const StepNumbers& n) {
-        float &m = state[0], &v = state[1];
-        // torch.lerp: exact at both ends
-        m = n.one_minus_beta1 < 0.5f ? add(m, mul(n.one_minus_beta1, sub(g, m)))
-                                     : sub(g, mul(sub(g, m), n.beta1));
-        v = add(mul(v, n.beta2), mul(mul(n.one_minus_beta2, g), g));
-        const float denominator = add(__fdiv_rn(__fsqrt_rn(v), n.correction), n.eps);
-        p = sub(mul(p, n.decay), __fdiv_rn(mul(n.step_size, m), denominator));
-    }
-};
-
-struct Lion {
-    static constexpr int kStates = 1;
-
-    static __device__ __forceinline__ void
-    update(float g, float& p, float (&state)[kStates], const StepNumbers& n) {
-        float& m = state[0];
-        const float u = add(mul(m, n.beta1), mul(n.one_minus_beta1, g));
-        const float direction = static_cast<float>((u > 0.0f) - (u < 0.0f));
-        p = sub(mul(p, n.decay), mul(n.step_size, direction));
-        m = add(mul(m, n.beta2), mul(n.one_minus_beta2, g));
-    }
-};
-
-// ---- state --------------------------------------------------------------------------------------
-
-struct Float32State {
-    static constexpr int kTableFloats = 0;
-    // 80 registers: 24 warps with a block of all operands in flight each, 96 KiB per SM.
-    static constexpr int kCtasPerSm = 3;
-    float* values;  // of the warp's block
-
-    __device__ __forceinline__
-    Float32State(const StepArgs& a, int state, int64_t block, const float* /*tables*/)
-        : values(static_cast<float*>(a.values) + state * a.elements + block * kStateBlock) {}
-
-    __device__ __forceinline__ void load(int lane, float (&x)[kPerLane]) const {
-        load_elements(values, kStateBlock, lane, x);
-    }
-    __device__ __forceinline__ void store(int lane, const float (&x)[kPerLane]) const {
-        store_elements(values, kStateBlock, lane, x);
-    }
-};
-
-struct CodedState {
-    static constexpr int kTableFloats = 2 * kCodes;
-    static constexpr int kCtasPerSm = 2;  // the searches want more than 80 registers
-    uint32_t* words;                      // four codes each
-    float* scale;
-    const float *codebook, *thresholds;
-    bool is_square;  // the second state of AdamW, never negative
-
-    __device__ __forceinline__
-    CodedState(const StepArgs& a, int state, int64_t block, const float* tables)
-        : words(
-              reinterpret_cast<uint32_t*>(
-                  static_cast<uint8_t*>(a.values) + state * a.elements + block * kStateBlock)),
-          scale(a.scales + state * (a.elements / kStateBlock) + block),
-          codebook(tables + state * kTableFloats), thresholds(codebook + kCodes),
-          is_square(state == 1) {}
-
-    __device__ __forceinline__ void load(int lane, float (&x)[kPerLane]) const {
-        const float factor = *scale;
-#pragma unroll
-        for (int half = 0; half < kHalves; half++) {
-            const uint32_t word = words[half * kWarpSize + lane];
-#pragma unroll
-            for (int i = 0; i < kQuad; i++)
-                x[half * kQuad + i] = mul(codebook[(word >> (8 * i)) & 0xff], factor);
-        }
-    }
-
-    __device__ __forceinline__ uint32_t code_of(float x, float inverse) const {
-        const float scaled = mul(x, inverse);
-        uint32_t code = 0;
-#pragma unroll
-        for (int step = kCodes / 2; step > 0; step /= 2)
-            code += scaled > thresholds[code + step - 1] ? step : 0;
-        // A square that became 0 would turn the next update into m / eps.
-        return is_square && code == 0 && x > 0.0f ? 1 : code;
-    }
-
-    __device__ __forceinline__ void store(int lane, const float (&x)[kPerLane]) const {
-        float largest = fabsf(x[0]);
-#pragma unroll
-        for (int i = 1; i < kPerLane; i++)
-            largest = max_nan(largest, fabsf(x[i]));
-        largest = group_max(largest, kWarpSize);
-        const float inverse = reciprocal(largest);
-        if (lane == 0)
-            *scale = largest;
-#pragma unroll
-        for (int half = 0; half < kHalves; half++) {
-            uint32_t word = 0;
-#pragma unroll
-            for (int i = 0; i < kQuad; i++)
-                word |= code_of(x[half * kQuad + i], inverse) << (8 * i);
-            words[half * kWarpSize + lane] = word;
-        }
-    }
-};
 
 // ---- stochastic rounding ------------------------------------------------------------------------
 
@@ -218,69 +99,118 @@ round_randomly(float (&p)[kPerLane], uint64_t seed, uint64_t step, int64_t posit
 
 // ---- the step -----------------------------------------------------------------------------------
 
+__device__ __forceinline__ StepNumbers load_numbers(const StepNumbers* from) {
+    StepNumbers numbers;
+#pragma unroll
+    for (int i = 0; i < kStepNumbers / kQuad; i++)
+        reinterpret_cast<float4*>(&numbers)[i] = reinterpret_cast<const float4*>(from)[i];
+    return numbers;
+}
+
+// A block of 256 elements at p and g, whose state is the slab's block of that number.
 template <typename T, typename Rule, typename State>
-__global__ void __launch_bounds__(kThreads, State::kCtasPerSm) optimizer_step_kernel(StepArgs a) {
-    constexpr int kTable = Rule::kStates * State::kTableFloats;
-    __shared__ float tables[kTable > 0 ? kTable : 1];  // 4 KiB at most
+__device__ __forceinline__ void update_block(
+    const StepArgs& a,
+    int64_t tensor,
+    T* parameter,
+    const T* gradient,
+    int left,  // elements from here to the end of the tensor, at most 256
+    int64_t block,
+    const StateTables* tables,
+    float grad_scale,
+    int lane) {
+    const Raw<T> raw_p = load_raw(parameter, left, lane), raw_g = load_raw(gradient, left, lane);
+    typename State::template Block<0> first;
+    typename State::template Block<1> second;
+    first.load(a, block, lane);
+    if constexpr (Rule::kStates == 2)
+        second.load(a, block, lane);
+    const StepNumbers numbers = load_numbers(a.numbers + tensor);
+
+    float p[kPerLane], g[kPerLane], state[Rule::kStates][kPerLane];
+    raw_p.to_floats(p);
+    raw_g.to_floats(g);
+    first.decode(tables, state[0]);
+    if constexpr (Rule::kStates == 2)
+        second.decode(tables, state[1]);
+    if (a.grad_scale != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; i++)
+            g[i] = __fdiv_rn(g[i], grad_scale);
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++)
+        g[i] = mul(g[i], numbers.sign);
+    Rule::update(g, p, state, numbers);
+    if constexpr (sizeof(T) == 2) {
+        if (a.stochastic) {
+            const TensorRow& row = a.rows[tensor];
+            const int64_t position = row.position + block * kStateBlock - row.offset;
+            round_randomly(p, a.seed, numbers.step, position, lane);
+        }
+    }
+    store_elements(parameter, left, lane, p);
+    State::template Block<0>::store(a, block, lane, tables, state[0]);
+    if constexpr (Rule::kStates == 2)
+        State::template Block<1>::store(a, block, lane, tables, state[1]);
+}
+
+template <typename T, typename Rule, typename State>
+__global__ void __launch_bounds__(kThreads, State::kCtasPerSm)
+    optimizer_step_kernel(const __grid_constant__ StepArgs a) {
+    __shared__ StateTables tables[State::kCoded ? Rule::kStates : 1];  // 10 KiB at most
+#if __CUDA_ARCH__ >= 900
+    let_next_kernel_start();  // which touches nothing that this one does
+#endif
     if (a.found_inf != nullptr && *a.found_inf != 0.0f)
         return;
-    for (int i = threadIdx.x; i < kTable; i += kThreads)
-        tables[i] = a.tables[i];
-    __syncthreads();
-
+    if constexpr (State::kCoded) {
+        fill_tables<0>(tables[0], a.tables);
+        if constexpr (Rule::kStates == 2)
+            fill_tables<1>(tables[1], a.tables + 2 * kCodes);
+        __syncthreads();
+    }
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const float grad_scale = a.grad_scale == nullptr ? 1.0f : *a.grad_scale;
-    for (int64_t chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x) {
-        const int64_t t = row_of_chunk(a.rows, a.tensors, chunk);
+    // Neighbouring chunks: a search finds the tensor of the first, counting those of the others.
+    const int64_t end = a.chunks * (blockIdx.x + 1) / gridDim.x;
+    int64_t chunk = a.chunks * blockIdx.x / gridDim.x, t = row_of_chunk(a.rows, a.tensors, chunk);
+    for (; chunk < end; chunk++) {
+        while (t + 1 < a.tensors && a.rows[t + 1].first_chunk <= chunk)
+            t++;
         const TensorPointers where = a.pointers[t];
         if (where.gradient == nullptr)
             continue;
         const TensorRow& row = a.rows[t];
-        const StepNumbers& numbers = a.numbers[t];
         const int64_t begin = (chunk - row.first_chunk) * kStepChunk;
+        const int64_t left = row.count - begin, block = (row.offset + begin) / kStateBlock;
+        T* parameter = static_cast<T*>(where.parameter) + begin;
+        const T* gradient = static_cast<const T*>(where.gradient) + begin;
 #pragma unroll 1
         for (int unit = warp; unit < kStepChunk / kStateBlock; unit += kWarps) {
-            const int64_t first = begin + unit * kStateBlock;
-            const int left = elements_left(row.count, first);
-            if (left <= 0)
+            const int at = unit * kStateBlock;
+            if (at >= left)
                 break;
-            T* parameter = static_cast<T*>(where.parameter) + first;
-            float p[kPerLane], g[kPerLane], state[Rule::kStates][kPerLane];
-            load_elements(parameter, left, lane, p);
-            load_elements(static_cast<const T*>(where.gradient) + first, left, lane, g);
-            const int64_t block = (row.offset + first) / kStateBlock;
-#pragma unroll
-            for (int s = 0; s < Rule::kStates; s++)
-                State(a, s, block, tables).load(lane, state[s]);
-#pragma unroll
-            for (int i = 0; i < kPerLane; i++) {
-                float moments[Rule::kStates];
-#pragma unroll
-                for (int s = 0; s < Rule::kStates; s++)
-                    moments[s] = state[s][i];
-                const float gradient = a.grad_scale == nullptr ? g[i] : __fdiv_rn(g[i], grad_scale);
-                Rule::update(mul(gradient, numbers.sign), p[i], moments, numbers);
-#pragma unroll
-                for (int s = 0; s < Rule::kStates; s++)
-                    state[s][i] = moments[s];
-            }
-            if constexpr (sizeof(T) == 2) {
-                if (a.stochastic)
-                    round_randomly(p, a.seed, numbers.step, row.position + first, lane);
-            }
-            store_elements(parameter, left, lane, p);
-#pragma unroll
-            for (int s = 0; s < Rule::kStates; s++)
-                State(a, s, block, tables).store(lane, state[s]);
+            update_block<T, Rule, State>(
+                a, t, parameter + at, gradient + at, elements_left(left, at), block + unit, tables,
+                grad_scale, lane);
         }
     }
+#if __CUDA_ARCH__ >= 900
+    wait_for_previous_kernel();  // so that whoever waits for this one waits for all before it
+#endif
 }
 
 template <typename T, typename Rule, typename State>
 void launch_with(const StepArgs& a, cudaStream_t stream) {
     const int64_t resident = static_cast<int64_t>(sm_count()) * State::kCtasPerSm;
     const auto grid = static_cast<unsigned>(a.chunks < resident ? a.chunks : resident);
-    optimizer_step_kernel<T, Rule, State><<<grid, kThreads, 0, stream>>>(a);
+    if (a.follows_step && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+        const LaunchConfig config(grid, kThreads, 0, stream);
+        cudaLaunchKernelEx(config.get(), optimizer_step_kernel<T, Rule, State>, a);
+    } else {
+        optimizer_step_kernel<T, Rule, State><<<grid, kThreads, 0, stream>>>(a);
+    }
 }
 
 template <typename T, typename Rule>

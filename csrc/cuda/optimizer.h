@@ -34,6 +34,7 @@ struct StepArgs {
     Dtype dtype;                     // of parameters and gradients
     bool stochastic;                 // round bf16 parameters at random
     uint64_t seed;                   //
+    bool follows_step;               // may overlap the kernel before it, which steps another slab
 };
 
 cudaError_t launch_optimizer_step(const StepArgs& args, cudaStream_t stream);

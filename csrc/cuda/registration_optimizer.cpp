@@ -81,7 +81,8 @@ void optimizer_step(
     int64_t algorithm,
     ScalarType dtype,
     bool stochastic,
-    int64_t seed) {
+    int64_t seed,
+    bool follows_step) {
     const Call call(rows);
     StepArgs a{};
     a.algorithm = to_algorithm(algorithm);
@@ -110,6 +111,7 @@ void optimizer_step(
     a.dtype = to_dtype(dtype, "dtype");
     a.stochastic = stochastic && a.dtype == Dtype::kBFloat16;
     a.seed = static_cast<uint64_t>(seed);
+    a.follows_step = follows_step;
     check_launch(launch_optimizer_step(a, call.stream()), "optimizer_step");
 }
 

@@ -205,10 +205,12 @@ class PackedOptimizer(torch.optim.Optimizer):
             for slot, p, g in zip(slots.tolist(), parameters, grads, strict=True):
                 self._check_gradient(p, g, pack.layout.counts[slot])
             return None
-        for p, g in zip(parameters, grads, strict=True):
-            if g.layout is not torch.strided:
+        try:
+            table, bad = pack.table(slots, parameters, grads, groups)
+        except RuntimeError:  # no operator takes sparse gradients; asking each costs every step
+            for p, g in zip(parameters, grads, strict=True):
                 self._check_gradient(p, g, p.numel())
-        table, bad = pack.table(slots, parameters, grads, groups)
+            raise
         if bad >= 0:
             for i, slot in enumerate(slots.tolist()):
                 self._check_gradient(parameters[i], grads[i], pack.layout.counts[slot])

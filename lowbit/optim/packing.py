@@ -131,8 +131,10 @@ class Pack:
             scales = self.pager.allocate((self.states, elements // tables.BLOCK), torch.float32)
         slab = Slab(first, last, chunks, values, scales)
         self.pager.place(slab)
-        for tensor in slab.tensors:
-            tensor.zero_()
+        for state, row in enumerate(values):  # padding too: a loaded scale must leave it at 0
+            row.fill_(tables.zero_code(state) if self.coded else 0)
+        if scales is not None:
+            scales.zero_()
         return slab
 
     # ---- one parameter's state -------------------------------------------------------------------
@@ -179,13 +181,13 @@ class Pack:
             self.rows, pointers, groups, found_inf, algorithm, self.steps, self.numbers
         )
 
-        def update(slab: Slab, values: torch.Tensor, scales: torch.Tensor | None) -> None:
+        def update(slab: Slab, values, scales, follows_step: bool = False) -> None:
             ops.optimizer_step(
                 self.rows[slab.first : slab.last],
                 pointers[POINTER * slab.first : POINTER * slab.last],
                 self.numbers[slab.first : slab.last],
                 slab.chunks, values, scales, self.tables, found_inf, grad_scale, algorithm,
-                self.dtype, inputs.stochastic, inputs.seed,
+                self.dtype, inputs.stochastic, inputs.seed, follows_step,
             )  # fmt: skip
 
         self.pager.run(self.slabs, how, update)
