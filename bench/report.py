@@ -111,14 +111,16 @@ LINEAR_COLUMNS = {  # of the README, in this order, where the record has them
 LINEAR_TOKENS = (1, 16, 256, 4096)  # the record may have more
 
 
-def linear(name: str, record: dict) -> str:
+def linear(
+    name: str, record: dict, op: str = "lora_linear", tokens=LINEAR_TOKENS, title: str = "forward"
+) -> str:
     """Microseconds of a linear layer with its adapter on a GPU, and what the card allows."""
-    rows = [row for row in record["rows"] if row["op"] == "lora_linear"]
+    rows = [row for row in record["rows"] if row["op"] == op]
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault((row["N"], row["K"], row["M"]), {})[row["impl"]] = row
     measured = {M for _, _, M in cases}
-    shown = measured & set(LINEAR_TOKENS) or measured
+    shown = measured & set(tokens) or measured
     columns = {
         impl: title
         for impl, title in LINEAR_COLUMNS.items()
@@ -140,8 +142,136 @@ def linear(name: str, record: dict) -> str:
         f"{ceilings['matmul_tflops']:.0f} TFLOP/s, both measured"
     )
     caption = machine(record["environment"], card=True)
-    what = f"Linear layers on a GPU, forward, {rows[0]['dtype']}, rank {rows[0]['r']}"
+    what = f"Linear layers on a GPU, {title}, {rows[0]['dtype']}, rank {rows[0]['r']}"
     return f"{what} ({caption}; {rates}; `{name}`):\n\n{table(head, body)}"
+
+
+HOST_COLUMNS = {
+    "forward+backward wall": "one layer, wall",
+    "forward+backward host": "per layer of a chain, host",
+}
+
+
+def linear_backward(name: str, record: dict) -> str:
+    """The same of forward and backward; then what an eager call costs."""
+    tokens = {row["M"] for row in record["rows"]}
+    graphs = linear(name, record, "forward+backward", tokens, "forward and backward")
+    times: dict[tuple, dict[str, float]] = {}
+    for row in record["rows"]:
+        if row["op"] in HOST_COLUMNS and row["impl"] in LINEAR_COLUMNS:
+            case = (f"{row['N']} x {row['K']}", str(row["M"]), HOST_COLUMNS[row["op"]])
+            times.setdefault(case, {})[row["impl"]] = row["us"]
+    if not times:
+        return graphs
+    columns = [impl for impl in LINEAR_COLUMNS if any(impl in mine for mine in times.values())]
+    body = [
+        [*case, *(f"{mine[impl]:.0f}" if impl in mine else "-" for impl in columns)]
+        for case, mine in times.items()
+    ]
+    head = ["us, eager", "M", "", *(LINEAR_COLUMNS[impl] for impl in columns)]
+    return f"{graphs}\n\nThe same without a CUDA graph:\n\n{table(head, body)}"
+
+
+def optimizer(name: str, record: dict) -> str:
+    """Milliseconds of a step on the LoRA parameters of two models, and where the state then is."""
+    models = {"8b bf16": "8B, r 16", "65b bf16": "65B, r 64"}
+    by_name: dict[str, dict[str, dict]] = {}
+    for row in record["rows"]:
+        if row["parameters"] in models:
+            by_name.setdefault(row["optimizer"], {})[row["parameters"]] = row
+    body = []
+    for optimizer_name, rows in by_name.items():
+        times = [f"{rows[m]['ms']:.2f}" if m in rows else "-" for m in models]
+        large = rows.get("65b bf16", {})
+        link = f"{large['link_ms']:.0f}" if large.get("link_ms") else "-"
+        held = [f"{large[key]:.0f}" if large else "-" for key in ("device_mib", "host_mib")]
+        body.append([optimizer_name, *times, link, *held])
+    head = ["ms", *models.values(), "link at least", "GPU MiB", "host MiB"]
+    link = record["link"]
+    rates = (
+        f"copies over the link: {link['to_device']:.0f} GB/s in, {link['each_way']:.0f} each way"
+    )
+    caption = machine(record["environment"], card=True)
+    what = "One optimizer step, bf16 parameters (torch keeps state in bf16); link and memory of 65B"
+    return f"{what} ({caption}; {rates} at once; `{name}`):\n\n{table(head, body)}"
+
+
+def optimizer_curves(name: str, record: dict) -> str:
+    """What the optimizer does to the losses of the demo."""
+    body = []
+    for optimizer_name, run in record["runs"].items():
+        gaps = record["differences"][optimizer_name]
+        losses = [run["losses"][-1], run["held_out"][-1]]
+        mean = [gaps["mean"], gaps["held_out_mean"]]
+        cells = [f"{x:.4f}" for x in (losses[0], losses[1], *mean)]
+        body.append([optimizer_name, *cells])
+    head = ["`lowbit finetune --demo`", "last loss", "held-out loss", "mean gap", "held-out gap"]
+    caption = machine(record["environment"], card=False)
+    what = "Losses by optimizer; gaps are absolute differences to torch's AdamW"
+    return f"{what} ({caption}; `{name}`):\n\n{table(head, body)}"
+
+
+MODEL_TITLES = {
+    "lowbit": "lowbit",
+    "lowbit, graph": "lowbit, CUDA graph",
+    "lowbit, not fused": "lowbit, not fused",
+    "peft-bnb": "PEFT + bitsandbytes",
+}
+
+
+def model(name: str, record: dict) -> str:
+    """Training steps of whole models, and where the memory of the largest one goes."""
+    body = []
+    for row in record["rows"]:
+        speed = row["batch"] * row["seq"] / row["ms"] * 1e3
+        name_of_case = row["config"] + ("" if row["checkpointing"] else ", all activations kept")
+        case = [name_of_case, str(row["r"]), f"{row['batch']} x {row['seq']}"]
+        sizes = [f"{row[key] / 2**30:.1f}" for key in ("peak_bytes", "in_use_bytes")]
+        body.append([*case, MODEL_TITLES[row["impl"]], f"{speed:,.0f}", f"{row['ms']:.0f}", *sizes])
+    head = ["model", "rank", "batch x tokens", "", "tokens/s", "ms", "peak GiB", "in use GiB"]
+    caption = machine(record["environment"], card=True)
+    what = (
+        "A training step of a whole model, random weights, transformers' code, gradient "
+        "checkpointing, bf16 adapters on all linear layers, paged 32-bit AdamW"
+    )
+    parts = [f"{what} ({caption}; `{name}`):\n\n{table(head, body)}"]
+    largest = [row for row in record["rows"] if row["config"] == "llama-65b"]
+    if largest:
+        parts.append(_memory(largest, record["paper"]))
+    return "\n\n".join(parts)
+
+
+def _memory(rows: list[dict], paper: dict) -> str:
+    """GB of every purpose, beside what the QLoRA paper promises for the same model."""
+    body = [
+        [part, *(f"{row['memory'][part] / 1e9:.1f}" for row in rows)] for part in rows[0]["memory"]
+    ]
+    body.append(["in use", *(f"{row['in_use_bytes'] / 1e9:.1f}" for row in rows)])
+    host = [f"{row['host_bytes'] / 1e9:.1f}" for row in rows]
+    body.append(["optimizer, on the host", *host])
+    head = ["GB", *(MODEL_TITLES[row["impl"]] for row in rows)]
+    limits = sorted({row["memory_limit"] for row in rows if row["memory_limit"]})
+    limit = f"; lowbit may use {limits[0]:g} GiB of the card" if limits else ""
+    text = (
+        f"Memory of the {rows[0]['config']} rows (QLoRA's figures for this model: from more than "
+        f"{paper['full_gb']} GB for 16-bit fine-tuning to less than {paper['gb']} GB{limit}):"
+    )
+    return f"{text}\n\n{table(head, body)}"
+
+
+def loss_curve(name: str, record: dict) -> str:
+    """How far the losses of lowbit and of PEFT on bitsandbytes are apart."""
+    o, gap = record["options"], record["differences"]["peft-bnb"]
+    ours = record["runs"]["lowbit"]["losses"]
+    again = record["differences"]["lowbit, rows reversed"]
+    where = machine(record["environment"], card=False)
+    return (
+        f"Loss of the demo model over {o['steps']} steps from the same weights, adapters and data, "
+        f"{o['dtype']} ({where}; `{name}`): from {ours[0]:.2f} to {ours[-1]:.2f}. PEFT on "
+        f"bitsandbytes differs by {gap['mean']:.1g} in the mean and {gap['largest']:.1g} at most, "
+        f"lowbit with the rows of its batches in reverse order by {again['mean']:.1g} and "
+        f"{again['largest']:.1g}."
+    )
 
 
 WRITERS = {
@@ -149,6 +279,11 @@ WRITERS = {
     "quantize": quantize,
     "cuda_quantize": cuda_quantize,
     "linear": linear,
+    "linear_backward": linear_backward,
+    "loss_curve": loss_curve,
+    "model": model,
+    "optimizer": optimizer,
+    "optimizer_curves": optimizer_curves,
 }
 
 

@@ -1,23 +1,17 @@
-"""lowbit.fuse: let the attention and MLP modules of a prepared model use the group functions.
+"""lowbit.fuse: let the attention, MLP and norm modules of a prepared model use lowbit's functions.
 
-What a module computes is read from the source of its forward. Two patterns are known, which are
-those of transformers' Llama, Mistral, Qwen2, Qwen2.5-VL and many models after them:
-
-    attention   self.q_proj(h), self.k_proj(h) and self.v_proj(h), each once, of the same name h
-    MLP         self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), and nothing else
-
-A module with another forward stays as it is. A fused module changes its class, to a subclass that
-overrides forward alone: its layers, parameters, hooks and attributes remain where they were, so
-that state dicts, adapters and checkpoints are not concerned, and `unfuse` gives it its class back.
+What a module computes is read from the source of its forward; patterns.py has the patterns, which
+are those of transformers' Llama, Mistral, Qwen2, Qwen2.5-VL and many models after them. A module
+with another forward stays as it is. A fused module changes its class, to a subclass that overrides
+forward alone: its layers, parameters, hooks and attributes remain where they were, so that state
+dicts, adapters and checkpoints are not concerned, and `unfuse` gives it its class back.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
 import logging
-import textwrap
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import patterns, pointwise
 from .gated_mlp import ACTIVATIONS, activate
 from .modules import quantized_layers
 from .nn.fused import (
@@ -35,8 +30,8 @@ from .nn.fused import (
     why_separate,
     why_separate_mlp,
 )
+from .patterns import QKV
 
-QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATION = "_fused_activation"  # attribute of a fused MLP: (its act_fn, the name of that)
 _log = logging.getLogger("lowbit")
@@ -49,15 +44,20 @@ class FusionReport:
     Attributes:
         attention: names of the attention modules whose q, k and v are now computed together.
         mlp: names of the MLP modules that are now one function.
+        norms: names of the RMS norms that are now one launch, on a GPU.
         skipped: {name: why} of modules that have such layers and stay as they were.
     """
 
     attention: list[str] = field(default_factory=list)
     mlp: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = f"fused {len(self.attention)} attention modules and {len(self.mlp)} MLPs"
+        text = (
+            f"fused {len(self.attention)} attention modules, {len(self.mlp)} MLPs and "
+            f"{len(self.norms)} norms"
+        )
         reasons: dict[str, list[str]] = {}
         for name, why in self.skipped.items():
             reasons.setdefault(why, []).append(name)
@@ -68,11 +68,12 @@ class FusionReport:
 
 
 def fuse(model: nn.Module) -> FusionReport:
-    """Compute q, k, v of attention as one group and gated MLPs as one function, in place.
+    """Compute q, k, v of attention as one group, gated MLPs as one function, and what lies between
+    in fewer launches, in place.
 
     Args:
         model: prepared model; transformers' Llama, Mistral, Qwen2, Qwen2.5-VL, or any other whose
-            modules follow one of the two patterns at the top of lowbit/fusing.py.
+            modules follow a pattern of lowbit/patterns.py.
 
     Returns:
         FusionReport: what was fused, and why a candidate was not. It is logged, too (logger
@@ -83,16 +84,17 @@ def fuse(model: nn.Module) -> FusionReport:
         ValueError: the model has no quantized layer.
 
     Notes:
-        Outputs and gradients are those of the model before, up to the order of additions; dropout
-        draws the same masks from the same seed. State-dict keys, adapters' files, merging,
-        switching off, gradient checkpointing and torch.compile work as before, and in any order
-        with this call. In a call for which the layers do not permit it (one got a hook, was
-        replaced by another type or moved to another device) the module's own forward runs.
+        Outputs and gradients are those of the model before, up to the order of additions, and on a
+        GPU up to the roundings that RMS norms and rotary embeddings leave out there; dropout draws
+        the same masks from the same seed. State-dict keys, adapters' files, merging, switching off,
+        gradient checkpointing and torch.compile work as before, and in any order with this call. In
+        a call for which the layers do not permit it (one got a hook, was replaced by another type
+        or moved to another device) the module's own forward runs.
 
     Example:
         >>> model = lowbit.prepare(model, r=16)  # doctest: +SKIP
         >>> print(lowbit.fuse(model))  # doctest: +SKIP
-        fused 32 attention modules and 32 MLPs
+        fused 32 attention modules, 32 MLPs and 65 norms
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -100,20 +102,16 @@ def fuse(model: nn.Module) -> FusionReport:
         raise ValueError("model has no quantized layer; call lowbit.prepare(model) first")
     report = FusionReport()
     for name, module in model.named_modules():
-        for names, look, done in (
-            (QKV, _attention_problem, report.attention),
-            (GATE_UP_DOWN, _mlp_problem, report.mlp),
-        ):
-            if not all(isinstance(getattr(module, child, None), nn.Module) for child in names):
+        for kind in _KINDS:
+            if not kind.candidate(module):
                 continue
-            why = "it is fused already" if isinstance(module, _Fused) else look(module)
+            why = "it is fused already" if isinstance(module, _Fused) else kind.problem(module)
             if why is not None:
                 report.skipped[name] = why
                 continue
-            if names == GATE_UP_DOWN:
-                module.__dict__[_ACTIVATION] = (module.act_fn, activation_of(module.act_fn))
-            module.__class__ = _fused_class(type(module), names == QKV)
-            done.append(name)
+            kind.prepare(module)
+            module.__class__ = _fused_class(type(module), kind)
+            getattr(report, kind.place).append(name)
     _log.info("%s", report)
     return report
 
@@ -150,15 +148,51 @@ class _Fused:
     """Mixin of the classes made by `_fused_class`; `unfused` is the class a module had."""
 
     unfused: type[nn.Module]
+    place: str  # the list of FusionReport it is in
+
+    @staticmethod
+    def candidate(module: nn.Module) -> bool:
+        """Whether a module has what this kind is about."""
+        raise NotImplementedError
+
+    @staticmethod
+    def problem(module: nn.Module) -> str | None:
+        """Why a candidate cannot be fused, or None."""
+        raise NotImplementedError
+
+    @staticmethod
+    def prepare(module: nn.Module) -> None:
+        """Leave on the module what the forward of the class needs."""
 
     def __reduce_ex__(self, protocol):
         """Pickle and deepcopy: the class is made again from the one it had."""
         if "unfused" not in type(self).__dict__:
             return super().__reduce_ex__(protocol)
-        return _rebuild, (self.unfused, isinstance(self, _FusedAttention)), self.__dict__.copy()
+        return _rebuild, (self.unfused, self.place), self.__dict__.copy()
 
 
 class _FusedMLP(_Fused):
+    place = "mlp"
+
+    @staticmethod
+    def candidate(module):
+        return _has(module, GATE_UP_DOWN)
+
+    @staticmethod
+    def problem(module):
+        kind = type(module)
+        if "forward" in module.__dict__:
+            return "its forward was replaced"
+        if not patterns.is_gated_mlp(kind.forward):
+            return f"{kind.__name__}.forward is not down_proj(act_fn(gate_proj(x)) * up_proj(x))"
+        if activation_of(module.act_fn) is None:  # the source says that there is an act_fn
+            return f"its activation {type(module.act_fn).__name__} is neither SiLU nor GELU"
+        return why_separate_mlp([getattr(module, name) for name in GATE_UP_DOWN])
+
+    @staticmethod
+    def prepare(module):
+        module.__dict__[_ACTIVATION] = (module.act_fn, activation_of(module.act_fn))
+
     def forward(self, *args, **kwargs):
         layers = [self.gate_proj, self.up_proj, self.down_proj]
         inputs = (*args, *kwargs.values())
@@ -170,11 +204,73 @@ class _FusedMLP(_Fused):
 
 
 class _FusedAttention(_Fused):
+    place = "attention"
+
+    @staticmethod
+    def candidate(module):
+        return _has(module, QKV)
+
+    @staticmethod
+    def problem(module):
+        kind = type(module)
+        if "forward" in module.__dict__:
+            return "its forward was replaced"
+        if not patterns.is_attention(kind.forward):
+            return f"{kind.__name__}.forward does not call q_proj, k_proj and v_proj on one x"
+        return why_separate([getattr(module, name) for name in QKV])
+
     def forward(self, *args, **kwargs):
         layers = [self.q_proj, self.k_proj, self.v_proj]
         if why_separate(layers) is not None:
             return self.unfused.forward(self, *args, **kwargs)
-        return self.unfused.forward(_StandIn(self, layers), *args, **kwargs)
+        forward = self.unfused.forward
+        if layers[0].weight.is_cuda and not torch.compiler.is_compiling():
+            forward = _with_rotary(forward)
+        return forward(_StandIn(self, layers), *args, **kwargs)
+
+
+class _FusedNorm(_Fused):
+    place = "norms"
+
+    @staticmethod
+    def candidate(module):
+        return patterns.is_rms_norm(_forward_of(module))
+
+    @staticmethod
+    def problem(module):
+        return "its forward was replaced" if "forward" in module.__dict__ else None
+
+    def forward(self, hidden_states):
+        x, weight = hidden_states, self.weight
+        separate = torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda")
+        if not x.is_cuda or x.dtype != weight.dtype or separate:
+            return self.unfused.forward(self, x)
+        return pointwise.rms_norm(x, weight, self.variance_epsilon)
+
+
+_KINDS = (_FusedAttention, _FusedMLP, _FusedNorm)
+
+
+def _has(module: nn.Module, children: tuple[str, ...]) -> bool:
+    return all(isinstance(getattr(module, child, None), nn.Module) for child in children)
+
+
+def _forward_of(module: nn.Module) -> Callable:
+    """The forward of a module's class before it was fused."""
+    return getattr(type(module), "unfused", type(module)).forward
+
+
+@functools.cache
+def _with_rotary(forward: Callable) -> Callable:
+    """A forward with lowbit's rotation in place of transformers' own."""
+    if not patterns.uses_rotary(forward):
+        return forward
+    names = {**forward.__globals__, patterns.ROTARY: pointwise.rotary}
+    copy = types.FunctionType(
+        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
 
 
 class _StandIn:
@@ -209,38 +305,15 @@ class _StandIn:
 
 
 @functools.cache
-def _fused_class(unfused: type[nn.Module], attention: bool) -> type[nn.Module]:
-    mixin = _FusedAttention if attention else _FusedMLP
+def _fused_class(unfused: type[nn.Module], mixin: type[_Fused]) -> type[nn.Module]:
     names = {"unfused": unfused, "__module__": unfused.__module__, "__doc__": unfused.__doc__}
     return type(f"Fused{unfused.__name__}", (mixin, unfused), names)
 
 
-def _rebuild(unfused: type[nn.Module], attention: bool) -> nn.Module:
-    fused = _fused_class(unfused, attention)
+def _rebuild(unfused: type[nn.Module], place: str) -> nn.Module:
+    mixin = next(kind for kind in _KINDS if kind.place == place)
+    fused = _fused_class(unfused, mixin)
     return fused.__new__(fused)
-
-
-# ---- what can be fused
-
-
-def _attention_problem(module: nn.Module) -> str | None:
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
-    if not _is_attention(type(module).forward):
-        return f"{type(module).__name__}.forward does not call q_proj, k_proj and v_proj on one x"
-    return why_separate([getattr(module, name) for name in QKV])
-
-
-def _mlp_problem(module: nn.Module) -> str | None:
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
-    if not _is_gated_mlp(type(module).forward):
-        return (
-            f"{type(module).__name__}.forward is not down_proj(act_fn(gate_proj(x)) * up_proj(x))"
-        )
-    if activation_of(module.act_fn) is None:  # the source says that there is an act_fn
-        return f"its activation {type(module.act_fn).__name__} is neither SiLU nor GELU"
-    return why_separate_mlp([getattr(module, name) for name in GATE_UP_DOWN])
 
 
 def activation_of(act_fn: Callable) -> str | None:
@@ -259,80 +332,3 @@ def activation_of(act_fn: Callable) -> str | None:
         if isinstance(values, torch.Tensor) and torch.equal(values, activate(probe, name)):
             return name
     return None
-
-
-@functools.cache
-def _source(function: Callable) -> ast.FunctionDef | None:
-    """The definition of a method, or None if it cannot be found."""
-    try:
-        parsed = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    definition = parsed.body[0]
-    return definition if isinstance(definition, ast.FunctionDef) else None
-
-
-@functools.cache
-def _is_gated_mlp(forward: Callable) -> bool:
-    """Whether a forward is the pattern of the MLP, as one expression or through one variable."""
-    definition = _source(forward)
-    if definition is None or definition.args.vararg or definition.args.kwarg:
-        return False
-    if definition.decorator_list or hasattr(forward, "__wrapped__"):
-        return False  # the source does not say what the decorator does
-    names = [argument.arg for argument in (*definition.args.args, *definition.args.kwonlyargs)]
-    body = [node for node in definition.body if not _is_docstring(node)]
-    if len(names) != 2 or not 1 <= len(body) <= 2 or not isinstance(body[-1], ast.Return):
-        return False
-    value = body[-1].value
-    if len(body) == 2:
-        if not isinstance(body[0], ast.Assign) or len(body[0].targets) != 1:
-            return False
-        if ast.dump(body[0].targets[0]) != ast.dump(_stored(value)):
-            return False
-        value = body[0].value
-    this, x = names
-    pattern = f"{this}.down_proj({this}.act_fn({this}.gate_proj({x})) * {this}.up_proj({x}))"
-    return value is not None and ast.unparse(value) == pattern
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
-def _stored(node: ast.expr | None) -> ast.AST:
-    """A name as the target of an assignment; anything else as it is."""
-    return ast.Name(node.id, ast.Store()) if isinstance(node, ast.Name) else ast.Pass()
-
-
-@functools.cache
-def _is_attention(forward: Callable) -> bool:
-    """Whether a forward calls the three projections once each, on one name, and works for a
-    stand-in: it neither stores attributes nor calls super().
-    """
-    definition = _source(forward)
-    if definition is None or not definition.args.args:
-        return False
-    this = definition.args.args[0].arg
-    read: dict[str, list[str]] = {name: [] for name in QKV}
-    mentions = 0
-    for node in ast.walk(definition):
-        if isinstance(node, ast.Name) and node.id == "super":
-            return False
-        if isinstance(node, ast.Attribute) and _is_name(node.value, this):
-            if not isinstance(node.ctx, ast.Load):
-                return False
-            mentions += node.attr in QKV
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            callee = node.func
-            if _is_name(callee.value, this) and callee.attr in QKV:
-                if len(node.args) != 1 or node.keywords or not isinstance(node.args[0], ast.Name):
-                    return False
-                read[callee.attr].append(node.args[0].id)
-    inputs = [name for names in read.values() for name in names]
-    each_once = all(len(names) == 1 for names in read.values())
-    return each_once and mentions == len(QKV) and len(set(inputs)) == 1
-
-
-def _is_name(node: ast.expr, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name

@@ -6,7 +6,11 @@
 gate, up and down are adapted linear layers. Saved for backward are x, g, u and the three z: h and
 act(g) are computed again, which costs one pass over g and u and saves two tensors of the size of g.
 Without a gradient that passes through h, g and u are not saved either. The elementwise steps are
-torch's own, rounded to x's dtype one by one as the separate modules round them.
+rounded to x's dtype one by one as the separate modules round them.
+
+Where many tokens share products (dispatch.stacks), y is computed by a second function, which saves
+nothing: gradient checkpointing stops recomputing once everything saved is there, and so never
+computes y = down(h) again, a quarter of a block's forward arithmetic.
 """
 
 from __future__ import annotations
@@ -17,8 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import functional
-from .group_products import FIELDS, Gradients, backward, forward, unflatten
+from . import dispatch, functional
+from .group_products import (
+    TRAINED,
+    Gradients,
+    backward,
+    forward,
+    frozen,
+    product,
+    project,
+    trained,
+    whole,
+)
 from .grouped import (
     checked_members,
     draw_seeds,
@@ -34,6 +48,7 @@ from .weight import QuantizedWeight
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 _PARTS = ("gate", "up", "down")
+ONE_PASS_ELEMENTS = 1 << 24  # from here on a GPU takes longer for the steps than their launches
 
 
 def activate(g: torch.Tensor, activation: str) -> torch.Tensor:
@@ -48,16 +63,53 @@ def _activate_backward(d_act: torch.Tensor, g: torch.Tensor, activation: str) ->
     return torch.ops.aten.gelu_backward(d_act, g, approximate=_APPROXIMATE[activation])
 
 
+def _gate(g: torch.Tensor, u: torch.Tensor, activation: str) -> torch.Tensor:
+    """h = act(g) * u."""
+    if _one_pass(g, activation):
+        return _kernels().silu_mul_fwd(g, u)
+    return activate(g, activation).mul_(u)
+
+
+def _gate_backward(dh, g, u, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dg, du); dh is overwritten."""
+    if _one_pass(g, activation):
+        return _kernels().silu_mul_bwd(dh, g, u)
+    du = activate(g, activation).mul_(dh)
+    return _activate_backward(dh.mul_(u), g, activation), du
+
+
+def _one_pass(g: torch.Tensor, activation: str) -> bool:
+    """Whether the steps are one Triton launch: its launch costs the host more than torch's."""
+    return (
+        activation == "silu"
+        and g.is_cuda
+        and g.numel() >= ONE_PASS_ELEMENTS
+        and not torch.compiler.is_compiling()
+        and dispatch.unavailable("triton") is None
+    )
+
+
+def _kernels():
+    from . import kernels
+
+    return kernels
+
+
 class _GatedMLP(torch.autograd.Function):
+    """y, or if `split` (a stand-in for y, h, z of down), from which _Down makes y."""
+
     @staticmethod
-    def forward(ctx, x, activation, shared, *flat):
-        members = unflatten(flat)
-        needs = needs_of(ctx.needs_input_grad[3:])
+    def forward(ctx, x, activation, shared, split, frozen, *trained):
+        members = whole(frozen, trained)
+        needs = needs_of(ctx.needs_input_grad[5:])
         below = ctx.needs_input_grad[0] or any(any(need) for need in needs[:2])
         with no_autocast(x):
             (g, u), zs = forward(x, members[:2], shared)
-            h = activate(g, activation).mul_(u)
-            (y,), z_down = forward(h, members[2:], shared)
+            h = _gate(g, u, activation)
+            if split:
+                z_down = project(h, members[2:], False)
+            else:
+                (y,), z_down = forward(h, members[2:], False)
         keep_x = needs[0].lora_A or needs[1].lora_A
         keep_gu = below or needs[2].lora_A
         save(
@@ -65,34 +117,44 @@ class _GatedMLP(torch.autograd.Function):
             x if keep_x else None, g if keep_gu else None, u if keep_gu else None, *zs, *z_down,
         )  # fmt: skip
         ctx.activation, ctx.shared, ctx.below = activation, shared, below
-        return y
+        if not split:
+            return y
+        ctx.mark_non_differentiable(h, *(z for z in z_down if z is not None))
+        return x.new_empty(()).expand(x.shape[0], members[2].weight[6]), h, *z_down
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * (3 + 3 * FIELDS)
+            return (None,) * (5 + 3 * TRAINED)
         (x, g, u, *zs), members = saved(ctx, 6)
-        needs = needs_of(ctx.needs_input_grad[3:])
+        needs = needs_of(ctx.needs_input_grad[5:])
         dy = dy.contiguous()
         with no_autocast(dy):
-            act = h = dx = None
-            if g is not None:
-                act = activate(g, ctx.activation)
-                h = act * u if needs[2].lora_A else None
+            h = _gate(g, u, ctx.activation) if needs[2].lora_A else None
             dh, grads = backward([dy], h, zs[2:], members[2:], ctx.below, needs[2:], ctx.shared)
             del h
+            dx, first = None, [Gradients(), Gradients()]
             if ctx.below:
-                du = act.mul_(dh)
-                dg = _activate_backward(dh.mul_(u), g, ctx.activation)
-                del act, dh
+                dg, du = _gate_backward(dh, g, u, ctx.activation)
+                del dh
                 dx, first = backward(
                     [dg, du], x, zs[:2], members[:2], ctx.needs_input_grad[0], needs[:2], ctx.shared
                 )
-                grads = first + grads
-            else:
-                grads = [Gradients(), Gradients(), *grads]
-        return (dx, None, None, *flat_gradients(ctx, grads))
+        return (dx, None, None, None, None, *flat_gradients(ctx, first + grads))
+
+
+class _Down(torch.autograd.Function):
+    """y = down(h) in place of the stand-in that _GatedMLP returned, which gets its gradient."""
+
+    @staticmethod
+    def forward(ctx, stand_in, h, z, member):
+        with no_autocast(h):
+            return product(h, z, member)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None, None, None
 
 
 def lora_gated_mlp(
@@ -153,12 +215,15 @@ def lora_gated_mlp(
     members = draw_seeds(x, members[:2], shared_dropout) + draw_seeds(x, members[2:], False)
     rows = functional._rows(x)
     if records(x, members):
-        flat = [field for m in members for field in m.flat()]
-        y = _GatedMLP.apply(rows, activation, shared_dropout, *flat)
+        split = not torch.compiler.is_compiling() and dispatch.stacks(rows.device, rows.shape[0])
+        options = (activation, shared_dropout, split)
+        y = _GatedMLP.apply(rows, *options, frozen(members), *trained(members))
+        if split:
+            y = _Down.apply(*y, members[2])
     else:
         with no_autocast(x):
             (g, u), _ = forward(rows, members[:2], shared_dropout, for_backward=False)
-            h = activate(g, activation).mul_(u)
+            h = _gate(g, u, activation)
             (y,), _ = forward(h, members[2:], shared_dropout, for_backward=False)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 

@@ -325,6 +325,7 @@ def start(model, data, tmp_path) -> list:
         (["--quant-type", "nf5"], "--quant-type must be one of nf4, fp4, nf3, nf2, got nf5"),
         (["--blocksize", "48"], "--blocksize must be a power of two"),
         (["--schedule", "poly"], "--schedule must be one of linear, cosine, constant, got poly"),
+        (["--optimizer", "sgd"], "paged-adamw, paged-adamw-8bit, got sgd"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1"),
         (["--lr", "0"], "--learning-rate must be positive"),
         (["--device", "tpu"], "--device must be one of auto, cpu, cuda, got tpu"),

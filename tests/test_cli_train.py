@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from tiny_model import make_llama, save_tiny_model
 from typer.testing import CliRunner
 
-from lowbit import prepare
+from lowbit import fuse, prepare
 from lowbit.cli import loss as loss_module
-from lowbit.cli.adapt import checkpoint_activations
+from lowbit.cli.adapt import checkpoint_activations, draws_random_numbers
 from lowbit.cli.app import app
-from lowbit.cli.encode import Encoded, collate
-from lowbit.cli.loss import AnswerLoss
+from lowbit.cli.encode import Encoded, collate, widened
+from lowbit.cli.loss import IGNORED, AnswerLoss, answer_places
 from lowbit.cli.report import TrainingProgress
-from lowbit.cli.settings import Settings
-from lowbit.cli.train import Trainer, learning_rate
+from lowbit.cli.settings import OPTIMIZERS, Settings
+from lowbit.cli.train import Trainer, graph_shape, learning_rate
 
 CPU = torch.device("cpu")
 VOCABULARY = 120
@@ -51,7 +51,7 @@ def plain_loss(model, batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * VOCABULARY * 7, 1 << 26])
 def test_answer_loss_equals_cross_entropy(monkeypatch, chunk_bytes):
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", {"cpu": chunk_bytes})
     model = prepare(make_llama(VOCABULARY), r=4)
     torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
     batch = collate(random_examples(6), 0)
@@ -96,14 +96,40 @@ def test_padding_and_neighbours_do_not_change_the_loss():
     assert together == pytest.approx(alone, rel=1e-5)
 
 
+def test_places_of_a_batch_and_of_a_wider_one():
+    """More padding and more places than answers change no sum and no gradient."""
+    batch = collate(random_examples(5), 0)
+    places, targets = answer_places(batch)
+    learned = [(row, t) for row in range(5) for t in range(1, batch.ids.shape[1])
+               if batch.learn[row, t]]  # fmt: skip
+    assert places.tolist() == [row * batch.ids.shape[1] + t - 1 for row, t in learned]
+    assert targets.tolist() == [batch.ids[row, t].item() for row, t in learned]
+    wide = widened(batch, 32, 0)
+    more = answer_places(wide, 64)
+    assert [len(t) for t in more] == [64, 64]
+    assert more[1].tolist() == targets.tolist() + [IGNORED] * (64 - len(targets))
+    model = prepare(make_llama(VOCABULARY), r=4)
+    loss = AnswerLoss(model)
+    results = []
+    for inputs in ((batch.ids, places, targets), (wide.ids, *more)):
+        model.zero_grad()
+        value = loss.of(*inputs)
+        value.backward()
+        results.append([value.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+    loss.short = False
+    assert loss.of(wide.ids, *more).item() == pytest.approx(results[0][0].item(), rel=1e-5)
+
+
 # ---- steps -------------------------------------------------------------------------------------
 
 
-def make_trainer(examples, **options) -> Trainer:
+def make_trainer(examples, device=CPU, **options) -> Trainer:
     settings = Settings(learning_rate=1e-2, schedule="constant", warmup=0.0, **options)
     torch.manual_seed(0)
-    model = prepare(make_llama(VOCABULARY), r=4, lora_dtype=torch.float32)
-    return Trainer(model, examples, examples[:3], settings, pad_id=0, device=CPU)
+    model = prepare(make_llama(VOCABULARY), r=4, lora_dtype=torch.float32, device=device)
+    return Trainer(model, examples, examples[:3], settings, pad_id=0, device=device)
 
 
 def run_steps(trainer: Trainer) -> list[float]:
@@ -124,6 +150,52 @@ def test_gradient_checkpointing_gives_the_same_losses():
     trainer = make_trainer(examples, batch=4, steps=4)
     checkpoint_activations(trainer.model)
     assert run_steps(trainer) == pytest.approx(usual, rel=1e-6)
+
+
+def test_a_fused_model_trains_with_the_same_bits():
+    examples = random_examples(8)
+    usual = run_steps(make_trainer(examples, batch=4, steps=4))
+    trainer = make_trainer(examples, batch=4, steps=4)
+    assert len(fuse(trainer.model).mlp) == 2
+    assert run_steps(trainer) == usual
+
+
+def test_what_draws_random_numbers():
+    model = make_llama(VOCABULARY)
+    assert not draws_random_numbers(model)
+    model.config.attention_dropout = 0.1
+    assert draws_random_numbers(model)
+    model = prepare(make_llama(VOCABULARY), r=4, dropout=0.05)
+    assert draws_random_numbers(model)
+    assert draws_random_numbers(torch.nn.Sequential(torch.nn.Dropout(0.1)))
+    assert not draws_random_numbers(torch.nn.Sequential(torch.nn.Dropout(0.0)))
+
+
+def test_shapes_of_graphs():
+    assert graph_shape(4, 64, 1) == (64, 64)
+    assert graph_shape(4, 65, 300) == (128, 384)
+    assert graph_shape(1, 513, 640) == (640, 640)
+    assert {graph_shape(2, width, 2 * width)[1] for width in range(1, 65)} == {32, 64, 96, 128}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_graphs_train_as_eager_steps_do(checkpointing):
+    examples = random_examples(26)
+    options = {"batch": 4, "accumulate": 2, "steps": 12, "gradient_checkpointing": checkpointing}
+    curves = {}
+    for graphs in (True, False):
+        trainer = make_trainer(examples, torch.device("cuda"), graphs=graphs, **options)
+        fuse(trainer.model)
+        if checkpointing:
+            checkpoint_activations(trainer.model)
+        curves[graphs] = run_steps(trainer)
+    assert trainer.captured is None
+    assert curves[True] == pytest.approx(curves[False], rel=1e-3)
+    recorded = make_trainer(examples, torch.device("cuda"), **options).captured
+    assert recorded is not None
+    dropped = make_trainer(examples, torch.device("cuda"), dropout=0.1, **options).captured
+    assert (dropped is None) == checkpointing
 
 
 def test_training_lowers_the_loss_and_counts_steps():
@@ -169,6 +241,18 @@ def test_weight_decay_and_clipping_act():
     assert size < sum(p.norm() for p in free.parameters)
 
 
+def test_every_optimizer_trains_alike():
+    examples = random_examples(8)
+    curves = {
+        name: run_steps(make_trainer(examples, batch=4, steps=8, optimizer=name))
+        for name in OPTIMIZERS
+    }
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["adamw"], rel=0.02), name
+        assert curve[-1] < curve[0]
+    assert curves["paged-adamw-8bit"] == curves["adamw-8bit"] != curves["paged-adamw"]
+
+
 # ---- resume ------------------------------------------------------------------------------------
 
 
@@ -198,8 +282,9 @@ def resume(*arguments) -> object:
     return CliRunner().invoke(app, ["finetune", "--resume", *map(str, arguments)])
 
 
-def test_resumed_run_repeats_the_uninterrupted_one(train, tmp_path):
-    whole = train("--output", tmp_path / "whole", "--save-every", 4)
+@pytest.mark.parametrize("optimizer", ["adamw", "paged-adamw-8bit"])
+def test_resumed_run_repeats_the_uninterrupted_one(optimizer, train, tmp_path):
+    whole = train("--output", tmp_path / "whole", "--save-every", 4, "--optimizer", optimizer)
     assert whole.exit_code == 0, whole.stderr
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-000004"
     again = resume(checkpoint, "--output", tmp_path / "again")

@@ -108,10 +108,12 @@ def test_a_fused_model_computes_the_same(device, name, way, monkeypatch):
     report = lowbit.fuse(model)
     text = [n for n in report.mlp if "visual" not in n]
     assert (len(report.attention), len(text), report.skipped) == (2, 2, {})
+    assert len([n for n in report.norms if "visual" not in n]) == 5
     assert list(model.state_dict()) == keys
     exact = way == "member by member" and device.type == "cpu"
     assert_same(run(model, device), expected, 0.0 if exact else 1e-4)
-    assert lowbit.unfuse(model) == len(report.attention) + len(report.mlp)
+    fused = [*report.attention, *report.mlp, *report.norms]
+    assert lowbit.unfuse(model) == len(fused) == len(set(fused))
     assert kinds(model) == before
 
 
@@ -257,7 +259,7 @@ def test_copies_and_pickles_stay_fused():
         assert kinds(other) == kinds(model)
         assert other.model.layers[0].self_attn.q_proj is not model.model.layers[0].self_attn.q_proj
         assert_same(run(other), expected)
-        assert lowbit.unfuse(other) == 4
+        assert lowbit.unfuse(other) == 9
 
 
 def test_replicas_use_their_own_layers():
@@ -280,9 +282,9 @@ def test_prepare_fuses_and_says_so(caplog):
     torch.manual_seed(0)
     with caplog.at_level(logging.INFO, logger="lowbit"):
         model = prepare(MODELS["llama"](), r=4, target_modules=["q_proj", "v_proj"], fuse=True)
-    assert "fused 2 attention modules and 2 MLPs" in caplog.text
+    assert "fused 2 attention modules, 2 MLPs and 5 norms" in caplog.text
     assert type(model.model.layers[0].self_attn.k_proj) is Linear4bit  # needs no adapter
-    assert lowbit.unfuse(model) == 4
+    assert lowbit.unfuse(model) == 9
     expected = run(model)
     lowbit.fuse(model)
     assert_same(run(model), expected)
@@ -294,14 +296,15 @@ def test_meta_models_are_fused_before_they_have_weights(tmp_path):
         model = MODELS["llama"]()
     model = prepare(model, r=4, fuse=True)
     lowbit.load(model, tmp_path)
-    assert lowbit.unfuse(copy.deepcopy(model)) == 4
+    assert lowbit.unfuse(copy.deepcopy(model)) == 9
     assert_same(run(model), run(make_model()))
 
 
 def test_fusing_twice_changes_nothing():
     model = make_model()
     first, again = lowbit.fuse(model), lowbit.fuse(model)
-    assert again.attention == again.mlp == []
-    assert list(again.skipped.values()) == ["it is fused already"] * 4
-    assert "skipped model.layers.0.self_attn and 3 more: it is fused already" in str(again)
-    assert len(first.attention) == lowbit.unfuse(model) / 2 == 2
+    assert again.attention == again.mlp == again.norms == []
+    assert list(again.skipped.values()) == ["it is fused already"] * 9
+    assert "skipped model.layers.0.self_attn and 8 more: it is fused already" in str(again)
+    assert len(first.attention) == len(first.mlp) == 2
+    assert lowbit.unfuse(model) == 9

@@ -12,12 +12,12 @@ from grouping import (
     make_member,
     separate,
 )
-from helpers import assert_bitwise_equal, assert_close_to_float64
+from helpers import assert_bitwise_equal, assert_close_to_float64, relative_rms
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
-from lowbit import reference
+from lowbit import gated_mlp, group_products, reference
 
 M, K, H = 70, 64, 100
 ACTIVATIONS = {
@@ -191,6 +191,44 @@ def test_gradient_checkpointing_replays_dropout(device, use_reentrant, way):
     ).backward(dy)
     for name, leaf in named.items():
         assert_bitwise_equal(leaf.grad, plain[f"d_{name}"], name)
+
+
+def test_recomputation_stops_before_the_last_product(device, monkeypatch):
+    """Where y has a function of its own: nothing that backward needs comes after it."""
+    choose_way(monkeypatch, "stacked")
+    calls = []
+
+    def counted(h, z, member):
+        calls.append(member)
+        return group_products.product(h, z, member)
+
+    monkeypatch.setattr(gated_mlp, "product", counted)
+    x, members, dy = _problem(torch.float32, device)
+    x, members, _ = leaves_of(x, members)
+    columns, biases = arguments(members)
+
+    def block(x):
+        return x + lowbit.lora_gated_mlp(x, *columns, biases=biases)
+
+    y = checkpoint(block, x, use_reentrant=False)
+    assert len(calls) == 1
+    y.backward(dy)
+    assert len(calls) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_elementwise_steps_in_one_pass(dtype, monkeypatch):
+    """The Triton kernels give what torch's operations give, but for the last bits of exp."""
+    pytest.importorskip("triton")
+    problem = _problem(dtype, "cuda")
+    results = []
+    for elements in (1, 1 << 40):
+        monkeypatch.setattr(gated_mlp, "ONE_PASS_ELEMENTS", elements)
+        results.append(_fused(*problem))
+    for name, expected in results[1].items():
+        limit = 1e-5 if dtype == torch.float32 else 2e-3
+        assert relative_rms(results[0][name], expected) <= limit, name
 
 
 @pytest.mark.parametrize("inside", [False, True])

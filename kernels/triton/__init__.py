@@ -6,6 +6,7 @@ operations to these.
 
 from .common import INTERPRETED
 from .dropout import dropout_fwd
+from .gated_activation import silu_mul_bwd, silu_mul_fwd
 from .lora_grads import project, reduce_tokens, scaling_grad
 from .nf4_dequantize import dequantize_fwd
 from .nf4_lora_matmul import matmul_dx, matmul_fwd
@@ -22,4 +23,6 @@ __all__ = [
     "quantize_fwd",
     "reduce_tokens",
     "scaling_grad",
+    "silu_mul_bwd",
+    "silu_mul_fwd",
 ]

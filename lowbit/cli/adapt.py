@@ -39,13 +39,35 @@ def prepare_model(
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Turn on gradient checkpointing of the non-reentrant kind, which needs no input gradients."""
+    """Turn on gradient checkpointing of the non-reentrant kind, which needs no input gradients.
+
+    The generators' state is kept only if a block draws from them: keeping it waits for the GPU.
+    """
     # transformers 5.23 renamed the method and warns about the old name.
     enable = getattr(model, "activation_checkpointing_enable", None)
+    options = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)}
     try:
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        (enable or model.gradient_checkpointing_enable)(options)
     except ValueError as error:
         raise CliError(f"--gradient-checkpointing: {error}") from error
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a training step of the model drops anything at random."""
+    for module in model.modules():
+        rates = (getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout"))
+        if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
+            return True
+    settings = getattr(model, "config", None)
+    named = vars(settings).items() if settings is not None else ()
+    return any("drop" in name and isinstance(v, float) and v > 0.0 for name, v in named)
+
+
+def fuse(model: nn.Module) -> str:
+    """Let groups of layers compute together; says in one line what was fused."""
+    from ..fusing import fuse as fuse_layers
+
+    return str(fuse_layers(model))
 
 
 def save_adapter(model: nn.Module, folder: Path, model_name: str) -> None:

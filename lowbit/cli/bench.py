@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from . import bench_model
 from .errors import EXIT_INTERNAL, CliError, guard, is_out_of_memory
 from .options import option, paragraphs
 
 HELP = """Measure this machine: lowbit against dense layers and the libraries beside it."""
 
-LINEAR_HELP = """Time the forward pass of a linear layer with a LoRA adapter on a GPU.
+LINEAR_HELP = """Time a linear layer with a LoRA adapter on a GPU: forward, or forward and backward.
 
 Compares lowbit with a dense 16-bit layer, with and without LoRA, and with bitsandbytes, Unsloth's
 method and torchao where they are installed. Every result is checked against float64 first. Times
@@ -30,6 +31,8 @@ LINEAR_EXAMPLES = """Examples:
 \b
   lowbit bench linear --shapes qwen2.5-7b --dtype fp16 --json linear.json \\
       --plot plots
+\b
+  lowbit bench linear --backward --shapes llama-8b --m 256,1024,4096 --eager
 """
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -71,15 +74,19 @@ Rounds = Annotated[
     option("--rounds", help="Most timed rounds; long cases take fewer, at least 3.", min=1),
 ]
 Eager = Annotated[
-    bool, option("--eager", help="Also the time that the host needs per call, for M up to 64.")
+    bool,
+    option(
+        "--eager",
+        help="Also the time that the host needs per call, for M up to 64; with --backward the wall "
+        "time of one layer and the host's in a chain of layers, for M up to 256.",
+    ),
+]
+Backward = Annotated[
+    bool,
+    option("--backward", help="Forward and backward, with the gradients of x and the adapter."),
 ]
 Json = Annotated[Path | None, _result("--json", help="Write rows and environment to this file.")]
 Plot = Annotated[Path | None, _result("--plot", help="Draw PNGs into this folder.")]
-
-
-@app.callback()
-def bench() -> None:
-    """Keeps `bench` a group while it has one command."""
 
 
 @app.command("linear", help=paragraphs(LINEAR_HELP), epilog=LINEAR_EXAMPLES)
@@ -90,6 +97,7 @@ def linear(
     dtype: Dtype = "bf16",
     impl: Implementations = None,
     rounds: Rounds = 20,
+    backward: Backward = False,
     eager: Eager = False,
     json: Json = None,
     plot: Plot = None,
@@ -117,18 +125,25 @@ def linear(
                 implementations=wanted,
                 rounds=rounds,
                 eager=eager,
+                backward=backward,
                 json=json,
                 plot=plot,
             )
         )
 
 
+app.command("model", help=paragraphs(bench_model.HELP), epilog=bench_model.EXAMPLES)(
+    bench_model.model
+)
+
+
 def _run(options: Any) -> None:
-    from ..benchmarks import linear
+    from ..benchmarks import linear, linear_backward
+    from ..benchmarks.checks import CheckError
 
     try:
-        linear.run(options)
-    except linear.CheckError as error:
+        (linear_backward if options.backward else linear).run(options)
+    except CheckError as error:
         raise CliError(str(error), EXIT_INTERNAL) from error
     except Exception as error:
         if is_out_of_memory(error):

@@ -9,7 +9,7 @@ attention: padding comes after every real token.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -241,6 +241,14 @@ def sorted_batches(lengths: Sequence[int], batch: int) -> list[list[int]]:
     """Batches in order of length, for evaluation."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[i : i + batch] for i in range(0, len(order), batch)]
+
+
+def widened(batch: Batch, width: int, pad_id: int) -> Batch:
+    """The same batch with more padding."""
+    missing = (0, width - batch.ids.shape[1])
+    ids = torch.nn.functional.pad(batch.ids, missing, value=pad_id)
+    learn = torch.nn.functional.pad(batch.learn, missing, value=False)
+    return replace(batch, ids=ids, learn=learn)
 
 
 def collate(items: Sequence[Encoded], pad_id: int) -> Batch:

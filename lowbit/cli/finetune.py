@@ -19,7 +19,7 @@ from .options import (
     Text,
     option,
 )
-from .settings import Settings
+from .settings import OPTIMIZERS, Settings
 
 HELP = """Fine-tune a language model: frozen 4-bit base, trained low-rank adapters (QLoRA).
 
@@ -118,6 +118,7 @@ Rank = Annotated[int, _lora("--rank", "-r", help="Rank of the adapters.", min=1)
 Alpha = Annotated[float, _lora("--alpha", help="Adapters are scaled by alpha / rank.")]
 Dropout = Annotated[float, _lora("--dropout", help="Dropout on the input of the adapters.")]
 Targets = Annotated[str, _lora("--targets", help="all-linear, or layer names separated by commas.")]
+Optimizer = Annotated[str, _train("--optimizer", help=f"{', '.join(OPTIMIZERS)}.")]
 LearningRate = Annotated[
     float, _train("--learning-rate", "--lr", help="Peak learning rate of AdamW.")
 ]
@@ -136,6 +137,13 @@ Accumulate = Annotated[int, _train("--accumulate", help="Batches per optimizer s
 Checkpointing = Annotated[
     bool,
     _train("--gradient-checkpointing", help="Less memory for about a third more time."),
+]
+Fuse = Annotated[
+    bool,
+    _train("--fuse/--no-fuse", help="On a GPU: q, k, v as one function, and gated MLPs."),
+]
+Graphs = Annotated[
+    bool, _train("--graphs/--no-graphs", help="CUDA graphs for batches that are short of tokens.")
 ]
 Seed = Annotated[int, _train("--seed", help="Seed of adapters, order and dropout.", min=0)]
 
@@ -158,6 +166,7 @@ def finetune(
     quant_type: QuantType = "nf4",
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
+    optimizer: Optimizer = "adamw",
     learning_rate: LearningRate = 2e-4,
     schedule: Schedule = "linear",
     warmup: Warmup = 0.03,
@@ -168,6 +177,8 @@ def finetune(
     batch: Batch = 4,
     accumulate: Accumulate = 1,
     gradient_checkpointing: Checkpointing = False,
+    fuse: Fuse = True,
+    graphs: Graphs = True,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -9,6 +9,7 @@ from typing import Any
 from .errors import CliError
 
 SCHEDULES = ("linear", "cosine", "constant")
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
 QUANT_TYPES = ("nf4", "fp4", "nf3", "nf2")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -25,6 +26,7 @@ FIXED_ON_RESUME = (
     "quant_type",
     "blocksize",
     "double_quant",
+    "optimizer",
     "batch",
     "accumulate",
     "max_length",
@@ -51,6 +53,7 @@ class Settings:
     quant_type: str = "nf4"
     blocksize: int = 64
     double_quant: bool = True
+    optimizer: str = "adamw"
     learning_rate: float = 2e-4
     schedule: str = "linear"
     warmup: float = 0.03
@@ -62,6 +65,8 @@ class Settings:
     accumulate: int = 1
     max_length: int = 1024
     gradient_checkpointing: bool = False
+    fuse: bool = True
+    graphs: bool = True
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -79,6 +84,7 @@ class Settings:
                 raise CliError(f"--{name} is missing (or use --demo, which needs no other option)")
         self.check_model()
         _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
         for name, low, high in (("dropout", 0, 1), ("eval_fraction", 0, 1), ("warmup", 0, 1)):
             if not low <= getattr(self, name) < high:
                 option = name.replace("_", "-")

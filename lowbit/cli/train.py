@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .encode import Batch, Encoded, collate, epoch_order, sorted_batches
+from .. import optim
+from ..capture import CapturedBackward
+from .encode import Batch, Encoded, collate, epoch_order, sorted_batches, widened
 from .errors import CliError
-from .loss import AnswerLoss
+from .loss import AnswerLoss, answer_places
 from .settings import Settings
+
+# Batches of more tokens keep a GPU busy without a graph; padding them to a graph's shape would only
+# cost time.
+GRAPH_TOKENS = 4096
 
 
 @dataclass
@@ -59,6 +65,16 @@ def learning_rate(settings: Settings, step: int, total: int) -> float:
     return settings.learning_rate * factor
 
 
+def graph_shape(rows: int, width: int, answers: int) -> tuple[int, int]:
+    """(width, answer places) to which a batch is filled up, so that few shapes occur: a multiple of
+    64 tokens (of 128 from 512 on), and quarters of all its places.
+    """
+    step = 64 if width <= 512 else 128
+    width = -(-width // step) * step
+    quarter = rows * width // 4
+    return width, -(-answers // quarter) * quarter
+
+
 def memory_bytes(device: torch.device) -> int:
     """Memory in use: allocated on the GPU, or the resident set of this process on a CPU (0 where
     unknown).
@@ -70,6 +86,21 @@ def memory_bytes(device: torch.device) -> int:
             return int(statm.read().split()[1]) * 4096
     except OSError:
         return 0
+
+
+def _optimizer(
+    settings: Settings, parameters: list[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """torch's AdamW, or lowbit's with 8-bit state, with state that pages, or with both."""
+    numbers = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **numbers, fused=device.type in ("cpu", "cuda"))
+    chosen = {
+        "adamw-8bit": optim.AdamW8bit,
+        "paged-adamw": optim.PagedAdamW,
+        "paged-adamw-8bit": optim.PagedAdamW8bit,
+    }[settings.optimizer]
+    return chosen(parameters, **numbers, seed=settings.seed)
 
 
 class Trainer:
@@ -98,13 +129,9 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise CliError("the model has no trainable parameter; check --targets")
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
-        )
+        self.optimizer = _optimizer(settings, self.parameters, device)
         self.loss = AnswerLoss(model)
+        self.captured = CapturedBackward(self.loss.of, self.parameters) if self._graphs() else None
         self.lengths = [len(item) for item in train]
         batches = math.ceil(len(train) / settings.batch)
         self.steps_per_epoch = math.ceil(batches / settings.accumulate)
@@ -112,6 +139,14 @@ class Trainer:
         self.step = 0
         self.history = History()
         self.peak_bytes = 0
+
+    def _graphs(self) -> bool:
+        """Whether forward and backward run as CUDA graphs. Gradient checkpointing sets back torch's
+        generator to repeat a dropout mask, which a graph cannot.
+        """
+        settings = self.settings
+        repeats = settings.gradient_checkpointing and settings.dropout > 0
+        return settings.graphs and self.device.type == "cuda" and not repeats
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -174,10 +209,10 @@ class Trainer:
         answers = sum(batch.answers for batch in group)
         self.model.train()
         loss = torch.zeros((), device=self.device)
+        if self.captured is not None:
+            self.captured.zero()
         for batch in group:
-            part = self.loss(batch, self.device)
-            part.backward()
-            loss += part.detach()
+            loss += self._backward(batch)
         mean = loss.item() / answers
         norm = self._update(rate, answers)
         self.step += 1
@@ -197,13 +232,25 @@ class Trainer:
             seconds=time.perf_counter() - begin,
         )
 
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """Add a batch's gradients; returns its loss."""
+        rows, width = batch.ids.shape
+        width, places = graph_shape(rows, width, batch.answers)
+        whole = rows == self.settings.batch  # the last of an epoch may be smaller
+        if self.captured is None or not whole or rows * width > GRAPH_TOKENS:
+            loss = self.loss(batch, self.device)
+            loss.backward()
+            return loss.detach()
+        batch = widened(batch, width, self.pad_id)
+        inputs = (batch.ids, *answer_places(batch, places))
+        return self.captured(*(tensor.to(self.device) for tensor in inputs))
+
     def _update(self, rate: float, answers: int) -> float:
         """Divide the gradients by the token count, clip, step; returns the gradient norm before
         clipping.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        for gradient in gradients:
-            gradient.div_(answers)
+        torch._foreach_div_(gradients, answers)
         norm = nn.utils.get_total_norm(gradients)
         if self.settings.clip > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
@@ -212,7 +259,8 @@ class Trainer:
         value = norm.item()
         if math.isfinite(value):
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.captured is None:
+            self.optimizer.zero_grad(set_to_none=True)
         return value
 
     @torch.no_grad()

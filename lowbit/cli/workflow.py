@@ -175,6 +175,8 @@ class FineTune:
             f"rank {settings.rank}, alpha {settings.alpha:g}: {self.trainable:,} trainable "
             f"parameters on {settings.targets}",
         )
+        if settings.fuse and self.device.type == "cuda":  # on a CPU it takes 6 % longer
+            report.note(self.console, "fused", adapt.fuse(model).removeprefix("fused "))
         self._make_trainer(model)
 
     def _make_trainer(self, model: Any) -> None:
@@ -341,6 +343,10 @@ class FineTune:
         report.note(console, "time", f"{total_seconds:.0f} s ({times})")
         peak = report.megabytes(device.peak_bytes(self.device, self.trainer.peak_bytes))
         report.note(console, "speed", f"{self.speed:,.0f} tokens/s, peak memory {peak}")
+        captured = self.trainer.captured
+        if captured is not None and (captured.shapes or captured.failure):
+            how = captured.failure or f"{captured.shapes} shapes of batches recorded"
+            report.note(console, "CUDA graphs", how)
         report.note(console, "adapter", f"{self.output} (PEFT format)")
         if self.plotted:
             report.note(console, "loss curve", str(self.output / "loss.png"))

@@ -1,0 +1,70 @@
+"""Training steps of whole models: the cases of README.md, in one record.
+
+    python bench/bench_model.py --json bench/results/model_h100.json [--only llama-8b] [--peers]
+
+The cases are those of `lowbit bench model`; see its --help. The record is written after each, so
+that one that fails costs no other. The largest runs as if the card had MEMORY_LIMIT GiB, which
+leaves the pager's reserve of 2 GiB below 42 in use: the part of the optimizer's state that does not
+fit is paged to the host. --peers adds PEFT on bitsandbytes, with all of the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+
+from lowbit.benchmarks import model
+from lowbit.benchmarks.model_build import why_no_peft
+from lowbit.benchmarks.model_configs import CONFIGS
+from lowbit.cli import source
+
+MEMORY_LIMIT = 43.5
+CASES = (
+    {"config": "llama-8b", "rank": 16, "batch": 4, "seq": 1024, "graph": True},
+    {"config": "llama-8b", "rank": 16, "batch": 1, "seq": 512, "graph": True},
+    {"config": "llama-65b", "rank": 64, "batch": 1, "seq": 512, "graph": True,
+     "memory_limit": MEMORY_LIMIT},
+    {"config": "llama-8b", "rank": 16, "batch": 4, "seq": 1024, "checkpointing": False},
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help="one configuration")
+    parser.add_argument("--peers", action="store_true", help="also PEFT on bitsandbytes")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timed steps, per row")
+    parser.add_argument("--profile", action="store_true")
+    o = parser.parse_args()
+    if o.peers and (why := why_no_peft()):
+        parser.error(f"--peers: {why}")
+    source.quiet(offline=True)
+    peers = ["peft-bnb"] if o.peers else []
+    rows: list[model.Row] = []
+    failed = 0
+    for case in CASES:
+        if o.only not in (None, case["config"]):
+            continue
+        options = {**case, "config": CONFIGS[case["config"]], "profile": o.profile}
+        try:
+            model.run(model.Options(**options, compare=peers, seconds=o.seconds), rows)
+        except Exception as error:
+            failed += 1
+            print(f"# {case['config']} {case['batch']} x {case['seq']} failed: {error}", flush=True)
+        gc.collect()  # what a failed case held, its traceback is gone now
+        torch.cuda.empty_cache()
+        if o.json is not None and rows:
+            model.write_record(o.json, rows)
+            print(f"written: {o.json}", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

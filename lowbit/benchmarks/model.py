@@ -1,0 +1,451 @@
+"""A training step of a whole model: `lowbit bench model`.
+
+transformers' own model code with random weights; every linear layer of the blocks is 4-bit and
+adapted, the adapters are 16-bit, gradients are clipped. Each contender first shows that it trains:
+the losses of the warm-up steps, all on one batch, are finite and fall. Then whole steps are timed,
+from an idle GPU to an idle GPU. What is counted:
+
+    tokens/s     batch x sequence over the median time of a step
+    peak         torch.cuda.max_memory_allocated: without paged state and what torch cannot see
+    in use       memory of the card that is taken at the end, as nvidia-smi counts it, with the CUDA
+                 context and what torch's allocator keeps
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import optim
+from ..capture import CapturedBackward
+from ..causal import is_only_causal, without_mask
+from ..cli.loss import head_loss
+from ..nn import QLoRALinear
+from . import model_build
+from .model_configs import PAPER_FULL_GB, PAPER_QLORA_GB, ModelConfig
+from .model_profile import Profile, profile_step
+from .records import environment, write_json
+from .timing import percentiles
+
+DEVICE = "cuda"
+DTYPE = torch.bfloat16
+RATE, CLIP = 1e-3, 1.0
+WARM_UP, MIN_STEPS = 5, 3  # a captured step is recorded in its second
+GIB = 2**30
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(
+        parameters, lr=RATE, weight_decay=0.0, fused=True
+    ),
+    "paged-adamw": lambda parameters: optim.PagedAdamW(parameters, lr=RATE, weight_decay=0.0),
+    "paged-adamw-8bit": lambda parameters: optim.PagedAdamW8bit(
+        parameters, lr=RATE, weight_decay=0.0
+    ),
+}
+PEERS = ("peft-bnb",)
+
+
+class CheckError(Exception):
+    """A model does not train."""
+
+
+@dataclass
+class Options:
+    """What `lowbit bench model` was asked for."""
+
+    config: ModelConfig
+    rank: int = 16
+    batch: int = 1
+    seq: int = 512
+    optimizer: str = "paged-adamw"
+    graph: bool = False
+    fuse: bool = True
+    checkpointing: bool = True
+    compare: Sequence[str] = ()
+    profile: bool = False
+    memory_limit: float | None = None  # GiB of the card that lowbit may use; peers have all of it
+    seconds: float = 4.0
+    json: Path | None = None
+
+
+@dataclass
+class Row:
+    """One contender. Times are milliseconds of a step, sizes bytes; `memory` adds up to in_use."""
+
+    config: str
+    impl: str
+    r: int
+    batch: int
+    seq: int
+    optimizer: str
+    graph: bool
+    fuse: bool
+    checkpointing: bool
+    ms: float
+    p20: float
+    p80: float
+    first_loss: float
+    last_loss: float
+    tflop: float
+    build_s: float
+    memory_limit: float | None
+    peak_bytes: int
+    in_use_bytes: int
+    host_bytes: int
+    memory: dict[str, int] = field(default_factory=dict)
+    profile: Profile | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch * self.seq / self.ms * 1e3
+
+    def line(self) -> str:
+        shape = f"{self.batch} x {self.seq}"
+        return (
+            f"{self.config:<12} {self.impl:<22} {self.r:>3} {shape:>9} {self.tokens_per_s:>9.0f} "
+            f"{self.ms:>9.1f} {self.p20:>9.1f} {self.p80:>9.1f} {self.tflop / self.ms * 1e3:>8.0f} "
+            f"{self.peak_bytes / GIB:>9.2f} {self.in_use_bytes / GIB:>9.2f}"
+        )
+
+
+COLUMNS = (
+    f"{'model':<12} {'impl':<22} {'r':>3} {'b x seq':>9} {'tokens/s':>9} {'ms':>9} {'p20':>9} "
+    f"{'p80':>9} {'TFLOP/s':>8} {'peak GiB':>9} {'used GiB':>9}"
+)
+
+
+# ---- one contender -------------------------------------------------------------------------------
+
+
+class Contender:
+    """A model with its optimizer; `step()` trains on the one batch and returns the loss."""
+
+    def __init__(self, name: str, model: nn.Module, optimizer, loss: Callable, ids: torch.Tensor):
+        self.name, self.model, self.ids, self.loss = name, model, ids, loss
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.make_optimizer, self.optimizer = optimizer, optimizer(self.parameters)
+        self.captured: CapturedBackward | None = None
+
+    def capture(self) -> None:
+        """Start anew with forward and backward as a CUDA graph: fresh adapters and optimizer."""
+        del self.optimizer  # first, it may hold much memory
+        for module in self.model.modules():
+            if isinstance(module, QLoRALinear):
+                module.reset_adapter()
+        self.optimizer = self.make_optimizer(self.parameters)
+        self.captured = CapturedBackward(self.loss, self.parameters)
+
+    def step(self) -> torch.Tensor:
+        if self.captured is not None:
+            self.captured.zero()
+            loss = self.captured(self.ids)
+        else:
+            loss = self.loss(self.ids)
+            loss.backward()
+        self.clip()
+        self.optimizer.step()
+        if self.captured is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def clip(self) -> None:
+        optim.clip_grad_norm_(self.parameters, CLIP)
+
+    def gradient_bytes(self) -> int:
+        return sum(p.nbytes for p in self.parameters)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of optimizer state on the device and on the host."""
+        if hasattr(self.optimizer, "state_bytes"):
+            return self.optimizer.state_bytes()
+        states = self.optimizer.state.values()
+        tensors = [t for s in states for t in s.values() if isinstance(t, torch.Tensor)]
+        return {"device": sum(t.nbytes for t in tensors if t.device.type == DEVICE), "host": 0}
+
+
+class PeftContender(Contender):
+    """PEFT on bitsandbytes, as its users write it: the model's own loss, torch's clipping."""
+
+    def clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters, CLIP)
+
+
+def build_lowbit(o: Options, ids: torch.Tensor) -> Contender:
+    model = model_build.lowbit_model(o.config, o.rank, DTYPE, DEVICE, o.fuse)
+    _checkpoint(model, o)
+    maskless = is_only_causal(model)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        """Mean over the tokens that have a next one."""
+        with without_mask(model) if maskless else contextlib.nullcontext():
+            hidden = model.base_model(input_ids=ids, use_cache=False)[0]
+        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        return head_loss(rows, model.lm_head, ids[:, 1:].reshape(-1)) / rows.shape[0]
+
+    name = "lowbit" if o.fuse else "lowbit, not fused"
+    return Contender(name, model, OPTIMIZERS[o.optimizer], loss, ids)
+
+
+def build_peft(o: Options, ids: torch.Tensor) -> Contender:
+    import bitsandbytes as bnb
+
+    model = model_build.peft_model(o.config, o.rank, DTYPE, DEVICE)
+    _checkpoint(model, o)
+    optimizers = {
+        "adamw": OPTIMIZERS["adamw"],
+        "paged-adamw": lambda p: bnb.optim.PagedAdamW32bit(p, lr=RATE, weight_decay=0.0),
+        "paged-adamw-8bit": lambda p: bnb.optim.PagedAdamW8bit(p, lr=RATE, weight_decay=0.0),
+    }
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    return PeftContender("peft-bnb", model, optimizers[o.optimizer], loss, ids)
+
+
+def _checkpoint(model: nn.Module, o: Options) -> None:
+    if not o.checkpointing:
+        return
+    # Nothing random is in the blocks, so that no generator's state has to be kept.
+    arguments = {"use_reentrant": False, "preserve_rng_state": False}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    enable(arguments)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def _on_gpu() -> bool:
+    return DEVICE == "cuda"
+
+
+def _synchronize() -> None:
+    if _on_gpu():
+        torch.cuda.synchronize()
+
+
+def in_use_bytes() -> int:
+    """Memory of the card that anybody holds."""
+    if not _on_gpu():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def warm_up(contender: Contender) -> tuple[float, float]:
+    """Train on the one batch; returns the first and the last loss.
+
+    Raises:
+        CheckError: a loss is no number, or the last is not below the first.
+    """
+    losses = [contender.step().item() for _ in range(WARM_UP)]
+    if not all(map(math.isfinite, losses)) or not losses[-1] < losses[0]:
+        shown = ", ".join(f"{loss:.4f}" for loss in losses)
+        raise CheckError(f"{contender.name} does not train; losses on one batch: {shown}")
+    return losses[0], losses[-1]
+
+
+def time_steps(contender: Contender, seconds: float) -> list[float]:
+    """Milliseconds of each step, from idle to idle, for about `seconds`."""
+    times: list[float] = []
+    while len(times) < MIN_STEPS or sum(times) < seconds * 1e3:
+        _synchronize()
+        begin = time.perf_counter()
+        contender.step()
+        _synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def memory(contender: Contender, peak: int, in_use: int) -> dict[str, int]:
+    """What the memory in use is for; the parts add up to it.
+
+    Activations and workspace are the peak of torch's allocator beyond what stays; `context and
+    cache` is the rest: CUDA itself, its libraries, and what the allocator keeps free.
+    """
+    trained = {id(p) for p in contender.parameters}
+    tensors = {id(t): t for t in (*contender.model.parameters(), *contender.model.buffers())}
+    for parameter in list(tensors.values()):  # bitsandbytes keeps its scales beside the weight
+        state = getattr(parameter, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            for value in vars(part).values() if part is not None else ():
+                if isinstance(value, torch.Tensor):
+                    tensors[id(value)] = value
+    adapters = sum(p.nbytes for p in contender.parameters)
+    base = sum(t.nbytes for t in tensors.values() if id(t) not in trained)
+    embeddings = sum(
+        t.nbytes for t in tensors.values() if id(t) not in trained and t.dtype == DTYPE
+    )
+    state = contender.state_bytes()["device"]
+    unseen = state if type(contender.optimizer).__name__.startswith("Paged") else 0
+    parts = {
+        "base, 4-bit": base - embeddings,
+        "base, 16-bit": embeddings,
+        "adapters": adapters,
+        "gradients": contender.gradient_bytes(),
+        "optimizer": state,
+    }
+    parts["activations, workspace"] = max(0, peak - (sum(parts.values()) - unseen))
+    parts["context and cache"] = max(0, in_use - sum(parts.values()))
+    return parts
+
+
+def measure(o: Options, contender: Contender, build_s: float, graph: bool, foreign: int = 0) -> Row:
+    """Check and time one contender; the row. `foreign` bytes of the card are somebody else's."""
+    if _on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+    first, last = warm_up(contender)
+    failure = contender.captured.failure if contender.captured is not None else None
+    if failure is not None:
+        print(f"# {contender.name}: no graph, {failure}")
+    times = time_steps(contender, o.seconds)
+    peak = torch.cuda.max_memory_allocated() if _on_gpu() else 0
+    in_use = in_use_bytes() - foreign
+    profile = profile_step(contender.step) if o.profile and _on_gpu() else None
+    tokens = o.batch * o.seq
+    return Row(
+        o.config.name,
+        contender.name + (", graph" if graph and failure is None else ""),
+        o.rank, o.batch, o.seq, o.optimizer, graph and failure is None,
+        o.fuse and contender.name == "lowbit", o.checkpointing, *percentiles(times), first, last,
+        o.config.step_flops(tokens, o.rank, o.checkpointing) / 1e12, build_s, o.memory_limit, peak,
+        in_use,
+        contender.state_bytes()["host"], memory(contender, peak, in_use), profile,
+    )  # fmt: skip
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def run(o: Options, rows: list[Row] | None = None) -> list[Row]:
+    """Measure lowbit and what it is compared with on the current CUDA device; print the rows.
+
+    Args:
+        o: what to measure.
+        rows: takes each row once it is there, also if a later one fails; default a new list.
+
+    Returns:
+        The rows of this run.
+
+    Raises:
+        CheckError: a contender does not train.
+    """
+    rows = [] if rows is None else rows
+    before = len(rows)
+    _say(f"# a training step of {o.config.name}, random weights, {_settings(o)}")
+    _say("# " + ", ".join(f"{k} {v}" for k, v in environment().items() if v is not None))
+    _say(COLUMNS)
+    if _on_gpu():
+        torch.zeros(1, device=DEVICE)  # the context takes memory that torch does not count
+    start = in_use_bytes()
+    with _limited(o.memory_limit):
+        _contender(o, "lowbit", build_lowbit, start, rows)
+    if "peft-bnb" in o.compare:
+        _contender(replace(o, memory_limit=None), "peft-bnb", build_peft, start, rows)
+    for line in memory_table(o, rows[before:]):
+        _say(line)
+    if o.json is not None:
+        write_record(o.json, rows)
+        _say(f"written: {o.json}")
+    return rows[before:]
+
+
+def write_record(path: Path, rows: Sequence[Row]) -> None:
+    write_json(path, "model", rows, paper={"full_gb": PAPER_FULL_GB, "gb": PAPER_QLORA_GB})
+
+
+@contextlib.contextmanager
+def _limited(gib: float | None) -> Iterator[None]:
+    """Pretend that the card has this much memory, for torch's allocator and for paged state."""
+    if gib is None or not _on_gpu():
+        yield
+        return
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((gib * GIB - context) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _contender(o: Options, name: str, build: Callable, start: int, rows: list[Row]) -> None:
+    """Build, measure eagerly, and as a graph if that was asked for; then free everything.
+
+    What an earlier contender left behind (bitsandbytes keeps paged memory) is not counted.
+    """
+    torch.manual_seed(0)
+    ids = torch.randint(0, o.config.vocabulary, (o.batch, o.seq), device=DEVICE)
+    foreign = max(0, in_use_bytes() - start)
+    begin = time.perf_counter()
+    contender = build(o, ids)
+    _release()  # what building needed besides
+    build_s = time.perf_counter() - begin
+    rows.append(measure(o, contender, build_s, graph=False, foreign=foreign))
+    _show(rows[-1])
+    if o.graph and name == "lowbit":
+        contender.capture()
+        _release()
+        rows.append(measure(o, contender, build_s, graph=True, foreign=foreign))
+        _show(rows[-1])
+    del contender
+    _release()
+
+
+def _release() -> None:
+    """Give memory that nobody needs back to the card."""
+    gc.collect()
+    if _on_gpu():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _show(row: Row) -> None:
+    _say(row.line())
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in row.memory.items())
+    host = f"; on the host {row.host_bytes / GIB:.2f}" if row.host_bytes else ""
+    _say(f"#   loss {row.first_loss:.3f} -> {row.last_loss:.3f}, built in {row.build_s:.0f} s; "
+         f"GiB: {parts}{host}")  # fmt: skip
+    for line in row.profile.lines() if row.profile is not None else ():
+        _say(f"#   {line}")
+
+
+def _settings(o: Options) -> str:
+    kind = "gradient checkpointing" if o.checkpointing else "no checkpointing"
+    limit = "" if o.memory_limit is None else f", {o.memory_limit:g} GiB of the card"
+    return f"rank {o.rank}, {o.batch} x {o.seq} tokens, bf16, {o.optimizer}, {kind}{limit}"
+
+
+def memory_table(o: Options, rows: Sequence[Row]) -> list[str]:
+    """The memory of every row, by purpose, beside the paper's figures where it has some."""
+    if not rows:
+        return []
+    full = o.config.full_bytes / 1e9
+    lines = ["# memory of the card in GiB" + "".join(f"  {row.impl:>16}" for row in rows)]
+    for part in rows[0].memory:
+        cells = "".join(f"  {row.memory[part] / GIB:>16.2f}" for row in rows)
+        lines.append(f"#   {part:<24}{cells}")
+    totals = "".join(f"  {row.in_use_bytes / GIB:>16.2f}" for row in rows)
+    lines.append(f"#   {'in use':<24}{totals}")
+    lines.append(
+        f"# 16-bit fine-tuning of all {o.config.parameters / 1e9:.1f} G parameters would take "
+        f"{full:.0f} GB for weights, gradients and Adam's moments alone"
+    )
+    if o.config.name == "llama-65b":
+        lines.append(
+            f"# the QLoRA paper for this model: from more than {PAPER_FULL_GB} GB to less than "
+            f"{PAPER_QLORA_GB} GB; here {min(row.in_use_bytes for row in rows) / 1e9:.1f} GB"
+        )
+    return lines
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

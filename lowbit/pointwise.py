@@ -1,0 +1,53 @@
+"""The steps of a transformer block between its products, in few launches.
+
+    rms_norm   y = w * x / sqrt(mean x^2 + eps)
+    rotary     y = x * cos + (-x2, x1) * sin          x = (x1, x2), halves of a head
+
+As chains of torch operations these are 8 launches for a norm and 10 for the rotation of q and k,
+twice as many again in backward, each a pass over memory. Here sums are fp32 and the result is
+rounded once, where the chains round every step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        low, high = sin.chunk(2, dim=-1)
+        return _rotate(q, cos, -low, high), _rotate(k, cos, -low, high)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk):
+        cos, sin = ctx.saved_tensors
+        low, high = sin.chunk(2, dim=-1)
+        return _rotate(dq, cos, high, -low), _rotate(dk, cos, high, -low), None, None
+
+
+def _rotate(x, cos, low, high):
+    """(x1 cos1 + x2 low, x2 cos2 + x1 high)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    y = x * cos
+    y1, y2 = y.chunk(2, dim=-1)
+    y1.addcmul_(x2, low)
+    y2.addcmul_(x1, high)
+    return y
+
+
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q [batch, heads, tokens, d] and k by cos and sin [batch, tokens, d], which get no
+    gradient.
+    """
+    return _Rotary.apply(q, k, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))

@@ -1,0 +1,110 @@
+"""Norms, rotary embeddings and the gated activation in few launches, against the chains of torch
+operations they stand for, in float64.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative_rms
+
+from lowbit import patterns, pointwise
+
+
+def rotate_half(x):
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+
+
+def plain_rotary(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def plain_norm(x, weight, eps):
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def with_gradients(function, inputs, dys):
+    """Outputs, and gradients of the inputs that want one."""
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [t for t in inputs if t.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, dys)]
+
+
+def hold(function, plain, inputs, dys):
+    """At most twice as far from float64 as the chain in the same dtype, for every result."""
+
+    def converted(dtype):
+        made = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in inputs]
+        return made, tuple(dy.to(dtype) for dy in dys)
+
+    exact = with_gradients(plain, *converted(torch.float64))
+    chain = with_gradients(plain, inputs, dys)
+    for i, (got, rough, true) in enumerate(
+        zip(with_gradients(function, inputs, dys), chain, exact, strict=True)
+    ):
+        assert got.dtype == inputs[0].dtype
+        allowed = 2 * relative_rms(rough, true) + torch.finfo(got.dtype).eps / 2
+        assert relative_rms(got, true) <= allowed, i
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotary(device, dtype):
+    """4 heads of q, 2 of k, as attention has them: [B, T, heads, d] seen with heads in front."""
+    q = torch.randn(2, 5, 4, 16, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+    k = torch.randn(2, 5, 2, 16, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+    angles = torch.rand(2, 5, 16, device=device) * 6  # halves need not agree
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    dys = tuple(torch.randn_like(t) for t in (q, k))
+    hold(pointwise.rotary, plain_rotary, [q, k, cos, sin], dys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm(device, dtype):
+    x = torch.randn(3, 7, 64, device=device, dtype=dtype).requires_grad_()
+    weight = torch.rand(64, device=device, dtype=dtype) + 0.5
+    dy = torch.randn_like(x)
+    hold(
+        lambda x, w: pointwise.rms_norm(x, w, 1e-5),
+        lambda x, w: plain_norm(x, w, 1e-5),
+        [x, weight],
+        (dy,),
+    )
+
+
+def test_patterns_of_transformers():
+    """Norms and rotations are found where transformers has them, and only there."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
+    assert patterns.is_rms_norm(llama.LlamaRMSNorm.forward)
+    assert not patterns.is_rms_norm(gemma.GemmaRMSNorm.forward)  # 1 + weight
+    assert not patterns.is_rms_norm(torch.nn.LayerNorm.forward)
+    assert patterns.uses_rotary(llama.LlamaAttention.forward)
+    assert not patterns.uses_rotary(llama.LlamaMLP.forward.__get__(object()))
+    assert not patterns.uses_rotary(plain_rotary)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (129, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gated_activation(device, dtype, shape):
+    """One tile with an edge, and several."""
+    kernels = pytest.importorskip("lowbit.kernels", reason="needs triton")
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("triton's interpreter rounds bf16 toward zero")
+    if device.type == "cpu" and not kernels.INTERPRETED:
+        pytest.skip("triton compiles for the GPU here")
+    g, u, dh = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    h = kernels.silu_mul_fwd(g, u)
+    dg, du = kernels.silu_mul_bwd(dh.clone(), g, u)
+
+    def plain(g, u, dh):
+        g, u = (t.detach().requires_grad_() for t in (g, u))
+        h = F.silu(g) * u
+        return [h.detach(), *torch.autograd.grad(h, (g, u), dh)]
+
+    exact = plain(*(t.double() for t in (g, u, dh)))
+    for name, got, rough, true in zip(
+        ("h", "dg", "du"), (h, dg, du), plain(g, u, dh), exact, strict=True
+    ):
+        allowed = 2 * relative_rms(rough, true) + torch.finfo(dtype).eps / 2
+        assert relative_rms(got, true) <= allowed, name
