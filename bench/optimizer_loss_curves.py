@@ -72,7 +72,8 @@ def main() -> None:
             f"{gaps['mean']:>9.4f} {gaps['held_out_mean']:>13.4f}"
         )
     if options.json:
-        write_json(options.json, "optimizer_curves", [], runs=runs, differences=compared)
+        extra = {"epochs": options.epochs, "runs": runs, "differences": compared}
+        write_json(options.json, "optimizer_curves", [], **extra)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,8 @@ def optimizer_curves(name: str, record: dict) -> str:
         mean = [gaps["mean"], gaps["held_out_mean"]]
         cells = [f"{x:.4f}" for x in (losses[0], losses[1], *mean)]
         body.append([optimizer_name, *cells])
-    head = ["`lowbit finetune --demo`", "last loss", "held-out loss", "mean gap", "held-out gap"]
+    command = f"`lowbit finetune --demo --epochs {record['epochs']}`"
+    head = [command, "last loss", "held-out loss", "mean gap", "held-out gap"]
     caption = machine(record["environment"], card=False)
     what = "Losses by optimizer; gaps are absolute differences to torch's AdamW"
     return f"{what} ({caption}; `{name}`):\n\n{table(head, body)}"
@@ -274,24 +275,25 @@ def loss_curve(name: str, record: dict) -> str:
     )
 
 
-WRITERS = {
-    "cpu_linear": cpu_linear,
-    "quantize": quantize,
-    "cuda_quantize": cuda_quantize,
+WRITERS = {  # in the order of the README
+    "model": model,
     "linear": linear,
     "linear_backward": linear_backward,
-    "loss_curve": loss_curve,
-    "model": model,
     "optimizer": optimizer,
+    "cuda_quantize": cuda_quantize,
+    "cpu_linear": cpu_linear,
+    "quantize": quantize,
+    "loss_curve": loss_curve,
     "optimizer_curves": optimizer_curves,
 }
 
 
 def report() -> str:
     parts = [
-        WRITERS[record["benchmark"]](name, record)
+        write(name, record)
+        for benchmark, write in WRITERS.items()
         for name, record in records()
-        if record.get("benchmark") in WRITERS
+        if record.get("benchmark") == benchmark
     ]
     return "\n\n".join(parts) + "\n"
 
