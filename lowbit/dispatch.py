@@ -288,9 +288,9 @@ def _choose(
 # Layers that read the same x share products with their stacked lora_A (group_products.py) on these
 # devices, from this many tokens on. Elsewhere each runs its own fused operation, which reads x once
 # more but does not pass over y again. On a CPU stacking was no faster in fp32 and slower in bf16 (2
-# Zen 3 cores, K = 1536, M = 64 and 512, 2026-11-24); on an H100 it makes no difference to a training
-# step of an 8B model from M = 512 on (60.9 ms without, 61.6 with). The number of tokens is where a
-# layer stops waiting for its weight; smaller ones are not measured.
+# Zen 3 cores, K = 1536, M = 64 and 512, 2026-11-24); on an H100 it makes no difference to a step of
+# an 8B model at M = 512 (60.9 ms without, 61.6 with). The number of tokens is where a layer stops
+# waiting for its weight; smaller ones are not measured.
 STACKED_DEVICES = ("cuda",)
 STACKED_TOKENS = 65
 
