@@ -1,11 +1,11 @@
-"""Training steps of whole models: the cases of README.md, in one record.
+"""Training steps of whole models, in one record.
 
     python bench/bench_model.py --json bench/results/model_h100.json [--only llama-8b] [--peers]
 
 The cases are those of `lowbit bench model`; see its --help. The record is written after each, so
-that one that fails costs no other. The largest runs as if the card had MEMORY_LIMIT GiB, which
-leaves the pager's reserve of 2 GiB below 42 in use: the part of the optimizer's state that does not
-fit is paged to the host. --peers adds PEFT on bitsandbytes, with all of the card.
+that one that fails costs no other. The largest runs as if the card had MEMORY_LIMIT GiB: optimizer
+state that does not fit there, less the pager's reserve of 2 GiB, is paged to the host. --peers adds
+PEFT on bitsandbytes, with all of the card.
 """
 
 from __future__ import annotations

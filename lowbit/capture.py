@@ -47,7 +47,8 @@ class CapturedBackward:
         No autograd graph of an earlier step may be alive when a shape is recorded (a loss that was
         kept): what it holds belongs to another stream. If a loss cannot be recorded, or its first
         replay does not return the loss that the eager run of the same inputs returned, everything
-        runs eagerly from then on and `failure` says why.
+        runs eagerly from then on and `failure` says why. Graphs are recorded again when somebody
+        has set a gradient to None.
 
     Example:
         >>> captured = CapturedBackward(lambda ids: model(ids).loss, parameters)  # doctest: +SKIP
@@ -76,6 +77,8 @@ class CapturedBackward:
     def zero(self) -> None:
         """Set all gradients to zero, in place where they exist."""
         missing = [p for p in self._parameters if p.grad is None]
+        if missing:
+            self._recorded.clear()  # graphs add into tensors that are gone
         for parameter in missing:
             parameter.grad = torch.zeros_like(parameter)
         if len(missing) < len(self._parameters):
@@ -90,13 +93,18 @@ class CapturedBackward:
             recorded = self._record(key, inputs)
             if recorded is not None:  # the replay that checked it has done the work
                 return recorded.loss
-        self._zeroed = False
         if recorded is None:
-            return self._eager(inputs)
+            return self.eager(*inputs)
+        self._zeroed = False
         for mine, given in zip(recorded.inputs, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
         recorded.graph.replay()
         return recorded.loss
+
+    def eager(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The same without a graph, and without remembering the shape."""
+        self._zeroed = False
+        return self._eager(inputs)
 
     def _may_record(self, key: tuple) -> bool:
         """Whether a shape that has no graph gets one now."""
@@ -117,11 +125,12 @@ class CapturedBackward:
             self._pool = torch.cuda.graph_pool_handle()
         gc.collect()  # graphs in reference cycles: checkpointing makes some
         static = [t.clone() for t in inputs]
+        generator = torch.cuda.default_generators[self._parameters[0].device.index]
+        start = generator.get_state()
         expected = self._warm_up(static)
+        generator.set_state(start)  # the replay drops out what the warm-up did
         torch.cuda.empty_cache()  # the graph has memory of its own
         graph = torch.cuda.CUDAGraph()
-        device = self._parameters[0].device.index
-        generator = torch.cuda.default_generators[device]
         before = generator.clone_state()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
@@ -152,6 +161,7 @@ class CapturedBackward:
 
     def _give_up(self, why: str) -> None:
         self.failure = why
+        self._recorded.clear()
         self.zero()
         warnings.warn(f"training runs without CUDA graphs: {why}", stacklevel=4)
 

@@ -1,7 +1,8 @@
 """lowbit.matmul and lowbit.lora_matmul: the public, differentiable functions.
 
 They check their arguments once, bring any batch shape to [M, K], resolve autocast and dropout's
-seed, and call the operations of ops.py. Everything below trusts what they pass.
+seed, and call the operations of ops.py, or their kernels at once
+where nothing could intercept. Everything below trusts what they pass.
 """
 
 from __future__ import annotations

@@ -255,9 +255,9 @@ def _has(module: nn.Module, children: tuple[str, ...]) -> bool:
     return all(isinstance(getattr(module, child, None), nn.Module) for child in children)
 
 
-def _forward_of(module: nn.Module) -> Callable:
-    """The forward of a module's class before it was fused."""
-    return getattr(type(module), "unfused", type(module)).forward
+def _forward_of(module: nn.Module) -> Callable | None:
+    """The forward of a module's class before it was fused; TorchScript's classes have none."""
+    return getattr(getattr(type(module), "unfused", type(module)), "forward", None)
 
 
 @functools.cache
@@ -265,9 +265,15 @@ def _with_rotary(forward: Callable) -> Callable:
     """A forward with lowbit's rotation in place of transformers' own."""
     if not patterns.uses_rotary(forward):
         return forward
-    names = {**forward.__globals__, patterns.ROTARY: pointwise.rotary}
+    names, closure = forward.__globals__, forward.__closure__
+    decorated = getattr(forward, "__wrapped__", None)
+    if decorated is None:
+        names = {**names, patterns.ROTARY: pointwise.rotary}
+    else:  # the decorator stays, around a copy of what it decorates
+        copied = types.CellType(_with_rotary(decorated))
+        closure = tuple(copied if cell.cell_contents is decorated else cell for cell in closure)
     copy = types.FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+        forward.__code__, names, forward.__name__, forward.__defaults__, closure
     )
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy

@@ -86,6 +86,10 @@ def uses_rotary(forward: Callable) -> bool:
     """Whether the rotation that a forward calls by its usual name is transformers' own."""
     if not inspect.isfunction(forward):
         return False
+    decorated = getattr(forward, "__wrapped__", None)
+    if decorated is not None:
+        cells = forward.__closure__ or ()
+        return any(c.cell_contents is decorated for c in cells) and uses_rotary(decorated)
     function = forward.__globals__.get(ROTARY)
     rotate_half = getattr(function, "__globals__", {}).get("rotate_half")
     return (

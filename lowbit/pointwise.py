@@ -4,8 +4,8 @@
     rotary     y = x * cos + (-x2, x1) * sin          x = (x1, x2), halves of a head
 
 As chains of torch operations these are 8 launches for a norm and 10 for the rotation of q and k,
-twice as many again in backward, each a pass over memory. Here sums are fp32 and the result is
-rounded once, where the chains round every step.
+twice as many again in backward, each a pass over memory. Here sums are fp32; a norm is rounded
+once and a rotation twice, where the chains round every step.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
         low, high = sin.chunk(2, dim=-1)
-        return _rotate(q, cos, -low, high), _rotate(k, cos, -low, high)
+        return _rotate(q, cos, low, high, -1), _rotate(k, cos, low, high, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
         low, high = sin.chunk(2, dim=-1)
-        return _rotate(dq, cos, high, -low), _rotate(dk, cos, high, -low), None, None
+        return _rotate(dq, cos, high, low, 1), _rotate(dk, cos, high, low, 1), None, None
 
 
-def _rotate(x, cos, low, high):
-    """(x1 cos1 + x2 low, x2 cos2 + x1 high)."""
+def _rotate(x, cos, low, high, sign):
+    """(x1 cos1 + sign x2 low, x2 cos2 - sign x1 high)."""
     x1, x2 = x.chunk(2, dim=-1)
     y = x * cos
     y1, y2 = y.chunk(2, dim=-1)
-    y1.addcmul_(x2, low)
-    y2.addcmul_(x1, high)
+    y1.addcmul_(x2, low, value=sign)
+    y2.addcmul_(x1, high, value=-sign)
     return y
 
 

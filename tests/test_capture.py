@@ -66,6 +66,20 @@ def test_a_shape_is_recorded_the_second_time_it_comes_first(monkeypatch):
     assert [key[0][0] for key in recorded] == [(3,)]
 
 
+def test_a_shape_that_comes_after_an_eager_batch_is_not_recorded(monkeypatch):
+    """Recording sets the gradients back, and with them those of the batch before."""
+    w = torch.nn.Parameter(torch.ones(3))
+    captured = CapturedBackward(lambda x: (w * x).sum(), [w])
+    monkeypatch.setattr(captured, "_record", lambda key, inputs: pytest.fail("recorded"))
+    x, large = torch.arange(3.0), torch.ones(2, 3)
+    captured(x)
+    for _ in range(2):
+        captured.zero()
+        captured.eager(large)
+        captured(x)
+        assert torch.equal(w.grad, 2 + x)
+
+
 def test_gradients_stay_where_they_are():
     w = torch.nn.Parameter(torch.ones(3))
     captured = CapturedBackward(lambda x: (w * x).sum(), [w])

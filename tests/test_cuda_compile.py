@@ -21,6 +21,10 @@ TORCH = Path(torch.__file__).parent
 DEFINITIONS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
 
+# Bytes that a thread may spill. AdamW with 8-bit state is fastest with three CTAs per SM, 3.8 ms
+# against 4.3 with two (bench/NOTES.md), and then spills a few values for fp16 and fp32 parameters.
+SPILLS = {"optimizer.cu": 24}
+
 # The part of libtorch_cuda.so's C ABI that lowbit needs; a CPU build of torch does not have it.
 STAND_IN = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
 
@@ -93,12 +97,13 @@ def library(build):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
-def test_no_warnings_and_no_spills(build, source):
+def test_no_warnings_and_spills(build, source):
     log = build[1][source]
     assert "warning" not in log, log
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(spills) > 0 or source.suffix != ".cu", log
-    assert all(stores == loads == "0" for stores, loads in spills), log
+    allowed = SPILLS.get(source.name, 0)
+    assert all(int(stores) <= allowed and int(loads) <= allowed for stores, loads in spills), log
 
 
 def test_schemas_equal_those_of_the_public_operations(library):

@@ -46,8 +46,8 @@ __device__ __forceinline__ int threshold_cell(float t) {
 }
 
 // By one warp; lane c fills cell c and brings threshold c (c < 15) and the code of rank c % 16.
-// Several equal thresholds may share a cell if all the ranks they
-// skip have one code, as in codebooks filled up with repeated values.
+// Several equal thresholds may share a cell if all the ranks they skip have one code, as in
+// codebooks filled up with repeated values.
 __device__ __forceinline__ void build_code_table(CodeTable& table, float own, uint32_t own_code) {
     const int lane = threadIdx.x % kWarpSize;
     const int own_cell = threshold_cell(own);

@@ -1,5 +1,6 @@
-// A launch that may start before the kernels in front of it in the stream have ended (programmatic
-// dependent launch); the kernel waits for them itself.
+// What launchers tell the driver: how much shared memory a kernel may take, and that a launch may
+// start before the kernels in front of it in the stream have ended (programmatic dependent launch);
+// the kernel waits for them itself.
 #pragma once
 
 #include <cuda_runtime.h>

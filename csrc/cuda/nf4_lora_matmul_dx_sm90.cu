@@ -293,9 +293,10 @@ bool serves_nf4_lora_matmul_dx(const LoraDxArgs& a) {
     return a.dtype != Dtype::kFloat32 &&
            (a.lora_A_dtype == a.dtype || a.lora_A_dtype == Dtype::kFloat32) && w.flat &&
            w.K % 64 == 0 && w.N % 8 == 0 && w.blocksize_log2 >= 6 && w.blocksize_log2 <= 12 &&
-           a.r <= 64 && nf4_lora_matmul_dx_workspace_bytes(a) <= kMaxWorkspaceBytes &&
-           a.M <= (1 << 19) && is_aligned(a.dy) && is_aligned(a.u) && is_aligned(a.lora_A) &&
-           is_aligned(a.dx) && is_aligned(w.qweight) && device_is_sm90();
+           a.r <= 64 && w.N <= (1 << 20) &&
+           nf4_lora_matmul_dx_workspace_bytes(a) <= kMaxWorkspaceBytes && a.M <= (1 << 19) &&
+           is_aligned(a.dy) && is_aligned(a.u) && is_aligned(a.lora_A) && is_aligned(a.dx) &&
+           is_aligned(w.qweight) && device_is_sm90();
 }
 
 size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& a) {

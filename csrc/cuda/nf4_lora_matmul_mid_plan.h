@@ -82,9 +82,10 @@ divide(const LoraMatmulArgs& a, PlanKind plan, int64_t tiles, int sms, int spare
     consider(best, 0, 0, rest > 0 ? steps : 0, 0);
     if (rest == 0)
         return best;
-    // In a row: a cluster stores one part and adds one or two.
+    // In a row: a cluster stores one part and adds one or two. Shares that come out equal would be
+    // level, which waits for more.
     const int64_t in_row = std::min<int64_t>(clusters, rest * quads);
-    if (in_row > rest)
+    if (in_row > rest && in_row <= 3 * rest && in_row % rest != 0)
         consider(best, rest, in_row, ceil_div(rest * quads, in_row) * kQuad, 6 * rates.partial / 5);
     for (int64_t parts = 2; parts <= std::min({kMostParts, clusters / rest, quads}); parts++)
         consider(

@@ -9,9 +9,8 @@
 // byte and a block, the last block of a row may be short. All arithmetic is IEEE fp32 and gives the
 // bits of lowbit/reference.py. NaN and Inf reach absmax and the offset; the caller looks there.
 //
-// A grid that fits the device at once walks the blocks. With double quantization it then meets
-// once (cooperative launch, grid_sum.cuh), where the mean of all scales is known, and quantizes
-// them.
+// A grid that fits the device at once walks the blocks. With double quantization it then adds up
+// all scales (cooperative launch, grid_sum.cuh) and quantizes them less their mean.
 //
 // Two kernels: `groups` (one row or whole blocks, blocksize <= 256) gives each CTA a run of blocks,
 // each block a group of lanes and each lane 8 elements. With double quantization of a weight that
@@ -29,6 +28,7 @@
 #include <algorithm>
 
 #include "device.h"
+#include "launch_config.h"
 #include "nested_absmax.cuh"
 #include "nf4_quantize.h"
 #include "nf4_quantize_groups.cuh"
@@ -237,11 +237,6 @@ __global__ void __launch_bounds__(kSmallCta, kLargeCta / kSmallCta)
 
 // ---- choice -------------------------------------------------------------------------------------
 
-cudaError_t allow_shared(const void* kernel, size_t bytes) {
-    return cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
 // As many CTAs of kSmallCta as the device holds at once.
 cudaError_t largest_grid(const void* kernel, size_t smem_bytes, int64_t* grid) {
     int per_sm = 0;
@@ -300,6 +295,7 @@ struct SharedPlan {
     Split split;
     int64_t grid;
     size_t bytes;
+    int limit;  // of bytes, on this device
 };
 
 template <typename T, int kLanes>
@@ -313,14 +309,15 @@ SharedPlan plan_shared_scales(const QuantizeArgs& a) {
     // 12 KiB for the tables and what the system keeps.
     const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) - 12288;
     const bool fits = static_cast<int64_t>(bytes) <= limit && 4 * grid >= 3 * sm_count();
-    return {fits, {static_cast<uint32_t>(unit), static_cast<uint32_t>(units)}, grid, bytes};
+    const Split split{static_cast<uint32_t>(unit), static_cast<uint32_t>(units)};
+    return {fits, split, grid, bytes, limit};
 }
 
 template <typename T, int kLanes>
 cudaError_t
 launch_shared_scales(const QuantizeArgs& a, const SharedPlan& plan, cudaStream_t stream) {
-    const auto kernel = quantize_groups_kernel<T, kLanes, true>;
-    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), plan.bytes);
+    constexpr auto kernel = quantize_groups_kernel<T, kLanes, true>;
+    const cudaError_t error = allow_shared_memory<kernel>(plan.limit);
     if (error != cudaSuccess)
         return error;
     return launch_kernel(kernel, plan.grid, kLargeCta, plan.bytes, stream, a, plan.split);
@@ -335,9 +332,9 @@ cudaError_t launch_groups(const QuantizeArgs& a, cudaStream_t stream) {
     }
     constexpr size_t kRing = Ring<T, kSmallCta>::kBytes;
     constexpr int kStep = kUnroll * kSmallCta;
-    const auto kernel = quantize_groups_kernel<T, kLanes, false>;
+    constexpr auto kernel = quantize_groups_kernel<T, kLanes, false>;
     int64_t largest = 0;
-    cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), kRing);
+    cudaError_t error = allow_shared_memory<kernel>(kRing);
     if (error == cudaSuccess)
         error = largest_grid(reinterpret_cast<const void*>(kernel), kRing, &largest);
     if (error != cudaSuccess)

@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(kThreads, State::kCtasPerSm)
 #if __CUDA_ARCH__ >= 900
     let_next_kernel_start();  // which touches nothing that this one does
 #endif
-    if (a.found_inf != nullptr && *a.found_inf != 0.0f)
-        return;
+    const bool skips = a.found_inf != nullptr && *a.found_inf != 0.0f;
     if constexpr (State::kCoded) {
         fill_tables<0>(tables[0], a.tables);
         if constexpr (Rule::kStates == 2)
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, State::kCtasPerSm)
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const float grad_scale = a.grad_scale == nullptr ? 1.0f : *a.grad_scale;
     // Neighbouring chunks: a search finds the tensor of the first, counting those of the others.
-    const int64_t end = a.chunks * (blockIdx.x + 1) / gridDim.x;
+    const int64_t end = skips ? 0 : a.chunks * (blockIdx.x + 1) / gridDim.x;
     int64_t chunk = a.chunks * blockIdx.x / gridDim.x, t = row_of_chunk(a.rows, a.tensors, chunk);
     for (; chunk < end; chunk++) {
         while (t + 1 < a.tensors && a.rows[t + 1].first_chunk <= chunk)

@@ -113,7 +113,7 @@ struct Float32State {
 
 struct CodedState {
     static constexpr bool kCoded = true;
-    static constexpr int kCtasPerSm = 3;  // 80 registers: more spill, fewer are slower
+    static constexpr int kCtasPerSm = 3;  // 80 registers: more CTAs spill, fewer are slower
 
     template <int kState>
     struct Block {

@@ -7,9 +7,8 @@
 namespace lowbit::cuda {
 
 // Byte i of the result is byte (selector nibble i) & 7 of the eight bytes a (0..3), b (4..7).
-// Unlike
-// __byte_perm, which spends an instruction on masking the selector, this trusts bit 3 of each
-// nibble to be clear; bits 16..31 of the selector are ignored.
+// Unlike __byte_perm, which spends an instruction on masking the selector, this trusts bit 3 of
+// each nibble to be clear; bits 16..31 of the selector are ignored.
 __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));

@@ -370,7 +370,7 @@ def _limited(gib: float | None) -> Iterator[None]:
         return
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction((gib * GIB - context) / total)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * GIB - context) / total))
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ EXAMPLES = """Examples:
 \b
   lowbit bench model --config llama-8b --seq 512 --graph --profile
 \b
-  lowbit bench model --config llama-65b --rank 64 --memory-limit 42
+  lowbit bench model --config llama-65b --rank 64 --memory-limit 43.5
 """
 
 OPTIMIZERS = ("adamw", "paged-adamw", "paged-adamw-8bit")
@@ -37,7 +37,9 @@ Optimizer = Annotated[str, option("--optimizer", help=f"{', '.join(OPTIMIZERS)}.
 Graph = Annotated[
     bool, option("--graph", help="Also the step with forward and backward as a CUDA graph.")
 ]
-Fuse = Annotated[bool, option("--fuse/--no-fuse", help="lowbit.fuse: groups and gated MLPs.")]
+Fuse = Annotated[
+    bool, option("--fuse/--no-fuse", help="lowbit.fuse: groups, gated MLPs, norms, rotary.")
+]
 Checkpointing = Annotated[
     bool,
     option("--checkpointing/--no-checkpointing", help="Gradient checkpointing of every block."),

@@ -140,7 +140,10 @@ Checkpointing = Annotated[
 ]
 Fuse = Annotated[
     bool,
-    _train("--fuse/--no-fuse", help="On a GPU: q, k, v as one function, and gated MLPs."),
+    _train(
+        "--fuse/--no-fuse",
+        help="On a GPU: q, k, v and gated MLPs as one function each, faster norms.",
+    ),
 ]
 Graphs = Annotated[
     bool, _train("--graphs/--no-graphs", help="CUDA graphs for batches that are short of tokens.")

@@ -151,7 +151,7 @@ def _load(settings: Settings, where: Any, adapter: Path | None) -> tuple[Any, An
     model = adapt.prepare_model(model, settings, place, rank=0)
     if adapter is not None:
         model = adapt.load_adapter(model, adapter, trainable=False)
-    if place.type == "cuda":  # as in training: the same roundings
+    if place.type == "cuda" and settings.fuse:  # as in training: the same roundings
         adapt.fuse(model)
     renderer = Renderer(tokenizer, system=settings.system, use_template=settings.chat_template)
     return model, renderer

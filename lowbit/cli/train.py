@@ -1,5 +1,5 @@
 """The training loop: AdamW on the adapters, token-weighted accumulation, learning-rate schedule,
-exact resume.
+forward and backward as CUDA graphs where batches are small, exact resume.
 
 One optimizer step adds up the summed losses of `accumulate` batches and divides by the number of
 their answer tokens, so that a token weighs the same whatever batch it is in. The place in the data
@@ -236,11 +236,14 @@ class Trainer:
         """Add a batch's gradients; returns its loss."""
         rows, width = batch.ids.shape
         width, places = graph_shape(rows, width, batch.answers)
-        whole = rows == self.settings.batch  # the last of an epoch may be smaller
-        if self.captured is None or not whole or rows * width > GRAPH_TOKENS:
+        if self.captured is None:
             loss = self.loss(batch, self.device)
             loss.backward()
             return loss.detach()
+        whole = rows == self.settings.batch  # the last of an epoch may be smaller
+        if not whole or rows * width > GRAPH_TOKENS:
+            inputs = (batch.ids, *answer_places(batch))
+            return self.captured.eager(*(tensor.to(self.device) for tensor in inputs))
         batch = widened(batch, width, self.pad_id)
         inputs = (batch.ids, *answer_places(batch, places))
         return self.captured(*(tensor.to(self.device) for tensor in inputs))
