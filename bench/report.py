@@ -1,10 +1,11 @@
-"""Write the measured tables of README.md from the records in bench/results.
+"""Write docs/measured.md and the measured tables of README.md from the records in bench/results.
 
-    python bench/report.py            rewrite the part between the two markers
+    python bench/report.py            rewrite the file, and the README between its two markers
     python bench/report.py --check    exit 1 if that would change anything
 
-A record is what write_json in common.py wrote. A table is made for each record found; its caption
-names the machine, the versions and the date the record holds.
+A record is what write_json in common.py wrote. docs/measured.md has a table for each record found,
+the README the few rows that HEADLINES picks; captions name the machine, the versions and the date
+that the record holds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+README, MEASURED = ROOT / "README.md", ROOT / "docs" / "measured.md"
+INTRODUCTION = """# Measured
+
+Made by `python bench/report.py` from the records in [bench/results](../bench/results); each was
+checked against the reference before it was timed. What was predicted and what limits it:
+[bench/NOTES.md](../bench/NOTES.md).
+
+"""
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->"
 
 
@@ -237,7 +246,7 @@ def model(name: str, record: dict) -> str:
     )
     parts = [f"{what} ({caption}; `{name}`):\n\n{table(head, body)}"]
     largest = [row for row in record["rows"] if row["config"] == "llama-65b"]
-    if largest:
+    if largest and "headline" not in record:
         parts.append(_memory(largest, record["paper"]))
     return "\n\n".join(parts)
 
@@ -275,7 +284,7 @@ def loss_curve(name: str, record: dict) -> str:
     )
 
 
-WRITERS = {  # in the order of the README
+WRITERS = {  # in the order of docs/measured.md
     "model": model,
     "linear": linear,
     "linear_backward": linear_backward,
@@ -288,33 +297,46 @@ WRITERS = {  # in the order of the README
 }
 
 
-def report() -> str:
-    parts = [
-        write(name, record)
-        for benchmark, write in WRITERS.items()
-        for name, record in records()
-        if record.get("benchmark") == benchmark
-    ]
+# What the README shows of a record. A llama-8b's gate and up projections stand for the layers.
+HEADLINES = {
+    "model": lambda row: True,
+    "linear": lambda row: (row["N"], row["K"]) == (14336, 4096),
+    "linear_backward": lambda row: (
+        (row["N"], row["K"]) == (14336, 4096) and row["timing"] == "graph"
+    ),
+}
+
+
+def report(*, headlines: bool) -> str:
+    """All records, or what the README shows of those that it shows."""
+    parts = []
+    for benchmark, write in WRITERS.items():
+        for name, record in records():
+            if record.get("benchmark") != benchmark:
+                continue
+            if not headlines:
+                parts.append(write(name, record))
+            elif benchmark in HEADLINES:
+                rows = [row for row in record["rows"] if HEADLINES[benchmark](row)]
+                parts.append(write(name, {**record, "rows": rows, "headline": True}))
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--check", action="store_true", help="only say whether README is up to date"
-    )
+    parser.add_argument("--check", action="store_true", help="only say whether both are up to date")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
+    before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    updated = before + BEGIN + "\n" + report() + "\n" + END + after
-    if options.check:
-        if updated != text:
-            print("README.md does not show bench/results; run python bench/report.py")
-        return int(updated != text)
-    readme.write_text(updated)
-    return 0
+    shown = before + BEGIN + "\n" + report(headlines=True) + "\n" + END + after
+    stale = False
+    for path, text in {README: shown, MEASURED: INTRODUCTION + report(headlines=False)}.items():
+        if not options.check:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"{path.name} does not show bench/results; run python bench/report.py")
+            stale = True
+    return int(stale)
 
 
 if __name__ == "__main__":

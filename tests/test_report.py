@@ -1,4 +1,4 @@
-"""README's figures are those of the records."""
+"""The figures of README and docs/measured.md are those of the records."""
 
 import subprocess
 import sys
