@@ -20,8 +20,8 @@
 // Grids are persistent: whole rounds of tiles, one to a cluster. The tiles that are left, fewer
 // than clusters, are divided along K and their partial sums exchanged through the workspace, in one
 // of two ways or not at all, whatever nf4_lora_matmul_mid_plan.h expects to be fastest:
-//   in a row   equal shares of all their steps: a part that does not end its tile comes first, and
-//              has long been stored when the cluster that ends the tile, its last, adds it
+//   in a row   equal shares of all their steps: a part that does not end its tile comes first, so
+//              that it is stored while the cluster that ends the tile, its last, still works
 //   level      parts of equal length, which end together: each adds up a quarter of the tokens
 // Level parts wait for each other. A grid is never larger than what the card holds at once; where
 // it has to share the card, its CTAs start in order and the parts of a tile are neighbours, so that
