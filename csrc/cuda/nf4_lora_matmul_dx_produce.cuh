@@ -48,19 +48,6 @@ __device__ __forceinline__ float load_scale(const Params& p, int block, int row)
     return p.scales[at];
 }
 
-// The codebook is read anew each time: registers are scarce here.
-template <typename T>
-__device__ __forceinline__ ScaledTable<true> table_of(uint32_t smem_codebook, float scale) {
-    Codebook codebook;
-#pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-        const uint4 v = load_shared(smem_codebook + i * 4);
-        codebook.value[i] = __uint_as_float(v.x), codebook.value[i + 1] = __uint_as_float(v.y);
-        codebook.value[i + 2] = __uint_as_float(v.z), codebook.value[i + 3] = __uint_as_float(v.w);
-    }
-    return scale_codebook<T, true>(codebook, scale);
-}
-
 // The tokens of a tile from dy or u, for this CTA alone.
 template <class P>
 __device__ __forceinline__ void
@@ -85,18 +72,6 @@ load_dy(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t f
             stage + part * P::kDyBoxBytes, maps.dy, column, tile.token0 + part * P::kDyBoxTokens,
             full, 0b11);
     }
-}
-
-// After a warp's stores: tells the consumers here, and gives the peer its copy.
-template <class P>
-__device__ __forceinline__ void publish(uint32_t smem_peer, uint32_t piece, uint32_t full) {
-    fence_async_proxy();
-    __syncwarp();
-    const int lane = threadIdx.x % kWarpSize;
-    if (lane == 0)
-        barrier_arrive(full);
-    if (P::kSharesW && lane == 1)
-        copy_to_cta(smem_peer + piece, piece, kUnitRows * kLineBytes, smem_peer + full);
 }
 
 // The low-rank term as one step: u against lora_A, whose rows are lines as they are. Every CTA has

@@ -4,26 +4,18 @@
 
 #include <cuda.h>
 
-#include "common.cuh"
 #include "nf4_lora_matmul_dx.h"
+#include "nf4_lora_matmul_stages.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kStepN = 64;         // rows of W in a step
-constexpr int kLineBytes = 128;    // a swizzled line: 64 elements
-constexpr int kTileColumns = 128;  // of dx: two blocks of W
-constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2 * kWarpgroup;
-constexpr int kCluster = 2;
-constexpr int kUnitRows = kWarpSize;  // what a warp decodes at a time: 32 blocks below each other
+constexpr int kStepN = 64;                    // rows of W in a step
+constexpr int kTileColumns = 128;             // of dx: two blocks of W
 constexpr int kPackedRow = kTileColumns / 2;  // bytes
-constexpr int kChunkTokens = 32;              // of dx, staged for one TMA store
-constexpr int kChunkBytes = kChunkTokens * kLineBytes;
 // Tokens whose tiles are computed together: with all of them a large M would read dy from memory
 // once per two columns of tiles.
 constexpr int kSlabTokens = 4096;
-constexpr int kSmemAlignment = 1024;  // of swizzled tiles
 
 // Shared memory in this order: stages (dy, then W), two groups of packed weights, staged output, 16
 // codebook values, barriers. 230 560 bytes for 256 tokens, 214 192 for 128.
@@ -127,21 +119,6 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     t.steps += p.r > 0;
     return t;
 }
-
-// A stage of the ring and the parity of its use.
-template <class P>
-struct Position {
-    int slot;
-    uint32_t parity;
-
-    __device__ __forceinline__ void advance(int by) {
-        slot += by;
-        if (slot >= P::kStages) {
-            slot -= P::kStages;
-            parity ^= 1;
-        }
-    }
-};
 
 }  // namespace
 }  // namespace lowbit::cuda

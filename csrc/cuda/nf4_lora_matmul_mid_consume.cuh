@@ -47,7 +47,7 @@ __device__ __forceinline__ void
 multiply_tokens(Sums<P>& d, uint64_t w, uint64_t x, bool accumulate) {
 #pragma unroll
     for (int i = 0; i < P::kProducts; i++)
-        wgmma(d[i], w, x + i * (P::kProductTokens * kRowBytes / 16), accumulate, T{});
+        wgmma(d[i], w, x + i * (P::kProductTokens * kLineBytes / 16), accumulate, T{});
 }
 
 // Sum i of a thread: four neighbouring ones belong to 8 tokens.
@@ -192,7 +192,7 @@ store_output(Sums<P>& d, const Maps& maps, const Params& p, const Tile& tile, ui
             const int token = 8 * (j + matrix / 2) + line;
             const int chunk = (2 * warp + matrix % 2) ^ line;
             store_matrices_transposed(
-                buffer + token * kRowBytes + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
+                buffer + token * kLineBytes + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
         }
         fence_async_proxy();
         named_barrier(1 + group, kWarpgroup);
@@ -207,7 +207,7 @@ template <typename T, class P>
 __device__ __forceinline__ void consume(const Maps& maps, const Params& p, uint32_t smem) {
     const uint32_t thread = threadIdx.x - P::kProducers;
     const uint32_t group = thread / kWarpgroup, own = thread % kWarpgroup;
-    Reader<P> reader{smem,     P::kXBytes + group * 64 * kRowBytes,
+    Reader<P> reader{smem,     P::kXBytes + group * 64 * kLineBytes,
                      own == 0, own == 1 ? in_cta(smem + P::kEmpty, blockIdx.x % kCluster ^ 1) : 0,
                      {0, 0},   0};
     const Schedule schedule(p);

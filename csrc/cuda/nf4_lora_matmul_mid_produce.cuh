@@ -82,19 +82,12 @@ unpack_scales(float (&scales)[4], RawScales<true> raw, const float* nested_codes
     }
 }
 
-// Table of step `step`. The codebook is read anew each time: registers are scarce here.
+// Table of step `step`.
 template <typename T>
 __device__ __forceinline__ ScaledTable<true>
 table_of(uint32_t smem_codebook, const float (&scales)[4], int step) {
-    Codebook codebook;
-#pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-        const uint4 v = load_shared(smem_codebook + i * 4);
-        codebook.value[i] = __uint_as_float(v.x), codebook.value[i + 1] = __uint_as_float(v.y);
-        codebook.value[i + 2] = __uint_as_float(v.z), codebook.value[i + 3] = __uint_as_float(v.w);
-    }
     const float low = step & 1 ? scales[1] : scales[0], high = step & 1 ? scales[3] : scales[2];
-    return scale_codebook<T, true>(codebook, step & 2 ? high : low);
+    return table_of<T>(smem_codebook, step & 2 ? high : low);
 }
 
 // r elements of lora_B as a row of a stage, with zeros behind them. Once per tile: plain is enough.
@@ -138,18 +131,6 @@ load_x(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t fu
             stage + part * P::kXBoxBytes, maps.x, column, tile.token0 + part * P::kXBoxTokens, full,
             0b11);
     }
-}
-
-// After a warp's stores: tells the consumers here, and gives the peer its copy.
-template <class P>
-__device__ __forceinline__ void publish(uint32_t smem_peer, uint32_t piece, uint32_t full) {
-    fence_async_proxy();
-    __syncwarp();
-    const int lane = threadIdx.x % kWarpSize;
-    if (lane == 0)
-        barrier_arrive(full);
-    if (P::kSharesW && lane == 1)
-        copy_to_cta(smem_peer + piece, piece, kUnitRows * kRowBytes, smem_peer + full);
 }
 
 constexpr int kTablesBarrier = 4;
@@ -248,8 +229,8 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
                         load_x<P>(maps, tile, step, stage, full);
                     }
                     __syncwarp();
-                    const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kRowBytes;
-                    const uint32_t row = piece + lane * kRowBytes + lane % 8 * 16;
+                    const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kLineBytes;
+                    const uint32_t row = piece + lane * kLineBytes + lane % 8 * 16;
                     const uint32_t* words = &packed[turn][0].x;
 #pragma unroll
                     for (int c = 0; c < 8; c++)
@@ -279,8 +260,8 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
                 load_tokens<P>(stage, maps.z, 0, tile.token0, full);
             }
             __syncwarp();
-            const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kRowBytes;
-            store_lora_row(piece + lane * kRowBytes + lane % 8 * 16, lora_B, p.r);
+            const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kLineBytes;
+            store_lora_row(piece + lane * kLineBytes + lane % 8 * 16, lora_B, p.r);
             publish<P>(peer, piece, full);
             step += P::kStride;
             at.advance(P::kStride);

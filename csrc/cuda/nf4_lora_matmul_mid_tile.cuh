@@ -4,23 +4,15 @@
 
 #include <cuda.h>
 
-#include "common.cuh"
 #include "nf4_lora_matmul.h"
+#include "nf4_lora_matmul_stages.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
 constexpr int kStepK = 64;  // a row of a step is one swizzled line of 128 bytes
-constexpr int kRowBytes = kStepK * 2;
 constexpr int kTileRows = 128;
-constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2 * kWarpgroup;
-constexpr int kCluster = 2;
-constexpr int kUnitRows = kWarpSize;  // what a warp decodes at a time
-constexpr int kChunkTokens = 32;      // of y, staged for one TMA store
-constexpr int kChunkBytes = kChunkTokens * 64 * 2;
 constexpr int kNestedCodes = 256;
-constexpr int kSmemAlignment = 1024;  // of swizzled tiles
 
 // Shared memory in this order: stages (x, then W), two groups of packed weights, staged output, 16
 // codebook values and 256 nested ones, barriers. 231 584 bytes at most.
@@ -45,11 +37,11 @@ struct Plan {
     static constexpr int kGroupSteps = kTurns * kStride;      // of packed weights, loaded together
     static constexpr int kPackedRow = kGroupSteps * kStepK / 2;
     static constexpr int kPackedBytes = kOwnRows * kPackedRow;
-    static constexpr int kXBytes = kTokens * kRowBytes;
-    static constexpr int kWBytes = kTileRows * kRowBytes;
+    static constexpr int kXBytes = kTokens * kLineBytes;
+    static constexpr int kWBytes = kTileRows * kLineBytes;
     static constexpr int kStageBytes = kXBytes + kWBytes;
     static constexpr int kXBoxTokens = kTokens / kRowTiles;
-    static constexpr int kXBoxBytes = kXBoxTokens * kRowBytes;
+    static constexpr int kXBoxBytes = kXBoxTokens * kLineBytes;
     static constexpr int kArrivingBytes = kXBytes + (kSharesW ? kWBytes / 2 : 0);
     static constexpr int kPacked = kStages * kStageBytes;
     static constexpr int kOutput = kPacked + 2 * kPackedBytes;
@@ -167,21 +159,6 @@ __device__ __forceinline__ Tile tile_at(const Params& p, const Schedule& schedul
 __device__ __forceinline__ int owner_of(const Params& p, const Tile& tile, int quarter) {
     return p.level ? quarter * tile.parts / 4 : tile.parts - 1;
 }
-
-// A stage of the ring and the parity of its use.
-template <class P>
-struct Position {
-    int slot;
-    uint32_t parity;
-
-    __device__ __forceinline__ void advance(int by) {
-        slot += by;
-        if (slot >= P::kStages) {
-            slot -= P::kStages;
-            parity ^= 1;
-        }
-    }
-};
 
 }  // namespace
 }  // namespace lowbit::cuda

@@ -1,0 +1,62 @@
+// What the tiled products nf4_lora_matmul_mid_sm90.cu and nf4_lora_matmul_dx_sm90.cu share: pairs
+// of CTAs, warps that decode 32 blocks at a time into a ring of swizzled stages, and two consumer
+// warpgroups that multiply from it. P is the plan of the kernel, see its *_tile.cuh.
+#pragma once
+
+#include "block_decode.cuh"
+#include "ptx_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2 * kWarpgroup;
+constexpr int kCluster = 2;
+constexpr int kLineBytes = 128;       // a swizzled line: 64 elements
+constexpr int kUnitRows = kWarpSize;  // what a warp decodes at a time: 32 blocks below each other
+constexpr int kChunkTokens = 32;      // of the output, staged for one TMA store
+constexpr int kChunkBytes = kChunkTokens * kLineBytes;
+constexpr int kSmemAlignment = 1024;  // of swizzled tiles
+
+// A stage of the ring and the parity of its use.
+template <class P>
+struct Position {
+    int slot;
+    uint32_t parity;
+
+    __device__ __forceinline__ void advance(int by) {
+        slot += by;
+        if (slot >= P::kStages) {
+            slot -= P::kStages;
+            parity ^= 1;
+        }
+    }
+};
+
+// Of a block with this scale. The codebook is read anew each time: registers are scarce here.
+template <typename T>
+__device__ __forceinline__ ScaledTable<true> table_of(uint32_t smem_codebook, float scale) {
+    Codebook codebook;
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+        const uint4 v = load_shared(smem_codebook + i * 4);
+        codebook.value[i] = __uint_as_float(v.x), codebook.value[i + 1] = __uint_as_float(v.y);
+        codebook.value[i + 2] = __uint_as_float(v.z), codebook.value[i + 3] = __uint_as_float(v.w);
+    }
+    return scale_codebook<T, true>(codebook, scale);
+}
+
+// After a warp's stores: tells the consumers here, and gives the peer its copy.
+template <class P>
+__device__ __forceinline__ void publish(uint32_t smem_peer, uint32_t piece, uint32_t full) {
+    fence_async_proxy();
+    __syncwarp();
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane == 0)
+        barrier_arrive(full);
+    if (P::kSharesW && lane == 1)
+        copy_to_cta(smem_peer + piece, piece, kUnitRows * kLineBytes, smem_peer + full);
+}
+
+}  // namespace
+}  // namespace lowbit::cuda
