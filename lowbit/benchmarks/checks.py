@@ -13,7 +13,7 @@ CHUNK_ROWS = 4096  # of a weight in float64 at a time
 
 
 class CheckError(Exception):
-    """An implementation of lowbit is further from float64 than it may be."""
+    """lowbit is further from float64 than it may be, or a model does not train."""
 
 
 def spread(total: int, count: int, device: str | torch.device = "cpu") -> torch.Tensor:

@@ -33,7 +33,7 @@ from .implementations import (
     Weights,
     lowbit_kernel,
 )
-from .records import Row, geometric_mean, print_header, short, write_json
+from .records import Row, geometric_mean, print_header, say, short, write_json
 from .shapes import Layer
 
 OP = "lora_linear"
@@ -168,7 +168,7 @@ class Benchmark:
         for M in o.tokens:
             rows = self.case(layer, contenders, self.inputs(layer, M))
             for row in rows:
-                _say(row.line())
+                say(row.line())
             self.rows += rows
             torch.cuda.empty_cache()
 
@@ -188,7 +188,7 @@ class Benchmark:
             except Exception as error:
                 if name.startswith("lowbit"):
                     raise
-                _say(f"# {name} skipped for {layer.name}: {_sentence(error)}")
+                say(f"# {name} skipped for {layer.name}: {_sentence(error)}")
                 continue
             contenders.append(Contender(implementation, prepared, weights))
         return contenders
@@ -230,9 +230,9 @@ class Benchmark:
         if not rows:
             return []
         shown = ", ".join(f"{name} {row.error:.2g}" for name, row in rows.items())
-        _say(f"# {where}: relative RMS error {shown}")
+        say(f"# {where}: relative RMS error {shown}")
         if "lowbit" in rows:
-            _say(f"# {where}: lowbit runs {rows['lowbit'].kernel}")
+            say(f"# {where}: lowbit runs {rows['lowbit'].kernel}")
         present = [contender for contender in contenders if contender.name in rows]
         replays = self.replays(present, x, where, next(iter(rows.values())).floor_us)
         seconds, rounds = CASE_SECONDS, self.options.rounds
@@ -254,7 +254,7 @@ class Benchmark:
             kernel = self.kernel(contender.weights.quantized[0], x.shape[0])
         if name == "lowbit-panels":
             if kernel == PANELS:
-                _say(f"# {name} left out at {where}: lowbit itself runs it")
+                say(f"# {name} left out at {where}: lowbit itself runs it")
                 return None
             kernel = PANELS
         try:
@@ -263,7 +263,7 @@ class Benchmark:
         except Exception as failure:
             if name.startswith("lowbit"):
                 raise
-            _say(f"# {name} skipped at {where}: {_sentence(failure)}")
+            say(f"# {name} skipped at {where}: {_sentence(failure)}")
             return None
         check(name, error, plain, where, self.error_factor)
         M, r = x.shape[0], self.options.r
@@ -296,7 +296,7 @@ class Benchmark:
                 graphs[contender.name] = timing.capture(calls * passes, pool)
             except RuntimeError as error:
                 reason = _sentence(error)
-                _say(f"# {contender.name} at {where} is timed eagerly, no graph: {reason}")
+                say(f"# {contender.name} at {where} is timed eagerly, no graph: {reason}")
                 uncaptured[contender.name] = timing.eager(calls)
         return graphs | uncaptured
 
@@ -315,10 +315,6 @@ class Benchmark:
             )
             for name, row in rows.items()
         ]  # fmt: skip
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _sentence(error: Exception) -> str:

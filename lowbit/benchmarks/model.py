@@ -30,9 +30,10 @@ from ..causal import is_only_causal, without_mask
 from ..cli.loss import head_loss
 from ..nn import QLoRALinear
 from . import model_build
+from .checks import CheckError
 from .model_configs import PAPER_FULL_GB, PAPER_QLORA_GB, ModelConfig
 from .model_profile import Profile, profile_step
-from .records import environment, write_json
+from .records import environment, say, write_json
 from .timing import percentiles
 
 DEVICE = "cuda"
@@ -50,10 +51,6 @@ OPTIMIZERS = {
     ),
 }
 PEERS = ("peft-bnb",)
-
-
-class CheckError(Exception):
-    """A model does not train."""
 
 
 @dataclass
@@ -340,9 +337,9 @@ def run(o: Options, rows: list[Row] | None = None) -> list[Row]:
     """
     rows = [] if rows is None else rows
     before = len(rows)
-    _say(f"# a training step of {o.config.name}, random weights, {_settings(o)}")
-    _say("# " + ", ".join(f"{k} {v}" for k, v in environment().items() if v is not None))
-    _say(COLUMNS)
+    say(f"# a training step of {o.config.name}, random weights, {_settings(o)}")
+    say("# " + ", ".join(f"{k} {v}" for k, v in environment().items() if v is not None))
+    say(COLUMNS)
     if _on_gpu():
         torch.zeros(1, device=DEVICE)  # the context takes memory that torch does not count
     start = in_use_bytes()
@@ -351,10 +348,10 @@ def run(o: Options, rows: list[Row] | None = None) -> list[Row]:
     if "peft-bnb" in o.compare:
         _contender(replace(o, memory_limit=None), "peft-bnb", build_peft, start, rows)
     for line in memory_table(o, rows[before:]):
-        _say(line)
+        say(line)
     if o.json is not None:
         write_record(o.json, rows)
-        _say(f"written: {o.json}")
+        say(f"written: {o.json}")
     return rows[before:]
 
 
@@ -409,13 +406,13 @@ def _release() -> None:
 
 
 def _show(row: Row) -> None:
-    _say(row.line())
+    say(row.line())
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in row.memory.items())
     host = f"; on the host {row.host_bytes / GIB:.2f}" if row.host_bytes else ""
-    _say(f"#   loss {row.first_loss:.3f} -> {row.last_loss:.3f}, built in {row.build_s:.0f} s; "
+    say(f"#   loss {row.first_loss:.3f} -> {row.last_loss:.3f}, built in {row.build_s:.0f} s; "
          f"GiB: {parts}{host}")  # fmt: skip
     for line in row.profile.lines() if row.profile is not None else ():
-        _say(f"#   {line}")
+        say(f"#   {line}")
 
 
 def _settings(o: Options) -> str:
@@ -445,7 +442,3 @@ def memory_table(o: Options, rows: Sequence[Row]) -> list[str]:
             f"{PAPER_QLORA_GB} GB; here {min(row.in_use_bytes for row in rows) / 1e9:.1f} GB"
         )
     return lines
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

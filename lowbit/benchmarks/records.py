@@ -171,3 +171,8 @@ def write_json(path: str | Path, name: str, rows: list[Row], **extra) -> None:
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def say(line: str) -> None:
+    """Print at once, also into a pipe: measurements take minutes."""
+    print(line, flush=True)
