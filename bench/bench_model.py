@@ -25,7 +25,7 @@ from lowbit.benchmarks.model_build import why_no_peft
 from lowbit.benchmarks.model_configs import CONFIGS
 from lowbit.cli import source
 
-MEMORY_LIMIT = 43.5
+MEMORY_LIMIT = 43.0
 CASES = (
     {"config": "llama-8b", "rank": 16, "batch": 4, "seq": 1024, "graph": True},
     {"config": "llama-8b", "rank": 16, "batch": 1, "seq": 512, "graph": True},
