@@ -23,7 +23,7 @@ EXAMPLES = """Examples:
 \b
   lowbit bench model --config llama-8b --seq 512 --graph --profile
 \b
-  lowbit bench model --config llama-65b --rank 64 --memory-limit 43.5
+  lowbit bench model --config llama-65b --rank 64 --memory-limit 43
 """
 
 OPTIMIZERS = ("adamw", "paged-adamw", "paged-adamw-8bit")
