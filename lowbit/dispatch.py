@@ -89,7 +89,15 @@ def _fused(kernel: str, tokens: tuple[int, int | None], reason: str) -> Row:
     )  # fmt: skip
 
 
-BACKWARD_KERNEL = "nf4_lora_backward"  # of lora_linear_backward; linear_dx is the product in it
+def _backward(kernel: str, tokens: tuple[int, int | None], reason: str) -> Row:
+    return Row(
+        _BACKWARD, "cuda", "cuda", reason, kernel, (9, 0), (9, 0), _HALVES, tokens,
+        Layer.whole_lines,
+    )  # fmt: skip
+
+
+# Of lora_linear_backward; linear_dx is the product in them.
+BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 
 # Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 3.03 TB/s and 793 TFLOP/s measured on
 # the same H100 (bench/results/linear_h100.json, 2026-11-24).
@@ -99,18 +107,8 @@ TABLE = (
     _fused("nf4_lora_matmul_small", (2, 64), "equal shares of W; 79 % of copy bandwidth at 8"),
     _fused("nf4_lora_matmul_mid", (65, 4095), "two CTAs share a decode; 86 % of peak at 1024"),
     _fused("nf4_lora_matmul_large", (4096, None), "W decoded once; 85 % of peak, faster from 4096"),
-    Row(
-        _BACKWARD,
-        "cuda",
-        "cuda",
-        "one call; dx 1.0 to 2.1 times as fast as by panels up to M 256",
-        BACKWARD_KERNEL,
-        (9, 0),
-        (9, 0),
-        _HALVES,
-        (1, 1 << 19),
-        Layer.whole_lines,
-    ),
+    _backward("nf4_lora_backward", (1, 4095), "one call; dx up to twice as fast as by panels"),
+    _backward("nf4_lora_backward_large", (4096, 1 << 19), "W decoded once; faster from 4096"),
     Row(_MATMUL, "cuda", "cuda", "dequantize by panels, cuBLAS", "panels", (8, 0)),
     Row(
         OPERATIONS,
@@ -332,9 +330,9 @@ def adding_dx(operation: str, args: tuple) -> Callable | None:
     of making a new tensor, or None where another pass has to add.
     """
     function = select(operation, args)
-    if isinstance(function, functools.partial) and function.keywords["kernel"] == BACKWARD_KERNEL:
-        return function
-    return None
+    if not isinstance(function, functools.partial):
+        return None
+    return function if function.keywords["kernel"] in BACKWARD_KERNELS else None
 
 
 def _function(backend: str, operation: str) -> Callable:

@@ -18,7 +18,7 @@ from lowbit.backends import cuda
 
 pytestmark = pytest.mark.gpu
 
-KERNEL = dispatch.BACKWARD_KERNEL
+KERNEL, LARGE = dispatch.BACKWARD_KERNELS
 BF16 = torch.bfloat16
 # One row; below and at a tile of tokens and beyond; odd numbers of clusters; several rounds.
 TOKENS = (1, 64, 65, 200, 257, 1030)
@@ -32,7 +32,7 @@ def _why_not() -> str | None:
     if (why := dispatch.unavailable("cuda")) is not None:
         return f"the compiled CUDA backend is not there: {why}"
     capability = torch.cuda.get_device_capability()
-    served = {row.newest for row in dispatch.TABLE if row.kernel == KERNEL}
+    served = {row.newest for row in dispatch.TABLE if row.kernel in dispatch.BACKWARD_KERNELS}
     if capability not in served:
         return f"the kernels are compiled for {sorted(served)}, this card is {capability}"
     return None
@@ -42,6 +42,11 @@ def _why_not() -> str | None:
 def _gpu():
     if (why := _why_not()) is not None:
         pytest.skip(why)
+
+
+@pytest.fixture(params=dispatch.BACKWARD_KERNELS, ids=("in-loop", "large"))
+def kernel(request):
+    return request.param
 
 
 def _case(M, N, K, r=16, dtype=BF16, **options):
@@ -54,9 +59,9 @@ def _z(case):
     return dropped @ case.lora_A.to(case.dtype).t()
 
 
-def _check(case, needs=(True,) * 5):
+def _check(case, kernel, needs=(True,) * 5):
     z = _z(case)
-    actual = case.backward(z, needs, kernel=KERNEL)
+    actual = case.backward(z, needs, kernel=kernel)
     exact, low = case.formulas(torch.float64), case.formulas(case.dtype)
     for name, need, a, e, plain in zip(GRADIENTS, needs, actual, exact[2:], low[2:], strict=True):
         if need:
@@ -76,15 +81,15 @@ def _same(actual, expected, names=GRADIENTS):
 
 @pytest.mark.parametrize("M", TOKENS)
 @pytest.mark.parametrize(("N", "K"), LAYERS)
-def test_layers_against_float64(M, N, K):
-    _check(_case(M, N, K, vector=True))
+def test_layers_against_float64(M, N, K, kernel):
+    _check(_case(M, N, K, vector=True), kernel)
 
 
 @pytest.mark.parametrize("M", [37, 600])
 @pytest.mark.parametrize("masters", [False, True], ids=["16-bit", "fp32-masters"])
 @pytest.mark.parametrize("r", [1, 8, 20, 24, 33, 64])
-def test_ranks_against_float64(M, r, masters):
-    _check(_case(M, 328, 768, r, masters=masters, vector=r > 8))
+def test_ranks_against_float64(M, r, masters, kernel):
+    _check(_case(M, 328, 768, r, masters=masters, vector=r > 8), kernel)
 
 
 OPTIONS = {
@@ -104,8 +109,20 @@ OPTIONS = {
 
 @pytest.mark.parametrize("M", [48, 300])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options_against_float64(M, options):
-    _check(_case(M, 272, 1536, **options))
+def test_options_against_float64(M, options, kernel):
+    _check(_case(M, 272, 1536, **options), kernel)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_several_groups_of_tokens(adds):
+    """More token tiles than the large kernel takes together, and chunks that use its ring again."""
+    case = _case(4400, 2120, 9216, masters=True)
+    _check(case, LARGE)
+    if adds:
+        z, total = _z(case), torch.randn_like(case.x)
+        expected = total + case.backward(z, kernel=LARGE)[0]
+        case.backward(z, kernel=LARGE, dx_sum=total)
+        assert_bitwise_equal(total, expected, "dx_sum")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -115,65 +132,65 @@ def test_options_against_float64(M, options):
      (False, True, True, True, False)],
     ids=[*GRADIENTS, "frozen-A", "first-layer"],
 )  # fmt: skip
-def test_only_what_is_needed(needs, dropout_p):
-    _check(_case(150, 264, 512, 12, vector=True, dropout_p=dropout_p), needs)
+def test_only_what_is_needed(needs, dropout_p, kernel):
+    _check(_case(150, 264, 512, 12, vector=True, dropout_p=dropout_p), kernel, needs)
 
 
 @pytest.mark.parametrize(("N", "K"), LAYERS)
-def test_one_hot_rows_read_the_weight(N, K):
+def test_one_hot_rows_read_the_weight(N, K, kernel):
     """dy = e_n gives row n of the weight, bit for bit."""
     q = lowbit.quantize(torch.randn(N, K, device="cuda"))
     for M in (70, 600):
         n = torch.randint(N, (M,), device="cuda")
         dy = torch.nn.functional.one_hot(n, N).to(BF16)
-        dx = cuda.linear_dx(dy, *q.args(), kernel=KERNEL)
+        dx = cuda.linear_dx(dy, *q.args(), kernel=kernel)
         assert_bitwise_equal(dx, cuda.dequantize_4bit(*q.args(), BF16)[n], "dx")
 
 
 @pytest.mark.parametrize("M", [40, 300, 1030])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_dx_is_added_to_a_sum(M, dropout_p):
+def test_dx_is_added_to_a_sum(M, dropout_p, kernel):
     """As another pass would: the product rounded, then the sum."""
     case = _case(M, 1096, 9216, dropout_p=dropout_p)
     z, start = _z(case), torch.randn_like(case.x)
-    dx, *others = case.backward(z, kernel=KERNEL)
+    dx, *others = case.backward(z, kernel=kernel)
     total = start.clone()
-    nothing, *again = case.backward(z, kernel=KERNEL, dx_sum=total)
+    nothing, *again = case.backward(z, kernel=kernel, dx_sum=total)
     assert nothing is None
     _same(again, others, GRADIENTS[1:])
     if dropout_p == 0:
         assert_bitwise_equal(total, start + dx, "dx_sum")
         total = start.clone()
-        plain = cuda.linear_dx(case.dy, *case.q.args(), kernel=KERNEL)
-        assert cuda.linear_dx(case.dy, *case.q.args(), kernel=KERNEL, dx_sum=total) is None
+        plain = cuda.linear_dx(case.dy, *case.q.args(), kernel=kernel)
+        assert cuda.linear_dx(case.dy, *case.q.args(), kernel=kernel, dx_sum=total) is None
         assert_bitwise_equal(total, start + plain, "dx_sum without adapter")
     else:  # the masked term is added after the product
         torch.testing.assert_close(total, start + dx, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("M", TOKENS)
-def test_results_repeat_bit_for_bit(M):
+def test_results_repeat_bit_for_bit(M, kernel):
     """Also on another stream, and after other work has used the same memory; inputs stay."""
     case = _case(M, 1040, 4096, 24, vector=True, masters=True)
     z = _z(case)
     inputs = [case.dy, case.x, z, case.lora_A, case.lora_B]
     before = [t.clone() for t in inputs]
-    expected = case.backward(z, kernel=KERNEL)
+    expected = case.backward(z, kernel=kernel)
     for _ in range(5):
         scratch = torch.full((8 << 20,), 255, dtype=torch.uint8, device="cuda")
         del scratch
-        _same(case.backward(z, kernel=KERNEL), expected)
+        _same(case.backward(z, kernel=kernel), expected)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        other = case.backward(z, kernel=KERNEL)
+        other = case.backward(z, kernel=kernel)
     torch.cuda.current_stream().wait_stream(stream)
     _same(other, expected)
     _same(inputs, before, ("dy", "x", "z", "lora_A", "lora_B"))
 
 
 @pytest.mark.parametrize("M", [32, 300])
-def test_inputs_written_by_the_kernel_before(M):
+def test_inputs_written_by_the_kernel_before(M, kernel):
     """A chain of layers, each of which reads what the one before wrote, against the same chain with
     a synchronization after every step: no kernel may read too early.
     """
@@ -184,7 +201,7 @@ def test_inputs_written_by_the_kernel_before(M):
         for _ in range(4):
             for case in cases:
                 case.dy = dy
-                dx, *_ = case.backward(_z(case), kernel=KERNEL)
+                dx, *_ = case.backward(_z(case), kernel=kernel)
                 dy = dx * 0.5
                 if wait:
                     torch.cuda.synchronize()
@@ -198,17 +215,17 @@ def test_inputs_written_by_the_kernel_before(M):
 
 
 @pytest.mark.parametrize("M", [32, 1030])
-def test_two_streams_at_once(M):
+def test_two_streams_at_once(M, kernel):
     cases = [_case(M, 2048, 2048) for _ in range(2)]
     zs = [_z(case) for case in cases]
-    expected = [case.backward(z, kernel=KERNEL) for case, z in zip(cases, zs, strict=True)]
+    expected = [case.backward(z, kernel=kernel) for case, z in zip(cases, zs, strict=True)]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in cases]
     results = [[], []]
     for _ in range(10):
         for case, z, stream, out in zip(cases, zs, streams, results, strict=True):
             with torch.cuda.stream(stream):
-                out.append(case.backward(z, kernel=KERNEL))
+                out.append(case.backward(z, kernel=kernel))
     torch.cuda.synchronize()
     for out, exact in zip(results, expected, strict=True):
         for result in out:
@@ -221,17 +238,17 @@ def _shifted(tensor):
     return storage[1:].view(tensor.shape).copy_(tensor)
 
 
-def test_views_that_are_not_16_byte_aligned():
+def test_views_that_are_not_16_byte_aligned(kernel):
     case = _case(100, 128, 256, vector=True)
     z = _z(case)
-    expected = case.backward(z, kernel=KERNEL)
+    expected = case.backward(z, kernel=kernel)
     for name in ("dy", "x", "lora_A", "lora_B"):
         setattr(case, name, _shifted(getattr(case, name)))
-    _same(case.backward(_shifted(z), kernel=KERNEL), expected)
+    _same(case.backward(_shifted(z), kernel=kernel), expected)
     total = torch.zeros_like(case.x)
     case.q.qweight = _shifted(case.q.qweight)  # by panels
-    _same(case.backward(z, kernel=KERNEL), case.backward(z))
-    assert case.backward(z, kernel=KERNEL, dx_sum=total)[0] is None
+    _same(case.backward(z, kernel=kernel), case.backward(z))
+    assert case.backward(z, kernel=kernel, dx_sum=total)[0] is None
     assert_bitwise_equal(total, case.backward(z)[0], "dx_sum")
 
 
@@ -245,13 +262,14 @@ def _layer(case, x, lora_A, lora_B):
 
 @pytest.mark.parametrize("M", [16, 300])
 @pytest.mark.parametrize("masters", [False, True])
-def test_a_cuda_graph_of_forward_and_backward(M, masters):
+def test_a_cuda_graph_of_forward_and_backward(M, masters, kernel):
     case = _case(M, 512, 1024, masters=masters)
     leaves = _leaves(case)
 
     def step():
-        y = _layer(case, *leaves)
-        return y, *torch.autograd.grad(y, leaves, case.dy)
+        with dispatch.force(f"cuda:{kernel}"):  # the forward pass takes any
+            y = _layer(case, *leaves)
+            return y, *torch.autograd.grad(y, leaves, case.dy)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -293,23 +311,23 @@ def test_saved_tensors_may_wait_on_the_host():
 
 
 @pytest.mark.parametrize("M", [1, 256, 4096])
-def test_memory_of_a_call(M):
+def test_memory_of_a_call(M, kernel):
     """Gradients and at most 32 MiB, whatever the weight."""
     N, K = 14336, 4096
     case = _case(M, N, K)
     z = _z(case)
-    case.backward(z, kernel=KERNEL)
+    case.backward(z, kernel=kernel)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    results = case.backward(z, kernel=KERNEL)
+    results = case.backward(z, kernel=kernel)
     extra = torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results)
     assert extra <= 32 << 20
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("M", [20, 200])
-def test_a_group_is_its_layers(M, dropout_p):
+def test_a_group_is_its_layers(M, dropout_p, kernel):
     """Gradients of q, k, v and a member without adapter, dx added member by member."""
     members = [
         make_member(N, 512, r, BF16, "cuda", lora_dtype=torch.float32)
@@ -325,7 +343,8 @@ def test_a_group_is_its_layers(M, dropout_p):
             ys = lowbit.lora_matmul_group(x, *columns, biases=biases, dropout_p=dropout_p)
         else:
             ys = [separate(x, m, dropout_p) for m in members]
-        results.append(gradients(ys, dys, named))
+        with dispatch.force(f"cuda:{kernel}"):
+            results.append(gradients(ys, dys, named))
     for name, value in results[1].items():  # where the order of additions differs, so do roundings
         scale = float(value.abs().max())
         torch.testing.assert_close(
@@ -337,8 +356,10 @@ def test_the_table_names_the_layers_that_are_served():
     device = torch.device("cuda")
     layer = dispatch.Layer(4096, 4096, 64, True, 16)
     for operation in ("lora_linear_backward", "linear_dx"):
-        for M in (1, 64, 65, 1024, 100_000):
+        for M in (1, 64, 65, 1024, 4095):
             assert dispatch.choose(operation, device, BF16, M, layer).kernel == KERNEL
+        for M in (4096, 1 << 19):
+            assert dispatch.choose(operation, device, BF16, M, layer).kernel == LARGE
         for other in (
             layer._replace(K=3420), layer._replace(N=4100), layer._replace(blocksize=32),
             layer._replace(r=65), layer._replace(blocksize=0), layer._replace(N=1 << 20),
@@ -351,15 +372,15 @@ def test_the_table_names_the_layers_that_are_served():
             assert dispatch.choose(operation, device, BF16, 64, layer).kernel == KERNEL
 
 
-def test_what_a_kernel_does_not_serve_is_refused():
+def test_what_a_kernel_does_not_serve_is_refused(kernel):
     case = _case(8, 128, 96, blocksize=32)
     with (
-        dispatch.force(f"cuda:{KERNEL}"),
-        pytest.raises(RuntimeError, match=f"kernel '{KERNEL}' was forced but does not serve"),
+        dispatch.force(f"cuda:{kernel}"),
+        pytest.raises(RuntimeError, match=f"kernel '{kernel}' was forced but does not serve"),
     ):
         torch.ops.lowbit.linear_dx(case.dy, *case.q.args())
-    with pytest.raises(RuntimeError, match="nf4_lora_matmul_dx does not serve these sizes"):
-        torch.ops.lowbit_cuda.nf4_lora_matmul_dx(case.dy, *case.q.args(), None)
+    with pytest.raises(RuntimeError, match=r"nf4_lora_matmul_dx\w* does not serve these sizes"):
+        cuda.linear_dx(case.dy, *case.q.args(), kernel=kernel)
     wide = _case(8, 128, 128, 65)
     with pytest.raises(RuntimeError, match="does not serve these sizes"):
-        wide.backward(_z(wide), kernel=KERNEL)
+        wide.backward(_z(wide), kernel=kernel)

@@ -1,10 +1,9 @@
-// The consumer warpgroups of nf4_lora_matmul_large_sm90.cu: tiles of z, tiles of y, and the stores
-// of both.
+// The consumer warpgroups of nf4_lora_matmul_large_kernel.cuh: tiles of z, tiles of y or dx, and
+// the stores of all of them.
 #pragma once
 
 #include "common.cuh"
-#include "nf4_lora_matmul_large_pipeline.cuh"
-#include "wgmma_sm90.cuh"
+#include "nf4_lora_matmul_large_products.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -66,7 +65,7 @@ multiply_z_tile(const Params& p, Pipeline& pipe, int token_tile, int rank, int g
 // 64 rows x 256 tokens of y from the registers of a warpgroup, turned 32 tokens at a time in shared
 // memory. Tensor cores idle meanwhile, so: two buffers, for one barrier per round; ordinary stores,
 // as bulk stores would queue behind the loads of the next tile; whole lines of 128 bytes.
-template <typename T>
+template <typename T, class Product>
 __device__ __forceinline__ void store_y(
     const Params& p,
     const float (&d)[128],
@@ -75,14 +74,14 @@ __device__ __forceinline__ void store_y(
     int first_token,
     int group,
     int thread) {
-    const int64_t N = p.plan.N;
+    const int64_t rows = p.plan.rows;
     const int warp = thread / 32, lane = thread % 32;
     float bias[2] = {0.0f, 0.0f};
-    if (p.bias != nullptr) {
+    if (Product::kIsForward && p.bias != nullptr) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int row = first_row + warp * 16 + lane / 4 + h * 8;
-            if (row < N)
+            if (row < rows)
                 bias[h] = to_float(__ldg(static_cast<const T*>(p.bias) + row));
         }
     }
@@ -94,8 +93,8 @@ __device__ __forceinline__ void store_y(
     const uint32_t from = out + thread / 8 * 128 + ((thread ^ thread / 8) % 8) * 16;
     const int first = first_token + thread / 8;
     const int row = first_row + thread % 8 * 8;
-    T* y = static_cast<T*>(p.y) + first * N + row;
-    const int tokens_left = row < N ? p.plan.M - first : 0;  // N is a multiple of 8
+    T* y = static_cast<T*>(p.y) + first * rows + row;
+    const int tokens_left = row < rows ? p.plan.M - first : 0;  // rows: a multiple of 8
 #pragma unroll
     for (int c = 0; c < kTileTokens / kOutTokens; c++) {
         const uint32_t buffer = c % kOutBuffers * kOutBytes;
@@ -113,20 +112,24 @@ __device__ __forceinline__ void store_y(
         for (int i = 0; i < kOutTokens / 16; i++) {
             const uint4 words = load_shared(from + buffer + i * (16 * 128));
             const int ahead = c * kOutTokens + i * 16;
-            if (ahead < tokens_left)
-                store_streaming(y + ahead * N, words);
+            if (ahead >= tokens_left)
+                continue;
+            if (!Product::kIsForward && p.adds)
+                add_to_memory(y + ahead * rows, words, T{});
+            else
+                store_streaming(y + ahead * rows, words);
         }
     }
 }
 
-template <typename T>
+template <typename T, class Product>
 __device__ __forceinline__ void
 multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
     const Plan& plan = p.plan;
     const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
     const uint32_t out = smem + kOutOffset + group * (kOutBuffers * kOutBytes);
     Pipeline pipe{smem, 0};
-    const int z_count = z_tiles(plan, cluster);
+    const int z_count = Product::kIsForward ? z_tiles(plan, cluster) : 0;
     for (int i = 0; i < z_count; i++)
         multiply_z_tile<T>(p, pipe, z_tile(plan, cluster, rank, i), rank, group, thread);
     if (z_count > 0 && thread < kCtas)
@@ -139,19 +142,19 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
     for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
         for (int k = 0; k < plan.steps; k++) {
             barrier_wait_asleep(pipe.full(), pipe.parity());
-            const uint64_t w = operand_descriptor(pipe.w() + group * (64 * 128));
+            const uint64_t w = Product::descriptor(pipe.w() + group * (64 * kLineBytes));
             const uint64_t x = operand_descriptor(pipe.x());
             wgmma_fence();
-            wgmma(d, w, x, k > 0, T{});
-            wgmma(d, w + 2, x + 2, true, T{});
-            wgmma(d, w + 4, x + 4, true, T{});
-            wgmma(d, w + 6, x + 6, true, T{});
+            Product::multiply(d, w, x, 0, k > 0, T{});
+            Product::multiply(d, w, x, 1, true, T{});
+            Product::multiply(d, w, x, 2, true, T{});
+            Product::multiply(d, w, x, 3, true, T{});
             wgmma_commit();
             if (leads && k == lead - 1) {
                 named_barrier_arrive(kLeadBarrier, 256);
                 leads = false;
             }
-            // The chunk's last columns have arrived, so all its reads are over: relaxed is enough,
+            // The chunk's last step has arrived, so all its reads are over: relaxed is enough,
             // and a release would stall the warp.
             if (threadIdx.x == 128 + 64 &&
                 (k % kChunkSteps == kChunkSteps - 1 || k == plan.steps - 1))
@@ -163,18 +166,18 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         }
         if (plan.rank_columns > 0) {
             barrier_wait_asleep(pipe.full(), pipe.parity());
-            const uint64_t w = operand_descriptor(pipe.w() + group * (64 * 128));
+            const uint64_t w = Product::descriptor(pipe.w() + group * (64 * kLineBytes));
             const uint64_t x = operand_descriptor(pipe.x());
             if (plan.rank_columns == 16) {
                 wgmma_fence();  // in both branches: ptxas adds its own otherwise
-                wgmma(d, w, x, true, T{});
+                Product::multiply(d, w, x, 0, true, T{});
                 wgmma_commit();
             } else {
                 wgmma_fence();
-                wgmma(d, w, x, true, T{});
-                wgmma(d, w + 2, x + 2, true, T{});
-                wgmma(d, w + 4, x + 4, true, T{});
-                wgmma(d, w + 6, x + 6, true, T{});
+                Product::multiply(d, w, x, 0, true, T{});
+                Product::multiply(d, w, x, 1, true, T{});
+                Product::multiply(d, w, x, 2, true, T{});
+                Product::multiply(d, w, x, 3, true, T{});
                 wgmma_commit();
             }
             wgmma_wait<1>();
@@ -184,7 +187,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         wgmma_wait<0>();
         release({smem, pipe.step - 1}, thread);
         const Tile tile = locate(plan, wave * plan.clusters + cluster - plan.idle);
-        store_y<T>(
+        store_y<T, Product>(
             p, d, out, tile.panel * kPanelRows + rank * kCtaRows + group * 64,
             tile.token_tile * kTileTokens, group, thread);
     }

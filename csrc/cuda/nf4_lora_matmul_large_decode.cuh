@@ -1,23 +1,21 @@
-// The decoders of nf4_lora_matmul_large_sm90.cu: warps that turn the 4-bit weight into bf16 or fp16
-// for all CTAs, once per wave of tiles, through a ring of chunks in global memory.
+// The decoders of nf4_lora_matmul_large_kernel.cuh: warps that turn the 4-bit weight into bf16 or
+// fp16 for all CTAs, once per wave of tiles, through a ring of chunks in global memory.
 //
-// A chunk is 512 columns of all panels of a wave. Its tasks, 32 rows x 128 columns, are dealt to
-// the decoders of the whole grid in turn. One counter per chunk says how many of its tasks are
-// written (`ready`), another how many CTAs have read it (`done`); a slot is written again when all
-// have.
+// A chunk is a depth of 512 of all panels of a wave. Its tasks, two blocks of each of 32 rows of W,
+// are dealt to the decoders of the whole grid in turn. One counter per chunk says how many of its
+// tasks are written (`ready`), another how many CTAs have read it (`done`); a slot is written again
+// when all have.
 // No tile waits for a chunk beyond the one that it reads, and no decoder before it has published
 // what it wrote, so the ring cannot lock up.
 #pragma once
 
 #include "block_decode.cuh"
-#include "nf4_lora_matmul_large_plan.h"
+#include "nf4_lora_matmul_large_products.cuh"
 #include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kTaskBytes = kTaskRows * kTaskColumns * 2;
-constexpr int kNestedBytes = 256 * 4;  // the codebook of double-quantized scales
 constexpr uint32_t kSlotPollNs = 500;  // a full ring lasts for tens of microseconds
 
 // Until the counter has reached `count`.
@@ -59,34 +57,36 @@ struct TaskCursor {
         return true;
     }
 
-    __device__ __forceinline__ int slot_row() const {
-        return task / (kChunkColumns / kTaskColumns) * kTaskRows;
-    }
-    __device__ __forceinline__ int slot_column() const {
-        return task % (kChunkColumns / kTaskColumns) * kTaskColumns;
+    template <class Product>
+    __device__ __forceinline__ Place place(const Plan& plan) const {
+        return Product::of_task(plan, range, chunk, slot, task);
     }
 };
 
 // What a lane needs of its row, as loaded.
 struct Packed {
-    uint4 codes[4];
-    uint32_t absmax[2];  // 8-bit code, or the bits of the fp32 value
-    float nested[2];
+    uint4 codes[2 * kTaskBlocks];
+    uint32_t absmax[kTaskBlocks];  // 8-bit code, or the bits of the fp32 value
+    float nested[kTaskBlocks];
 };
 
-__device__ __forceinline__ int64_t
-first_element(const Plan& plan, const TaskCursor& at, int block) {
-    const int row = weight_row(plan, at.range, at.slot_row()) + threadIdx.x % kWarpSize;
-    const int column = at.chunk * kChunkColumns + at.slot_column() + block * kStepColumns;
-    // Beyond the weight's edges anything will do: no tile reads those columns, and what comes of
-    // those rows is not stored.
-    return static_cast<int64_t>(min(row, plan.N - 1)) * plan.K + min(column, plan.K - kStepColumns);
+// Beyond the weight's edges anything finite will do: what it is multiplied with is zero, or what
+// comes of it is not stored.
+__device__ __forceinline__ int64_t element_at(const WeightView& w, int row, int column, int width) {
+    const int K = static_cast<int>(w.K);
+    return static_cast<int64_t>(min(row, static_cast<int>(w.N) - 1)) * K + min(column, K - width);
 }
 
-__device__ __forceinline__ void load_packed(const Params& p, const TaskCursor& at, Packed& packed) {
+__device__ __forceinline__ int64_t
+first_element(const WeightView& w, const Place& place, int block) {
+    const int lane = threadIdx.x % kWarpSize;
+    return element_at(w, place.row + lane, place.column + block * kLine, kLine);
+}
+
+__device__ __forceinline__ void load_packed(const Params& p, const Place& place, Packed& packed) {
 #pragma unroll
-    for (int b = 0; b < 2; b++) {
-        const int64_t element = first_element(p.plan, at, b);
+    for (int b = 0; b < kTaskBlocks; b++) {
+        const int64_t element = first_element(p.w, place, b);
         const uint4* codes = reinterpret_cast<const uint4*>(p.w.qweight + element / 2);
         packed.codes[2 * b] = load_streaming(codes);
         packed.codes[2 * b + 1] = load_streaming(codes + 1);
@@ -116,7 +116,7 @@ __device__ __forceinline__ void decode_block(
 }
 
 // One warp. A task is published one task late, when its store is sure to have ended.
-template <typename T>
+template <typename T, class Product>
 __device__ __forceinline__ void decode_weight(
     const Params& p,
     const CUtensorMap& ring,
@@ -128,13 +128,14 @@ __device__ __forceinline__ void decode_weight(
     const int lane = threadIdx.x % kWarpSize;
     TaskCursor at(plan, worker);
     bool more = at.settle(plan);
+    Place place = at.place<Product>(plan);
     if (more)
-        prefetch_l2(p.w.qweight + first_element(plan, at, 0) / 2);
+        prefetch_l2(p.w.qweight + first_element(p.w, place, 0) / 2);
     wait_for_previous_kernel();
 
     Packed next;
     if (more)
-        load_packed(p, at, next);
+        load_packed(p, place, next);
     const Codebook codebook = load_codebook(p.w.codebook);
     float offset = 0.0f;
     if (p.w.absmax == nullptr) {
@@ -150,16 +151,17 @@ __device__ __forceinline__ void decode_weight(
     while (more) {
         const Packed packed = next;
         const int index = at.index;
-        const int slot_row = at.slot * (plan.slot_panels * kPanelRows) + at.slot_row();
-        const int slot_column = at.slot_column();
+        const int line = place.line, second_line = place.line + place.block_lines;
         at.task += workers;
         more = at.settle(plan);
-        if (more)
-            load_packed(p, at, next);
+        if (more) {
+            place = at.place<Product>(plan);
+            load_packed(p, place, next);
+        }
 
-        float scale[2];
+        float scale[kTaskBlocks];
 #pragma unroll
-        for (int b = 0; b < 2; b++) {
+        for (int b = 0; b < kTaskBlocks; b++) {
             scale[b] =
                 p.w.absmax != nullptr
                     ? __uint_as_float(packed.absmax[b])
@@ -172,7 +174,7 @@ __device__ __forceinline__ void decode_weight(
             wait_stores_read<0>();
         __syncwarp();
         decode_block<T>(row, lane, first, packed.codes[0], packed.codes[1]);
-        decode_block<T>(row + kTaskRows * 8, lane, second, packed.codes[2], packed.codes[3]);
+        decode_block<T>(row + kTaskLanes * 8, lane, second, packed.codes[2], packed.codes[3]);
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) {
@@ -186,9 +188,8 @@ __device__ __forceinline__ void decode_weight(
                 wait_for_count(p.done + before, kCtas * (plan.clusters - absent), kSlotPollNs);
                 free_index = index;
             }
-            store_tile(ring, staging_address, slot_column, slot_row);
-            store_tile(
-                ring, staging_address + kTaskBytes / 2, slot_column + kStepColumns, slot_row);
+            store_tile(ring, staging_address, 0, line);
+            store_tile(ring, staging_address + kTaskBytes / 2, 0, second_line);
             commit_stores();
         }
         unpublished = index;
@@ -198,6 +199,33 @@ __device__ __forceinline__ void decode_weight(
         increment_release(p.ready + unpublished);
     }
     __syncwarp();
+}
+
+// Before the main kernel, by a grid of at least as many threads as the first chunk has words:
+// counters at zero, and that chunk decoded, as all wait for it.
+template <typename T, class Product>
+__device__ __forceinline__ void start_ring(const Params& p, uint4* ring, int thread, int threads) {
+    const Plan& plan = p.plan;
+    let_next_kernel_start();
+    const Wave range = locate_wave(plan, 0);
+    const bool decodes =
+        thread < range.panels * (kPanelRows * kLine / 8) * min(plan.steps, kChunkSteps);
+    const Place place = Product::of_word(plan, range, thread);
+    const int64_t element = element_at(p.w, place.row, place.column, 8);
+    if (decodes)
+        prefetch_l2(p.w.qweight + element / 2);
+    wait_for_previous_kernel();
+    if (decodes) {
+        const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(p.w.qweight + element / 2));
+        const int64_t block = element >> p.w.blocksize_log2;
+        const float scale =
+            p.w.absmax == nullptr ? block_scale<true>(p.w, block) : block_scale<false>(p.w, block);
+        const Codebook codebook = load_codebook(p.w.codebook);
+        ring[place.line * (kLine / 8) + place.column / 8 % (kLine / 8)] =
+            decode_word(scale_codebook<T>(codebook, scale), word);
+    }
+    for (int i = thread; i < counters(plan); i += threads)
+        p.ready[i] = i == 0 ? range.panels * kTasksPerPanel : 0;
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
-// What the roles of nf4_lora_matmul_large_sm90.cu share: shared memory, registers and barriers of a
-// CTA, the ring of stages, the tensors that TMA reads.
+// What the roles of nf4_lora_matmul_large_kernel.cuh share: shared memory, registers and barriers
+// of a CTA, the ring of stages, the tensors that TMA reads.
 #pragma once
 
 #include <cuda.h>
 
-#include "nf4_lora_matmul_large_decode.cuh"
 #include "nf4_lora_matmul_large_plan.h"
+#include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -16,11 +16,13 @@ constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kRegistersAside = 120, kRegistersConsumer = 192;  // sum as at launch: 3 * 168
 
-// Shared memory, 226 KiB: stages of x [256][64] and W [128][64], decoders' output, y on its way
+// Shared memory, 226 KiB: stages of x [256][64] and W [128 lines], decoders' output, y on its way
 // out, and for each decoder the codebook of double-quantized scales: waiting for stores empties L1.
-constexpr int kXBytes = kTileTokens * 128;
-constexpr int kWBytes = kCtaRows * 128;
-constexpr int kLoraABytes = 64 * 128;
+constexpr int kXBytes = kTileTokens * kLineBytes;
+constexpr int kWBytes = kCtaRows * kLineBytes;
+constexpr int kLoraABytes = 64 * kLineBytes;
+constexpr int kTaskBytes = kTaskLanes * kTaskBlocks * kLineBytes;
+constexpr int kNestedBytes = 256 * 4;
 constexpr int kOutTokens = 32;  // that a warpgroup turns at a time: 64 rows, 128 bytes per token
 constexpr int kOutBuffers = 2;
 constexpr int kOutBytes = kOutTokens * 128;
@@ -41,12 +43,12 @@ constexpr int kLeadBarrier = 3;
 
 // All with rows of 128 swizzled bytes in shared memory; outside of a tensor they read zeros.
 struct TensorMaps {
-    CUtensorMap x;           // box [128 tokens][64]
-    CUtensorMap z;           // box [128 tokens][64]
+    CUtensorMap x;           // or dy; box [128 tokens][64]
+    CUtensorMap z;           // or u; box [128 tokens][64]
     CUtensorMap lora_A;      // box [64 ranks][64]
     CUtensorMap lora_B;      // box [128 rows][64]
-    CUtensorMap ring_load;   // box [128 rows][64]
-    CUtensorMap ring_store;  // box [32 rows][64]
+    CUtensorMap ring_load;   // box [128 lines]
+    CUtensorMap ring_store;  // box [32 lines]
 };
 
 // s_j, 0 in the padding.

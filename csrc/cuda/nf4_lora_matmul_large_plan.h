@@ -1,9 +1,10 @@
-// Who computes what, and when, in nf4_lora_matmul_large_sm90.cu: numbers and formulas that host and
-// device share.
+// Who computes what, and when, in nf4_lora_matmul_large_kernel.cuh: numbers and formulas that host
+// and device share. Rows are those of the product's weight operand, columns of the output: rows of
+// W for y, its columns for dx. Depth is what the sums run along.
 //
-// A tile is 256 rows of the weight (a panel) x 256 tokens; a cluster of CTAs computes it. Token
-// tiles form groups of about 16, and tiles are counted within a panel of a group first, then panel
-// by panel, then group by group:
+// A tile is 256 rows (a panel) x 256 tokens; a cluster of CTAs computes it. Token tiles form groups
+// of about 16, and tiles are counted within a panel of a group first, then panel by panel, then
+// group by group:
 //
 //     group 0                       group 1
 //     panel 0:  tiles  0 1 2 ..     panel 0: ...
@@ -11,12 +12,12 @@
 //
 // All clusters together take consecutive tiles, a wave at a time. The first wave is the short one:
 // clusters that have no tile in it compute z. A wave touches few panels, and decoders write those
-// chunk by chunk, 512 columns at a time.
+// chunk by chunk, a depth of 512 at a time.
 #pragma once
 
 #include <algorithm>
 
-#include "nf4_lora_matmul.h"
+#include "nf4_lora_matmul.h"  // ceil_div
 
 namespace lowbit::cuda {
 namespace {
@@ -26,16 +27,21 @@ constexpr int kTileTokens = 256;
 constexpr int kCtaTokens = kTileTokens / kCtas;  // that a CTA loads for all
 constexpr int kCtaRows = 128;
 constexpr int kPanelRows = kCtas * kCtaRows;
-constexpr int kStepColumns = 64;  // 128 bytes: one row of the swizzle
+constexpr int kStepDepth = 64;
 constexpr int kStages = 4;
 constexpr int kChunkSteps = 8;
-constexpr int kChunkColumns = kChunkSteps * kStepColumns;
+constexpr int kChunkDepth = kChunkSteps * kStepDepth;
 
-// A decoder's task: 32 rows, one per lane, by two blocks of 64, whose decodes interleave: a lone
-// warp beside wgmma waits for latency, not for issue slots.
-constexpr int kTaskRows = 32;
-constexpr int kTaskColumns = 128;
-constexpr int kTasksPerPanel = kPanelRows / kTaskRows * (kChunkColumns / kTaskColumns);
+// A line is 64 elements, 128 bytes: a row of the swizzle, and a decoded block. A step of a panel is
+// 256 lines, whichever way they run.
+constexpr int kLine = 64;
+constexpr int kLineBytes = 128;
+
+// A decoder's task: 32 rows of W, one per lane, by two blocks of 64, whose decodes interleave: a
+// lone warp beside wgmma waits for latency, not for issue slots.
+constexpr int kTaskLanes = 32;
+constexpr int kTaskBlocks = 2;
+constexpr int kTasksPerPanel = kPanelRows * kChunkSteps / (kTaskLanes * kTaskBlocks);
 
 // Token tiles in a group: 66 clusters then work on 4 panels x 16 token tiles. With 8 the decoders
 // fall behind, with 32 x is read from HBM more often: 12-20 % and 7 % longer in an early version
@@ -49,14 +55,14 @@ constexpr int64_t kRingBytes = 24 << 20;  // at most, for a small M
 
 // Numbers that host and device share.
 struct Plan {
-    int M, N, K, rank;
+    int M, rows, depth, rank;
     int rank_columns;  // rank padded: 16 or 64; 0: no low-rank term
-    int steps;         // K / 64
+    int steps;         // depth / 64, rounded up
     int chunks;        // ceil(steps / 8)
     int token_tiles;   // in groups of `group` or, the first larger_groups of them, one more
     int group;
     int larger_groups;
-    int panels;  // ceil(N / 256)
+    int panels;  // ceil(rows / 256)
     int tiles;   // token_tiles * panels
     int clusters;
     int waves;
@@ -70,7 +76,8 @@ struct Params {
     Plan plan;
     WeightView w;
     const void* bias;           // [N] or null
-    void* y;                    // [M, N]
+    void* y;                    // [M, rows], y or dx
+    bool adds;                  // to dx
     const float* lora_scaling;  // [rank] or null
     float scaling;
     void* z_scaled;     // [M, rank_columns] s z for the tiles
@@ -115,13 +122,23 @@ __host__ __device__ inline Wave locate_wave(const Plan& plan, int wave) {
     return {first.panel, first.sequence, last.sequence - first.sequence + 1};
 }
 
-// Row of the weight that a row of a slot holds; may lie beyond N. A wave's panels follow one
-// another but for a step from the last panel of a group of tiles to the first of the next.
-__host__ __device__ inline int weight_row(const Plan& plan, const Wave& wave, int row_in_slot) {
-    int panel = wave.first_panel + row_in_slot / kPanelRows;
+// First row of a wave's i-th panel. They follow one another but for a step from the last panel of a
+// group of tiles to the first of the next.
+__host__ __device__ inline int panel_row(const Plan& plan, const Wave& wave, int i) {
+    int panel = wave.first_panel + i;
     while (panel >= plan.panels)
         panel -= plan.panels;
-    return panel * kPanelRows + row_in_slot % kPanelRows;
+    return panel * kPanelRows;
+}
+
+// The ring is a matrix of lines: slots, their steps, the panels of each.
+__host__ __device__ inline int ring_line(const Plan& plan, int slot, int step) {
+    return (slot * kChunkSteps + step) * (plan.slot_panels * kPanelRows);
+}
+
+// All that Params has, one after the other.
+__host__ __device__ inline int counters(const Plan& plan) {
+    return 2 * plan.waves * plan.chunks + plan.token_tiles;
 }
 
 // z tiles are a CTA's own business, but afterwards both CTAs of a cluster must agree on the stage,
@@ -140,28 +157,28 @@ __host__ __device__ inline int first_wave(const Plan& plan, int cluster) {
     return cluster < plan.idle ? 1 : 0;
 }
 
-inline Plan make_plan(const LoraMatmulArgs& args, int clusters) {
+inline Plan make_plan(int64_t M, int64_t rows, int64_t depth, int r, bool makes_z, int clusters) {
     Plan plan{};
-    plan.M = static_cast<int>(args.M);
-    plan.N = static_cast<int>(args.w.N);
-    plan.K = static_cast<int>(args.w.K);
-    plan.rank = args.r;
-    plan.rank_columns = args.r == 0 ? 0 : args.r <= 16 ? 16 : 64;
-    plan.steps = plan.K / kStepColumns;
+    plan.M = static_cast<int>(M);
+    plan.rows = static_cast<int>(rows);
+    plan.depth = static_cast<int>(depth);
+    plan.rank = r;
+    plan.rank_columns = r == 0 ? 0 : r <= 16 ? 16 : 64;
+    plan.steps = static_cast<int>(ceil_div(depth, kStepDepth));
     plan.chunks = static_cast<int>(ceil_div(plan.steps, kChunkSteps));
-    plan.token_tiles = static_cast<int>(ceil_div(args.M, kTileTokens));
+    plan.token_tiles = static_cast<int>(ceil_div(M, kTileTokens));
     const int groups = static_cast<int>(ceil_div(plan.token_tiles, kGroupTiles));
     plan.group = plan.token_tiles / groups;
     plan.larger_groups = plan.token_tiles % groups;
-    plan.panels = static_cast<int>(ceil_div(plan.N, kPanelRows));
+    plan.panels = static_cast<int>(ceil_div(rows, kPanelRows));
     plan.tiles = plan.token_tiles * plan.panels;
     plan.clusters = std::min(clusters, plan.tiles);
     plan.waves = static_cast<int>(ceil_div(plan.tiles, plan.clusters));
     plan.idle = plan.waves * plan.clusters - plan.tiles;
     plan.slot_panels = (plan.clusters - 1) / plan.group + 2;
-    const int64_t slot_bytes = int64_t{plan.slot_panels} * kPanelRows * kChunkColumns * 2;
+    const int64_t slot_bytes = int64_t{ring_line(plan, 1, 0)} * kLineBytes;
     plan.slots = std::max(2, static_cast<int>(std::min<int64_t>(kSlots, kRingBytes / slot_bytes)));
-    if (args.r > 0 && args.z_in == nullptr) {
+    if (makes_z) {
         // A tile of z takes three quarters of the time of one of y. Where the idle clusters would
         // have to do more than two each, all take part.
         const int pairs = static_cast<int>(ceil_div(plan.token_tiles, kCtas));

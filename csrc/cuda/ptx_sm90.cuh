@@ -108,6 +108,18 @@ __device__ __forceinline__ void store_streaming(void* p, const uint4& v) {
                  : "memory");
 }
 
+// Adds pairs of 16-bit elements to 16 bytes of memory, each sum rounded; waits for nothing.
+#define LOWBIT_ADD(TYPE, NAME)                                                                     \
+    __device__ __forceinline__ void add_to_memory(void* p, const uint4& v, TYPE) {                 \
+        asm volatile("red.relaxed.gpu.global.add.noftz.v4." NAME                                   \
+                     " [%0], {%1, %2, %3, %4};" ::"l"(p),                                          \
+                     "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)                                        \
+                     : "memory");                                                                  \
+    }
+LOWBIT_ADD(__nv_bfloat16, "bf16x2")
+LOWBIT_ADD(__half, "f16x2")
+#undef LOWBIT_ADD
+
 // Fetches the line into L2 only, which is right even while an earlier kernel still writes it.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

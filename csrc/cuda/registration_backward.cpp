@@ -8,6 +8,7 @@
 #include "bindings.h"
 #include "lora_grads.h"
 #include "nf4_lora_matmul_dx.h"
+#include "nf4_lora_matmul_dx_large.h"
 
 namespace lowbit::cuda {
 namespace {
@@ -128,6 +129,21 @@ Gradients lora_grads(
 
 // ---- dx -----------------------------------------------------------------------------------------
 
+// The kernels for it, of which an operator takes one.
+struct InLoop {  // decodes W inside the product
+    static constexpr const char* kName = "nf4_lora_matmul_dx";
+    static constexpr auto serves = serves_nf4_lora_matmul_dx;
+    static constexpr auto workspace_bytes = nf4_lora_matmul_dx_workspace_bytes;
+    static constexpr auto launch = launch_nf4_lora_matmul_dx;
+};
+
+struct Large {  // for many tokens
+    static constexpr const char* kName = "nf4_lora_matmul_dx_large";
+    static constexpr auto serves = serves_nf4_lora_matmul_dx_large;
+    static constexpr auto workspace_bytes = nf4_lora_matmul_dx_large_workspace_bytes;
+    static constexpr auto launch = launch_nf4_lora_matmul_dx_large;
+};
+
 LoraDxArgs dx_args(const WeightView& w, const Call& call, const Tensor& dy) {
     LoraDxArgs a{};
     a.w = w;
@@ -138,15 +154,17 @@ LoraDxArgs dx_args(const WeightView& w, const Call& call, const Tensor& dy) {
 }
 
 // dx: a new tensor, or null with the result added to dx_sum.
+template <class Kernel>
 OptionalTensor
 new_dx(LoraDxArgs& a, const Call& call, const Tensor& dy, const OptionalTensor& dx_sum) {
     a.adds = dx_sum.has_value();
     a.dx = const_cast<void*>(checked_data(call, dx_sum, dy.scalar_type(), a.M, a.w.K, "dx_sum"));
     OptionalTensor dx = output(!a.adds, dy, {a.M, a.w.K}, dy.scalar_type(), a.dx);
-    STD_TORCH_CHECK(serves_nf4_lora_matmul_dx(a), "nf4_lora_matmul_dx does not serve these sizes");
+    STD_TORCH_CHECK(Kernel::serves(a), Kernel::kName, " does not serve these sizes");
     return dx;
 }
 
+template <class Kernel>
 OptionalTensor nf4_lora_matmul_dx(
     Tensor dy,
     Tensor qweight,
@@ -168,16 +186,17 @@ OptionalTensor nf4_lora_matmul_dx(
             call, qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K,
             blocksize, nested_blocksize, row_blocks),
         call, dy);
-    OptionalTensor dx = new_dx(a, call, dy, dx_sum);
-    const auto bytes = static_cast<int64_t>(nf4_lora_matmul_dx_workspace_bytes(a));
+    OptionalTensor dx = new_dx<Kernel>(a, call, dy, dx_sum);
+    const auto bytes = static_cast<int64_t>(Kernel::workspace_bytes(a));
     const Tensor workspace = new_tensor(dy, {bytes}, ScalarType::Byte);
     a.workspace = workspace.mutable_data_ptr();
-    check_launch(launch_nf4_lora_matmul_dx(a, call.stream()), "nf4_lora_matmul_dx");
+    check_launch(Kernel::launch(a, call.stream()), Kernel::kName);
     return dx;
 }
 
 // ---- all ----------------------------------------------------------------------------------------
 
+template <class Kernel>
 Gradients nf4_lora_backward(
     Tensor dy,
     OptionalTensor x,
@@ -224,15 +243,15 @@ Gradients nf4_lora_backward(
         b.r = a.r;
         b.lora_A_dtype = a.lora_A_dtype;
         b.lora_A = checked_data(call, lora_A, lora_A.scalar_type(), a.r, K, "lora_A");
-        std::get<0>(gradients) = new_dx(b, call, dy, dx_sum);
+        std::get<0>(gradients) = new_dx<Kernel>(b, call, dy, dx_sum);
     }
     // One workspace for u and what the kernels, which run one after the other, need for themselves.
     const bool need_u = need_dx || need_d_lora_A;
     const int64_t u_bytes = need_u ? ceil_div(a.M * lora_columns(a.r) * 2, 256) * 256 : 0;
     a.u = need_u ? const_cast<void*>(a.dy) : nullptr;  // until it is known where it lies
     STD_TORCH_CHECK(serves_lora_grads(a), "lora_grads does not serve these sizes");
-    const size_t own_bytes = std::max(
-        lora_grads_workspace_bytes(a), need_dx ? nf4_lora_matmul_dx_workspace_bytes(b) : size_t{0});
+    const size_t own_bytes =
+        std::max(lora_grads_workspace_bytes(a), need_dx ? Kernel::workspace_bytes(b) : size_t{0});
     const Tensor workspace =
         new_tensor(dy, {u_bytes + static_cast<int64_t>(own_bytes)}, ScalarType::Byte);
     auto* bytes = static_cast<uint8_t*>(workspace.mutable_data_ptr());
@@ -242,7 +261,7 @@ Gradients nf4_lora_backward(
 
     run_dy_pass(a, call);
     if (need_dx)
-        check_launch(launch_nf4_lora_matmul_dx(b, call.stream()), "nf4_lora_matmul_dx");
+        check_launch(Kernel::launch(b, call.stream()), Kernel::kName);
     run_x_pass(a, call);
     return gradients;
 }
@@ -254,19 +273,26 @@ Gradients nf4_lora_backward(
 #define LOWBIT_ADAPTER "Tensor lora_A, Tensor lora_B, Tensor? lora_scaling, float scaling, "
 #define LOWBIT_NEEDS "bool need_d_lora_A, bool need_d_lora_B, bool need_d_bias, bool need_d_lora_scaling"
 #define LOWBIT_GRADIENTS "Tensor? d_lora_A, Tensor? d_lora_B, Tensor? d_bias, Tensor? d_lora_scaling)"
+#define LOWBIT_DX "(Tensor dy, " LOWBIT_WEIGHT ", Tensor(a!)? dx_sum) -> Tensor?"
+#define LOWBIT_BACKWARD                                                                            \
+    "(Tensor dy, Tensor? x, Tensor? z, " LOWBIT_WEIGHT ", " LOWBIT_ADAPTER                         \
+    "Tensor(a!)? dx_sum, bool need_dx, " LOWBIT_NEEDS ") -> (Tensor? dx, " LOWBIT_GRADIENTS
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowbit_cuda, m) {
     m.def("lora_grads(Tensor dy, Tensor? x, Tensor? z, " LOWBIT_ADAPTER "bool need_u, " LOWBIT_NEEDS
           ") -> (Tensor? u, " LOWBIT_GRADIENTS);
-    m.def("nf4_lora_matmul_dx(Tensor dy, " LOWBIT_WEIGHT ", Tensor(a!)? dx_sum) -> Tensor?");
-    m.def("nf4_lora_backward(Tensor dy, Tensor? x, Tensor? z, " LOWBIT_WEIGHT ", " LOWBIT_ADAPTER
-          "Tensor(a!)? dx_sum, bool need_dx, " LOWBIT_NEEDS ") -> (Tensor? dx, " LOWBIT_GRADIENTS);
+    m.def("nf4_lora_matmul_dx" LOWBIT_DX);
+    m.def("nf4_lora_matmul_dx_large" LOWBIT_DX);
+    m.def("nf4_lora_backward" LOWBIT_BACKWARD);
+    m.def("nf4_lora_backward_large" LOWBIT_BACKWARD);
 }
 // clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_cuda, CUDA, m) {
     using namespace lowbit::cuda;
     m.impl("lora_grads", TORCH_BOX(&lora_grads));
-    m.impl("nf4_lora_matmul_dx", TORCH_BOX(&nf4_lora_matmul_dx));
-    m.impl("nf4_lora_backward", TORCH_BOX(&nf4_lora_backward));
+    m.impl("nf4_lora_matmul_dx", TORCH_BOX(&nf4_lora_matmul_dx<InLoop>));
+    m.impl("nf4_lora_matmul_dx_large", TORCH_BOX(&nf4_lora_matmul_dx<Large>));
+    m.impl("nf4_lora_backward", TORCH_BOX(&nf4_lora_backward<InLoop>));
+    m.impl("nf4_lora_backward_large", TORCH_BOX(&nf4_lora_backward<Large>));
 }

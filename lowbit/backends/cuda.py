@@ -159,10 +159,15 @@ def linear_low_rank(x, *rest, kernel="panels"):
     )
 
 
+def _dx_operator(kernel: str):
+    """The product that a kernel of the backward pass computes dx with."""
+    return getattr(_ops, kernel.replace("backward", "matmul_dx"))
+
+
 def linear_dx(dy, *weight, kernel="panels", dx_sum=None):
     """dx, or None with dx added to `dx_sum`."""
     if kernel != "panels" and _readable(weight):
-        return _ops.nf4_lora_matmul_dx(dy, *weight, dx_sum)
+        return _dx_operator(kernel)(dy, *weight, dx_sum)
     if _is_dense(weight):
         return _added(dy @ weight[0].to(dy.dtype), dx_sum)
     dx = dy.new_empty((dy.shape[0], weight[7]))
@@ -201,7 +206,7 @@ def lora_linear_backward(dy, x, z, *rest, kernel="panels", dx_sum=None):
     if kernel == "panels" or not _readable(weight):
         return _backward_by_panels(dy, x, z, weight, adapter, dropout_p, seed, needs, dx_sum)
     if dropout_p == 0:
-        return _ops.nf4_lora_backward(dy, x, z, *weight, *adapter, dx_sum, *needs)
+        return getattr(_ops, kernel)(dy, x, z, *weight, *adapter, dx_sum, *needs)
     # The mask is on the low-rank term alone, which the product cannot tell from its other terms.
     need_dx, need_d_lora_A, *others = needs
     dropped = dropout(x, dropout_p, seed) if need_d_lora_A else None
@@ -209,7 +214,7 @@ def lora_linear_backward(dy, x, z, *rest, kernel="panels", dx_sum=None):
     del dropped  # [M, K]: free before dx is made
     if not need_dx:
         return None, *gradients
-    dx = _ops.nf4_lora_matmul_dx(dy, *weight, dx_sum)
+    dx = _dx_operator(kernel)(dy, *weight, dx_sum)
     target = dx_sum if dx is None else dx
     _add_low_rank(target, u[:, : lora_A.shape[0]], lora_A.to(dy.dtype), dropout_p, seed)
     return dx, *gradients

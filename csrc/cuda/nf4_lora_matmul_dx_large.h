@@ -1,0 +1,17 @@
+// The gradient of a 4-bit linear layer's input for many tokens, in two launches.
+#pragma once
+
+#include "nf4_lora_matmul_dx.h"
+
+namespace lowbit::cuda {
+
+// As serves_nf4_lora_matmul_dx, with any blocksize from 64 on. Right for any M.
+bool serves_nf4_lora_matmul_dx_large(const LoraDxArgs& args);
+
+// At most 24 MiB, and 2 bytes per element of an fp32 lora_A; 0 if there is nothing to run.
+size_t nf4_lora_matmul_dx_large_workspace_bytes(const LoraDxArgs& args);
+
+// As programmatic dependent launches.
+cudaError_t launch_nf4_lora_matmul_dx_large(const LoraDxArgs& args, cudaStream_t stream);
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,143 @@
+// Many tokens times a 4-bit weight, at the speed of a dense product: the kernel of
+// nf4_lora_matmul_large_sm90.cu (y) and nf4_lora_matmul_dx_large_sm90.cu (dx).
+//
+// One persistent launch after a short one (counters, first chunk): every SM holds one CTA, pairs of
+// CTAs (clusters) walk over tiles of 256 weight rows (a panel; for dx columns) x 256 tokens. Each
+// CTA multiplies 128 rows by the pair's 256 tokens and loads half of the tokens for both. The roles
+// of a CTA's warps:
+//   warp 0      producer: TMA loads of a depth of 64 at a time into 4 stages
+//   warps 1, 2  decoders: turn the 4-bit weight into T, for all CTAs together
+//   warps 4-11  two warpgroups of consumers: 64 rows each, m64n256k16
+// Each panel is decoded once for the whole wave of tiles that the grid works on, chunk by chunk,
+// through a ring in the workspace that is read from L2 (nf4_lora_matmul_large_decode.cuh): the
+// kernel that decodes in its main loop (mid) takes 2 to 6 % longer at 4096 tokens, 11 to 39 % at
+// 16384 (H100, 2026-11).
+// The low-rank term is one more step of the contraction.
+//
+// Bound by the tensor cores, that is by the power limit: an H100 multiplies 128 x 256 x 64 in 1024
+// clocks but not at its highest clock. So bytes moved cost speed as well; hence the order of tiles:
+// groups of about 16 token tiles (the x of a group is read from HBM once per wave), panels inside.
+//
+// CTAs wait for each other in both directions, so all of them must be resident: the grid is no
+// larger than the device holds and is launched cooperatively. In parts:
+// nf4_lora_matmul_large_plan.h (who computes what), _products.cuh (how y and dx differ),
+// _pipeline.cuh (shared memory), _decode.cuh, _consume.cuh; the producer is below; _launch.cuh is
+// for the host.
+#pragma once
+
+#include "nf4_lora_matmul_large_consume.cuh"
+#include "nf4_lora_matmul_large_decode.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+// The producer, one thread. Each CTA loads its half of the tokens into both.
+template <class Product>
+__device__ __forceinline__ void
+load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, int cluster) {
+    constexpr uint16_t kAll = (1 << kCtas) - 1;
+    const Plan& plan = p.plan;
+    Pipeline pipe{smem, 0};
+    auto load_x = [&](const CUtensorMap& map, int column, int token_tile, int other_bytes) {
+        barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
+        barrier_arrive_expect(pipe.full(), kXBytes + other_bytes);
+        load_tile_multicast(
+            pipe.x() + rank * (kXBytes / kCtas), map, column,
+            token_tile * kTileTokens + rank * kCtaTokens, pipe.full(), kAll);
+    };
+    const int z_count = Product::kIsForward ? z_tiles(plan, cluster) : 0;
+    for (int i = 0; i < z_count; i++) {
+        const int token_tile = z_tile(plan, cluster, rank, i);
+        for (int k = 0; k < plan.steps; k++, pipe.step++) {
+            barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
+            barrier_arrive_expect(pipe.full(), kXBytes + kLoraABytes);
+            for (int half = 0; half < kCtas; half++)
+                load_tile(
+                    pipe.x() + half * (kXBytes / kCtas), maps.x, k * kStepDepth,
+                    token_tile * kTileTokens + half * kCtaTokens, pipe.full());
+            load_tile(pipe.w(), maps.lora_A, k * kStepDepth, 0, pipe.full());
+        }
+    }
+    if (z_count > 0)
+        barrier_wait_asleep(pipe.z_over(), 0);
+    for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
+        const int t = wave * plan.clusters + cluster - plan.idle;
+        const Tile tile = locate(plan, t);
+        const Wave range = locate_wave(plan, wave);
+        const uint32_t tasks = range.panels * kTasksPerPanel;
+        const int line = (tile.sequence - range.first_sequence) * kPanelRows + rank * kCtaRows;
+        bool known_ready = false;
+        for (int k = 0; k < plan.steps; k++, pipe.step++) {
+            const int index = wave * plan.chunks + k / kChunkSteps;
+            if (k % kChunkSteps == 0) {
+                if (!known_ready)
+                    wait_for_count(p.ready + index, tasks, kReadyPollNs);
+                fence_async_proxy_global();
+            }
+            // A look ahead while stages are full, so that a chunk that is ready costs no wait.
+            if (k % kChunkSteps == kChunkSteps / 2 && k / kChunkSteps + 1 < plan.chunks)
+                known_ready = load_acquire(p.ready + index + 1) >= tasks;
+            load_x(maps.x, k * kStepDepth, tile.token_tile, kWBytes);
+            load_tile(
+                pipe.w(), maps.ring_load, 0,
+                ring_line(plan, index % plan.slots, k % kChunkSteps) + line, pipe.full());
+        }
+        if (plan.rank_columns > 0) {
+            if (Product::kIsForward && plan.z_clusters > 0) {
+                wait_for_count(p.z_ready + tile.token_tile, kConsumers, kReadyPollNs);
+                fence_async_proxy_global();
+            }
+            load_x(maps.z, 0, tile.token_tile, kWBytes);
+            Product::load_factor(
+                maps, pipe.w(), tile.panel * kPanelRows + rank * kCtaRows, pipe.full());
+            pipe.step++;
+        }
+    }
+}
+
+template <typename T, class Product>
+__global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 1)
+    nf4_lora_matmul_large_kernel(
+        const __grid_constant__ TensorMaps maps, const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    const uint32_t smem_address = shared_address(smem);
+    const int rank = static_cast<int>(cluster_rank());
+    const int cluster = blockIdx.x / kCtas;
+    const int warp = threadIdx.x / kWarpSize;
+    if (threadIdx.x == 0) {
+        for (uint32_t stage = 0; stage < kStages; stage++) {
+            const Pipeline pipe{smem_address, stage};
+            barrier_init(pipe.full(), 1);
+            barrier_init(pipe.empty(), kCtas * kConsumers);
+        }
+        barrier_init(Pipeline{smem_address, 0}.z_over(), kCtas * kConsumers);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    cluster_sync();
+    if (warp < 4) {
+        shrink_registers<kRegistersAside>();
+        if (warp == 0) {
+            wait_for_previous_kernel();
+            let_next_kernel_start();
+            if (threadIdx.x == 0)
+                load_operands<Product>(p, maps, smem_address, rank, cluster);
+            __syncwarp();
+        } else if (warp <= kDecoders) {
+            // Neighbouring tasks on different SMs: the first chunk has fewer tasks than warps.
+            decode_weight<T, Product>(
+                p, maps.ring_store, smem + kTaskOffset + (warp - 1) * kTaskBytes,
+                reinterpret_cast<float*>(smem + kNestedOffset + (warp - 1) * kNestedBytes),
+                (warp - 1) * gridDim.x + blockIdx.x, kDecoders * gridDim.x);
+        }
+    } else {
+        grow_registers<kRegistersConsumer>();
+        wait_for_previous_kernel();
+        multiply_tiles<T, Product>(p, smem_address, rank, cluster);
+    }
+    __syncthreads();
+    cluster_sync();  // no CTA may end while the other one still signals into it
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

@@ -1,0 +1,110 @@
+// The two products of nf4_lora_matmul_large_kernel.cuh: how each of them lays the weight W [N, K]
+// into panels, steps and lines, and hands it to wgmma.
+//
+//                                   panel            step            a line of 64
+//     ForwardProduct  y = x W^T     256 rows of W    64 columns      along the sums
+//     DxProduct       dx = dy W     256 columns      64 rows         along the output: transposed
+//
+// Tasks, and what they write, are the same in both: blocks of 64 codes below each other.
+#pragma once
+
+#include "nf4_lora_matmul_large_pipeline.cuh"
+#include "wgmma_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+// The blocks of a task, or the 8 codes of a thread: where they lie in W, for lane 0 and the first
+// block, and in the ring. May be outside of W.
+struct Place {
+    int row, column;
+    int line;
+    int block_lines;  // from a block of the task to the next one
+};
+
+struct ForwardProduct {
+    static constexpr bool kIsForward = true;  // makes z, adds a bias
+
+    __device__ static __forceinline__ Place
+    of_task(const Plan& plan, const Wave& wave, int chunk, int slot, int task) {
+        constexpr int kPairs = kChunkSteps / kTaskBlocks;
+        const int row = task / kPairs * kTaskLanes, step = task % kPairs * kTaskBlocks;
+        return {
+            panel_row(plan, wave, row / kPanelRows) + row % kPanelRows,
+            chunk * kChunkDepth + step * kStepDepth, ring_line(plan, slot, step) + row,
+            ring_line(plan, 0, 1)};
+    }
+
+    // The i-th word of the first chunk, along rows; its place in the line is column / 8 % 8.
+    __device__ static __forceinline__ Place of_word(const Plan& plan, const Wave& wave, int i) {
+        const int words = min(plan.steps, kChunkSteps) * (kLine / 8);
+        const int row = i / words, word = i - row * words;
+        return {
+            panel_row(plan, wave, row / kPanelRows) + row % kPanelRows, word * 8,
+            ring_line(plan, 0, word / (kLine / 8)) + row, 0};
+    }
+
+    // The low-rank step's weight operand: lora_B.
+    __device__ static __forceinline__ void
+    load_factor(const TensorMaps& maps, uint32_t destination, int first_row, uint32_t barrier) {
+        load_tile(destination, maps.lora_B, 0, first_row, barrier);
+    }
+
+    __device__ static __forceinline__ uint64_t descriptor(uint32_t w) {
+        return operand_descriptor(w);
+    }
+
+    // Of a step's four parts, 16 deep each, the i-th.
+    template <typename T>
+    __device__ static __forceinline__ void
+    multiply(float (&d)[128], uint64_t w, uint64_t x, int i, bool accumulate, T type) {
+        wgmma(d, w + 2 * i, x + 2 * i, accumulate, type);
+    }
+};
+
+struct DxProduct {
+    static constexpr bool kIsForward = false;  // z is an input; may add to what is there
+
+    __device__ static __forceinline__ Place
+    of_task(const Plan& plan, const Wave& wave, int chunk, int slot, int task) {
+        constexpr int kPairs = kPanelRows / (kTaskBlocks * kLine);
+        const int panel = task / kTasksPerPanel, block = task % kPairs * kTaskBlocks;
+        const int row = task % kTasksPerPanel / kPairs * kTaskLanes;
+        return {
+            chunk * kChunkDepth + row, panel_row(plan, wave, panel) + block * kLine,
+            ring_line(plan, slot, row / kStepDepth) + panel * kPanelRows + block * kStepDepth +
+                row % kStepDepth,
+            kStepDepth};
+    }
+
+    __device__ static __forceinline__ Place of_word(const Plan& plan, const Wave& wave, int i) {
+        constexpr int kWords = kPanelRows / 8;
+        const int rows = min(plan.steps, kChunkSteps) * kStepDepth;
+        const int panel = i / (rows * kWords), row = i / kWords - panel * rows, word = i % kWords;
+        return {
+            row, panel_row(plan, wave, panel) + word * 8,
+            ring_line(plan, 0, row / kStepDepth) + panel * kPanelRows +
+                word / (kLine / 8) * kStepDepth + row % kStepDepth,
+            0};
+    }
+
+    // lora_A, whose rows are lines as they are.
+    __device__ static __forceinline__ void
+    load_factor(const TensorMaps& maps, uint32_t destination, int first_row, uint32_t barrier) {
+        load_tile(destination, maps.lora_A, first_row, 0, barrier);
+        load_tile(destination + kWBytes / 2, maps.lora_A, first_row + kLine, 0, barrier);
+    }
+
+    __device__ static __forceinline__ uint64_t descriptor(uint32_t w) {
+        return transposed_operand_descriptor(w);
+    }
+
+    template <typename T>
+    __device__ static __forceinline__ void
+    multiply(float (&d)[128], uint64_t w, uint64_t x, int i, bool accumulate, T type) {
+        wgmma_transposed(d, w + 128 * i, x + 2 * i, accumulate, type);
+    }
+};
+
+}  // namespace
+}  // namespace lowbit::cuda
