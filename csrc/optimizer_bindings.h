@@ -29,6 +29,11 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
     return true;
 }
 
+// False for a tensor whose storage was freed under it (resized to nothing).
+inline bool has_memory(const Tensor& t) {
+    return t.numel() == 0 || t.const_data_ptr() != nullptr;
+}
+
 // Writes (parameter, gradient) addresses to table [tensors, 2]; rows whose slot is not listed stay
 // 0. counts [tensors] holds the elements each row was laid out for. Returns -1, or the position in
 // `parameters` of the first pair that is not fit to be stepped. is_here tells whether a tensor lies
@@ -52,7 +57,7 @@ int64_t write_step_table(
             table.numel() >= kPointerNumbers * tensors,
         "parameters, gradients and table must agree");
     const auto fit = [&](const Tensor& t) {
-        return is_here(t) && t.is_contiguous() && t.scalar_type() == dtype;
+        return is_here(t) && t.is_contiguous() && t.scalar_type() == dtype && has_memory(t);
     };
     auto* rows = static_cast<TensorPointers*>(table.mutable_data_ptr());
     std::fill(rows, rows + tensors, TensorPointers{});
@@ -78,6 +83,7 @@ int64_t write_gradient_table(const std::vector<Tensor>& gradients, Tensor& table
     for (const Tensor& g : gradients) {
         STD_TORCH_CHECK(is_here(g), "gradients must lie on the device of the step");
         STD_TORCH_CHECK(g.is_contiguous(), "gradients must be contiguous");
+        STD_TORCH_CHECK(has_memory(g), "the memory of a gradient was freed");
         *rows++ = {
             const_cast<void*>(g.const_data_ptr()), g.numel(), chunks,
             static_cast<int64_t>(to_dtype(g.scalar_type(), "gradients"))};

@@ -57,6 +57,18 @@ def _half_parameter(p):
     p.grad = torch.ones_like(p)
 
 
+def _freed_parameter(p):
+    p.untyped_storage().resize_(0)
+
+
+def _freed_gradient(p):
+    p.grad.untyped_storage().resize_(0)
+
+
+def _other_shape(p):
+    p.data = p.data.view(16, 16)
+
+
 def _other_dtype(p):
     p.grad_dtype = None
     p.grad = torch.ones(p.shape, dtype=torch.float16, device=p.device)
@@ -68,8 +80,14 @@ def _other_dtype(p):
         (_sparse, r"the gradient of b \(parameter 1 of group 0\) is sparse"),
         (_short_parameter, r"b \(parameter 1 of group 0\) had 256 elements .* and has 10 now"),
         (_half_parameter, r"b \(parameter 1 of group 0\) was float32 on .* and is float16"),
+        (_freed_parameter, r"the memory of b \(parameter 1 of group 0\) was freed"),
+        (_freed_gradient, r"the memory of the gradient of b \(parameter 1 of group 0\) was freed"),
+        (
+            _other_shape,
+            r"the gradient of b .* must have the parameter's shape \[16, 16\], got \[256\]",
+        ),
     ],
-    ids=["sparse", "freed", "converted"],
+    ids=["sparse", "shortened", "converted", "freed", "gradient-freed", "other-shape"],
 )
 def test_a_refused_step_changes_nothing(device, spoil, message):
     parameters = make_parameters(device=device)
@@ -78,11 +96,16 @@ def test_a_refused_step_changes_nothing(device, spoil, message):
     optimizer.step()
     give_gradients(parameters, 1)
     spoil(parameters[1])
-    before = [p.detach().clone() for p in parameters]
+    others = [p for p in parameters if p is not parameters[1]]
+    before = [p.detach().clone() for p in others]
     state = {k: v.clone() for k, v in optimizer.state[parameters[3]].items()}
+    new = torch.nn.Parameter(torch.ones(3, device=device))
+    new.grad = torch.ones_like(new)
+    optimizer.add_param_group({"params": [("new", new)]})
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
-    for p, old in zip(parameters, before, strict=True):
+    assert new not in optimizer.state
+    for p, old in zip(others, before, strict=True):
         assert_bitwise_equal(p.detach(), old)
     for key, value in optimizer.state[parameters[3]].items():
         assert_bitwise_equal(value, state[key], key)
@@ -98,6 +121,14 @@ def test_a_gradient_of_another_dtype_is_refused():
     _other_dtype(p)
     with pytest.raises(RuntimeError, match="must have the parameter's dtype float32, got float16"):
         optimizer.step()
+
+
+def test_clipping_refuses_a_gradient_without_memory(device):
+    parameters = make_parameters(device=device)
+    give_gradients(parameters, 0)
+    _freed_gradient(parameters[1])
+    with pytest.raises(RuntimeError, match="the memory of a gradient was freed"):
+        optim.clip_grad_norm_(parameters, 1.0)
 
 
 def test_gradients_with_strides(device):

@@ -235,6 +235,55 @@ def test_a_driver_error_halfway_is_a_warning(card):
     assert optimizer.state_bytes()["host"] > 0
 
 
+def test_a_write_back_that_fails_is_a_warning(card, monkeypatch):
+    parameters, optimizer, generator = _train(policy="prefetch")
+    slabs = len(optimizer._packs[0].slabs)
+    card.fails_after = 3  # the first slab's way in and out and the second's way in
+    with pytest.warns(UserWarning, match="stays there: prefetch: no more"):
+        _step(optimizer, parameters, generator)
+    assert [s.on_host for s in optimizer._packs[0].slabs] == [True, False] + [True] * (slabs - 2)
+    monkeypatch.setattr(base, "make_pager", lambda device, *_: paging.Pager(device))
+    expected, _, _ = _train(steps=4)
+    for p, q in zip(parameters, expected, strict=True):
+        assert_bitwise_equal(p.detach(), q.detach())
+
+
+def test_state_that_cannot_make_room_after_a_step_is_a_warning(card):
+    parameters, optimizer, generator = _train()
+    card.free, card.fails_after = GIB // 2, 0
+    with pytest.warns(UserWarning, match="stays there: prefetch: no more"):
+        _step(optimizer, parameters, generator)
+    assert all(optimizer.state[p]["step"] == 4 for p in parameters)
+
+
+def test_memory_that_cannot_be_had_names_the_parameter(card, monkeypatch):
+    def refuse(*_, **__):
+        raise memory.PagedMemoryError("1 MiB of paged memory cannot be had")
+
+    monkeypatch.setattr(memory, "empty", refuse)
+    with pytest.raises(memory.PagedMemoryError, match=r"parameter 0 of group 0 .* cannot be made"):
+        _train()
+
+
+@pytest.mark.parametrize("call", ["evict", "bring_back"])
+def test_a_move_that_is_refused_names_the_parameter(call, card):
+    _, optimizer, _ = _train()
+    card.fails_after = 0
+    with pytest.raises(memory.PagedMemoryError, match=r"parameter 0 of group 0 .* cannot be moved"):
+        getattr(optimizer, call)()
+
+
+def test_what_was_released_before_an_error_is_the_state(card):
+    parameters, optimizer, _ = _train()
+    card.fails_after = 2
+    with pytest.raises(memory.PagedMemoryError, match="cannot be moved to the host"):
+        optimizer.evict(release=True)
+    first = optimizer._packs[0].slabs[0]
+    assert first.on_host
+    shown = optimizer.state[parameters[0]]["exp_avg"]
+    assert shown.untyped_storage().data_ptr() == first.values.untyped_storage().data_ptr()
+
+
 def test_pinned_state_is_filled_and_drained_on_streams_of_its_own(card):
     parameters, optimizer, generator = _train(paging="pinned")
     slabs = len(optimizer._packs[0].slabs)

@@ -137,6 +137,27 @@ def test_state_moves_between_devices(cls):
         _assert_same_state(on_gpu, on_gpu, a, c)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls", [optim.PagedAdamW, optim.PagedAdamW8bit], ids=lambda c: c.__name__)
+def test_state_of_two_devices_resumes_on_one(cls):
+    on_one = _parameters()
+    on_two = [
+        torch.nn.Parameter(p.detach().to("cuda" if i % 2 else "cpu")) for i, p in enumerate(on_one)
+    ]
+    a, b = cls(on_two, lr=1e-2), cls(on_one, lr=1e-2)
+    _steps(a, on_two, range(3))
+    b.load_state_dict(_saved(a.state_dict()))
+    for p, q in zip(on_one, on_two, strict=True):
+        p.data.copy_(q.data)
+    again = cls(on_two, lr=1e-2)
+    again.load_state_dict(_saved(b.state_dict()))
+    for optimizer, parameters in ((again, on_two), (b, on_one)):
+        _steps(optimizer, parameters, range(3, 5))
+    _assert_same_state(on_one, on_two, b, again)
+    for p, q in zip(on_one, on_two, strict=True):
+        assert_bitwise_equal(p.detach(), q.detach().cpu())
+
+
 def test_loading_into_live_state_and_other_sets_of_parameters():
     a, b = _parameters(), _parameters()
     source, target = optim.PagedAdamW8bit(a), optim.PagedAdamW8bit(b)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -103,22 +104,28 @@ class PackedOptimizer(torch.optim.Optimizer):
         positions = block_starts([p.numel() for p, _ in members])
         return {p: (g, at) for (p, g), at in zip(members, positions, strict=True)}
 
-    def _adopt(self, parameters: list[torch.Tensor]) -> None:
-        """Give parameters state, one pack per device and dtype."""
+    def _adopt(self, parameters: list[torch.Tensor]) -> list[Pack]:
+        """Give parameters state, in new packs: one per device and dtype."""
         kinds: dict[tuple, list[torch.Tensor]] = {}
         for parameter in parameters:
             kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
         places = self._places()
-        packs = [
-            Pack(members, [places[p] for p in members], self.rule, self.coded, self._pager(device))
-            for (device, _), members in kinds.items()
-        ]
+        packs = []
+        for (device, _), members in kinds.items():
+            at, pager = [places[p] for p in members], self._pager(device)
+            with self._naming(members[0], "made, nothing was stepped"):
+                packs.append(Pack(members, at, self.rule, self.coded, pager))
         self._packs += packs
         for pack in packs:
-            for row, parameter in enumerate(pack.parameters):
-                self.state[parameter] = state_dicts.entry(pack, row)
+            self._show(pack)
         adopted = set(parameters)
         self._waiting = [p for p in self._waiting if p not in adopted]
+        return packs
+
+    def _show(self, pack: Pack) -> None:
+        """Let self.state hold views of a pack's state."""
+        for row, parameter in enumerate(pack.parameters):
+            self.state[parameter].update(state_dicts.entry(pack, row))
 
     def _pager(self, device: torch.device) -> Pager:
         if device not in self._pagers:
@@ -147,32 +154,31 @@ class PackedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._waiting:
-            new = [p for p in self._waiting if p.grad is not None]
-            for parameter in new:
-                self._check_parameter(parameter)
-                self._check_gradient(parameter, parameter.grad, parameter.numel())
-            if new:
-                self._adopt(new)
-        self._step_packs()
-        return loss
-
-    def _step_packs(self) -> None:
         for group in self.param_groups:
             _check_numbers(group)
-        groups = group_numbers(self.param_groups)
-        planned, gradients = [], []
-        for pack in self._packs:
+        new = [p for p in self._waiting if p.grad is not None]
+        for parameter in new:
+            self._check_parameter(parameter)
+            self._check_gradient(parameter, parameter.grad, parameter.numel())
+        planned = self._planned(self._packs)  # all checks come before any new state
+        if new:
+            planned += self._planned(self._adopt(new))
+        if planned:
+            self._step_packs(planned)
+        return loss
+
+    def _planned(self, packs: list[Pack]) -> list[tuple]:
+        """(pack, slots, gradients, table) of the packs that have something to do."""
+        groups, planned = group_numbers(self.param_groups), []
+        for pack in packs:
             slots, parameters, grads = self._pairs(pack)
-            if not grads:
-                continue
-            gradients += grads
-            planned.append(
-                (pack, slots, grads, self._checked_table(pack, slots, parameters, grads, groups))
-            )
-        if not planned:
-            return
-        inputs = self._inputs(gradients)
+            if grads:
+                table = self._checked_table(pack, slots, parameters, grads, groups)
+                planned.append((pack, slots, grads, table))
+        return planned
+
+    def _step_packs(self, planned: list[tuple]) -> None:
+        inputs = self._inputs([gradient for _, _, grads, _ in planned for gradient in grads])
         ways = [self._begin(pack) for pack, *_ in planned]
         for (pack, slots, grads, table), how in zip(planned, ways, strict=True):
             if table is None:
@@ -181,13 +187,19 @@ class PackedOptimizer(torch.optim.Optimizer):
                 pack.step(table, how, inputs)
 
     def _begin(self, pack: Pack) -> str:
-        try:
+        first = next((slab.first for slab in pack.slabs if slab.on_host), 0)
+        with self._naming(pack.parameters[first], "moved, nothing was stepped"):
             return pack.pager.begin(pack.slabs)
+
+    @contextlib.contextmanager
+    def _naming(self, parameter: torch.Tensor, what: str) -> Iterator[None]:
+        """Say whose state it is that memory could not be had for, or could not be moved."""
+        try:
+            yield
         except memory.PagedMemoryError as error:
-            first = next(slab.first for slab in pack.slabs if slab.on_host)
             raise memory.PagedMemoryError(
-                f"the state of {self._name(pack.parameters[first])} and what lies with it cannot "
-                f"be moved, nothing was stepped: {error}"
+                f"the state of {self._name(parameter)} and what lies with it cannot be {what}: "
+                f"{error}"
             ) from error
 
     @staticmethod
@@ -244,6 +256,9 @@ class PackedOptimizer(torch.optim.Optimizer):
                     f"the gradient of {self._name(p)} must have the parameter's {what} {of_p}, "
                     f"got {of_g}"
                 )
+        for what, tensor in (("the gradient of ", g), ("", p)):
+            if tensor.numel() and not tensor.untyped_storage().nbytes():
+                raise RuntimeError(f"the memory of {what}{self._name(p)} was freed")
         pack = self._pack_of(p)
         if pack is not None and (p.device, p.dtype) != (pack.device, pack.dtype):
             raise RuntimeError(
@@ -281,17 +296,18 @@ class PackedOptimizer(torch.optim.Optimizer):
                 held from outside of the optimizer stays behind.
         """
         for pack in self._packs:
-            if not release:
-                pack.pager.evict(pack.slabs)
-                continue
-            pack.pager.release(pack.slabs)
-            for row, parameter in enumerate(pack.parameters):
-                self.state[parameter].update(state_dicts.entry(pack, row))
+            try:
+                with self._naming(pack.parameters[0], "moved to the host"):
+                    (pack.pager.release if release else pack.pager.evict)(pack.slabs)
+            finally:
+                if release:  # whatever was released before an error has new tensors
+                    self._show(pack)
 
     def bring_back(self) -> None:
         """Queue the move of all paged state to the device."""
         for pack in self._packs:
-            pack.pager.bring_back(pack.slabs)
+            with self._naming(pack.parameters[0], "moved to the device"):
+                pack.pager.bring_back(pack.slabs)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state on the "device" and on the "host", by where lowbit last put them."""

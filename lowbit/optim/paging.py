@@ -18,9 +18,10 @@ device, 10 back, 40 each way at once in place.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -38,6 +39,17 @@ RESERVE_BYTES, RESERVE_FRACTION = 2 << 30, 1 / 32
 LINK_BYTES_PER_S = 100e9
 TIMED_BYTES = 64 << 20
 STAGES = 3  # one filled, one updated, one drained
+
+
+@contextlib.contextmanager
+def _or_stay() -> Iterator[None]:
+    """A move that is refused within a step, too late to take it back, is a warning: the GPU reaches
+    state wherever it lies.
+    """
+    try:
+        yield
+    except memory.PagedMemoryError as error:
+        warnings.warn(f"state was updated where it lay, and stays there: {error}", stacklevel=3)
 
 
 class Pager:
@@ -185,28 +197,23 @@ class ManagedPager(Pager):
             end.record(self.write_backs if how == "prefetch" else stream)
             self._timed = ("resident" if how == "in_place" else how, begin, end, slabs)
         if how in ("resident", "in_place") and not capturing and self._short_of_memory():
-            self.evict(slabs)
+            with _or_stay():
+                self.evict(slabs)
 
     def _run_moving(self, slabs, update, stream, back: bool) -> None:
-        """Bring each slab in while the one before it updates; move it out again behind it.
-
-        `begin` has moved the first. A later move that fails leaves its slab where it is, and the
-        GPU updates it there.
+        """Bring each slab in while the one before it updates; move it out again behind it. `begin`
+        has moved the first.
         """
-        broken = None
         for slab in slabs:
-            try:
-                if slab.on_host and broken is None:
+            if slab.on_host:
+                with _or_stay():
                     self._move(slab, False, self.copies)
-            except memory.PagedMemoryError as error:
-                broken = error
             stream.wait_stream(self.copies)
             update(slab, slab.values, slab.scales)
-            if back and broken is None:
+            if back:
                 self.write_backs.wait_stream(stream)
-                self._move(slab, True, self.write_backs)
-        if broken is not None:
-            warnings.warn(f"state was updated where it lay, on the host: {broken}", stacklevel=2)
+                with _or_stay():
+                    self._move(slab, True, self.write_backs)
 
     # ---- on request ------------------------------------------------------------------------------
 
