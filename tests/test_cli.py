@@ -1,6 +1,8 @@
 """The `lowbit` command: help, a whole run, answers, merging, and every kind of wrong input."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,10 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli import finetune, source
 from lowbit.cli.app import app
+from lowbit.cli.app import run as run_command_line
 from lowbit.cli.train import Trainer
 
-COMMANDS = ("info", "finetune", "generate", "merge")
+COMMANDS = ("info", "finetune", "generate", "merge", "bench")
 WORDS = TEXT.split()
 
 
@@ -65,12 +68,12 @@ def trained(model, data, tmp_path_factory) -> Path:
 # ---- help --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["", *COMMANDS, "bench linear", "bench model"])
 def test_every_command_has_help_with_examples(command):
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
-    assert "Examples:" in result.stdout
-    assert f"lowbit {command}" in result.stdout
+    examples = result.stdout.split("Examples:")[1]
+    assert f"lowbit {command}".strip() in examples
 
 
 def test_help_names_every_command_and_version_is_printed():
@@ -428,6 +431,18 @@ def test_interrupt_before_training_writes_nothing(start, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert result.stderr == "lowbit: interrupted; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_is_an_interrupt(monkeypatch, capsys):
+    monkeypatch.setattr("lowbit.cli.app.app", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command_line()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "lowbit: interrupted; nothing was written\n"
 
 
 def test_fault_of_lowbit_is_reported_without_traceback(start, monkeypatch):

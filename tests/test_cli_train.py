@@ -3,7 +3,11 @@
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -334,6 +338,35 @@ def test_interrupt_saves_a_checkpoint_that_resumes(train, tmp_path, monkeypatch)
         for name in ("whole", "part")
     )
     assert [s["loss"] for s in first] == [s["loss"] for s in second]
+
+
+def test_a_killed_run_resumes_bit_for_bit_and_leaves_no_trace(model_folder, tmp_path):
+    data, part, whole = tmp_path / "data.jsonl", tmp_path / "part", tmp_path / "whole"
+    data.write_text("\n".join(json.dumps({"prompt": f"red {i}", "completion": "stone"})
+                              for i in range(10)))  # fmt: skip
+    options = "--rank 4 --dropout 0.2 --batch 2 --lr 0.01 --schedule constant --warmup 0"
+    options += " --save-every 2 --epochs"
+    start = ["finetune", "--model", model_folder, "--data", data, *options.split()]
+    command = [sys.executable, "-m", "lowbit.cli", *start, "1000", "--output", part]
+    checkpoints = part.with_name("part.unfinished") / "checkpoints"
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as killed:
+        while not (checkpoints / "step-000006").exists():
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()  # in the middle of a later step
+    (checkpoints / ".step-999999.new-1").mkdir()  # as if while it wrote a checkpoint
+    for late in sorted(checkpoints.glob("step-*"))[3:]:
+        shutil.rmtree(late)
+    assert resume(part.with_name("part.unfinished"), "--epochs", 4).exit_code == 0
+    made = CliRunner().invoke(app, list(map(str, [*start, "4", "--output", whole])))
+    assert made.exit_code == 0, made.stderr
+    for a, b in zip(*(sorted(f.rglob("*")) for f in (part, whole)), strict=True):
+        assert a.relative_to(part) == b.relative_to(whole)
+    losses = [
+        [step["loss"] for step in json.loads((folder / "run.json").read_text())["steps"]]
+        for folder in (part, whole)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_failure_after_a_checkpoint_says_how_to_go_on(train, tmp_path, monkeypatch):

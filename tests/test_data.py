@@ -98,6 +98,17 @@ def test_files_of_every_kind_give_the_same_examples(tmp_path):
     assert len(messages[0]) == 2
 
 
+def test_chats_in_files_of_every_kind_give_the_same_examples(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(CHAT))
+    (tmp_path / "a.json").write_text(json.dumps([CHAT]))
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(CHAT))
+        writer.writeheader()
+        writer.writerow({field: json.dumps(turns) for field, turns in CHAT.items()})
+    read = [read_examples(tmp_path / f"a.{kind}") for kind in ("jsonl", "json", "csv")]
+    assert read[0][0].messages == read[1][0].messages == read[2][0].messages
+
+
 def test_byte_order_mark_is_no_error(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(CHAT).encode())
@@ -178,6 +189,8 @@ def test_malformed_line_is_named(tmp_path, line, reason):
         ("a.csv", "prompt,completion\na,b\nc,d,e\n", "line 3: more fields than the header has (2)"),
         ("a.csv", "prompt,completion\na\n", "line 2: field 'completion' is missing"),
         ("a.csv", 'prompt,completion\na,"b\n', "not valid CSV"),
+        ("a.csv", "messages\nhello\n", "line 2: messages is not valid JSON: Expecting value"),
+        ("a.csv", "messages\n3\n", "line 2: messages must be a non-empty list of turns"),
         ("a.jsonl", "[" * 100_000, "not valid JSON"),
     ],
 )

@@ -1,5 +1,6 @@
 """The typer application: one function per command, each importing what it needs when it runs."""
 
+import signal
 import sys
 
 import typer
@@ -13,9 +14,20 @@ from .options import paragraphs
 
 HELP = "4-bit QLoRA fine-tuning on any machine. Start with: lowbit finetune --demo"
 
+EXAMPLES = """Examples:
+
+\b
+  lowbit finetune --demo
+\b
+  lowbit generate --adapter out/demo --prompt "What is NF4?"
+\b
+  lowbit finetune --help
+"""
+
 app = typer.Typer(
     name="lowbit",
     help=HELP,
+    epilog=EXAMPLES,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -51,7 +63,10 @@ def root(
 
 
 def run() -> None:
-    """Run the application; a Ctrl-C that no command handled still ends without a traceback."""
+    """Run the application; a Ctrl-C that no command handled still ends without a traceback, and
+    SIGTERM does what Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except KeyboardInterrupt:

@@ -37,9 +37,18 @@ LINEAR_EXAMPLES = """Examples:
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
+EXAMPLES = """Examples:
+
+\b
+  lowbit bench linear --shapes llama-8b --m 1,16,256,4096
+\b
+  lowbit bench model --config llama-8b --batch 4 --seq 1024
+"""
+
 app = typer.Typer(
     name="bench",
     help=HELP,
+    epilog=EXAMPLES,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -108,6 +108,8 @@ class Staging:
                     f"--resume {self.folder}, or pass --overwrite to drop it"
                 )
             shutil.rmtree(self.folder)
+        for unfinished in (self.folder / CHECKPOINTS).glob(".*.new-*"):  # of a run that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _holds(self, checkpoint: Path | None) -> bool:
         return checkpoint is not None and self.folder.resolve() in checkpoint.resolve().parents

@@ -5,7 +5,8 @@ Record formats, recognised per record by their fields:
     prompt + completion        two strings
     instruction [+ input] + output
     text                       one string; every token is trained on
-Every fault names the file and the line (JSONL, CSV) or record (JSON).
+A list of turns in a CSV file is a cell that holds JSON. Every fault names the file and the line
+(JSONL, CSV) or record (JSON).
 """
 
 import csv
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CliError
+from .errors import CliError, first_sentence
 
 Message = dict[str, str]
 
@@ -29,6 +30,7 @@ ROLES = {
     "model": "assistant",
     "bot": "assistant",
 }
+CHAT_FIELDS = ("conversations", "messages")
 KNOWN_FORMATS = "conversations, messages, prompt + completion, instruction + output, or text"
 
 
@@ -133,16 +135,28 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
                 short = [name for name, value in row.items() if value is None]
                 if short:
                     raise CliError(f"{where}: field {short[0]!r} is missing")
-                yield where, dict(row)
+                yield where, _with_chats(dict(row), where)
         except csv.Error as error:
             raise CliError(f"{path} line {reader.line_num}: not valid CSV: {error}") from None
+
+
+def _with_chats(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row whose cells of turns are read as JSON."""
+    for field in CHAT_FIELDS:
+        if field in row:
+            try:
+                row[field] = json.loads(row[field])
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = first_sentence(error)
+                raise CliError(f"{where}: {field} is not valid JSON: {reason}") from None
+    return row
 
 
 def parse_record(record: Any, where: str) -> Example:
     """Recognise one record's format and check it; CliError starts with `where`."""
     if not isinstance(record, dict):
         raise CliError(f"{where}: must be a JSON object, got {_kind(record)}")
-    for field in ("conversations", "messages"):
+    for field in CHAT_FIELDS:
         if field in record:
             return Example(where, messages=_messages(record[field], field, where))
     if "prompt" in record and "completion" in record:
