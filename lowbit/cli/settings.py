@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,9 @@ class Settings:
                     f"--{option} must be at least {low} and below {high}, got {getattr(self, name)}"
                 )
         for name in ("learning_rate", "alpha", "epochs"):
-            if not getattr(self, name) > 0:
-                raise CliError(
-                    f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}"
-                )
+            if not 0 < getattr(self, name) < math.inf:
+                option = name.replace("_", "-")
+                raise CliError(f"--{option} must be positive and finite, got {getattr(self, name)}")
         if self.eval_data and self.eval_fraction:
             raise CliError("--eval-data and --eval-fraction exclude each other; give one of them")
 
