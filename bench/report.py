@@ -1,6 +1,6 @@
 """Write docs/measured.md and the measured tables of README.md from the records in bench/results.
 
-    python bench/report.py            rewrite the file, and the README between its two markers
+    python bench/report.py            rewrite the file, and the README between its markers
     python bench/report.py --check    exit 1 if that would change anything
 
 A record is what write_json in common.py wrote. docs/measured.md has a table for each record found,
@@ -26,7 +26,6 @@ checked against the reference before it was timed. What was predicted and what l
 [bench/NOTES.md](../bench/NOTES.md).
 
 """
-BEGIN, END = "<!-- results -->\n", "<!-- end of results -->"
 
 
 def records() -> Iterable[tuple[str, dict]]:
@@ -205,6 +204,38 @@ def optimizer(name: str, record: dict) -> str:
     return f"{what} ({caption}; {rates} at once; `{name}`):\n\n{table(head, body)}"
 
 
+def optimizer_headline(record: dict) -> str:
+    """The README's figures of paged AdamW, with fp32 and with 8-bit state."""
+    ms = {(row["parameters"], row["optimizer"]): row["ms"] for row in record["rows"]}
+
+    def cell(parameters: str, library: str, bits32: str, where: str) -> str:
+        names = (f"{library} {name}{where}" for name in (bits32, "PagedAdamW8bit"))
+        times = [ms.get((parameters, name)) for name in names]
+        return " / ".join(f"{t:.1f}" for t in times) if all(times) else "-"
+
+    body = []
+    for parameters, model, where, title in (
+        ("8b bf16", "8B, r 16", "", "on the card"),
+        ("65b bf16", "65B, r 64", "", "on the card"),
+        ("65b bf16", "65B, r 64", " evicted", "moved out before each step"),
+        ("65b bf16", "65B, r 64", " under pressure", "no room on the card"),
+    ):
+        torchs = "-" if where else f"{ms[parameters, 'torch AdamW fused']:.1f}"
+        ours = cell(parameters, "lowbit", "PagedAdamW", where)
+        theirs = cell(parameters, "bitsandbytes", "PagedAdamW32bit", where)
+        body.append([model, title, torchs, ours, theirs])
+    head = [
+        "ms",
+        "state",
+        "torch fused, bf16",
+        "lowbit, fp32 / 8-bit",
+        "bitsandbytes, fp32 / 8-bit",
+    ]
+    caption = machine(record["environment"], card=True)
+    what = "One step of paged AdamW over all LoRA parameters, by the state's precision"
+    return f"{what} ({caption}; `optimizer_h100.json`):\n\n{table(head, body)}"
+
+
 def optimizer_curves(name: str, record: dict) -> str:
     """What the optimizer does to the losses of the demo."""
     body = []
@@ -322,13 +353,25 @@ def report(*, headlines: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def readme(text: str) -> str:
+    """The README with what stands between its markers replaced."""
+    optimizer_record = json.loads((RESULTS / "optimizer_h100.json").read_text())
+    for name, content in {
+        "optimizer": optimizer_headline(optimizer_record) + "\n",
+        "results": report(headlines=True),
+    }.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = before + begin + "\n" + content + "\n" + end + after
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say whether both are up to date")
     options = parser.parse_args()
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    shown = before + BEGIN + "\n" + report(headlines=True) + "\n" + END + after
+    shown = readme(README.read_text())
     stale = False
     for path, text in {README: shown, MEASURED: INTRODUCTION + report(headlines=False)}.items():
         if not options.check:

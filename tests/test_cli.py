@@ -423,6 +423,24 @@ def test_failure_while_saving_leaves_nothing(start, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
+@pytest.mark.parametrize("limit", [20_000, 200_000], ids=["safetensors", "torch.save"])
+def test_a_full_disk_leaves_nothing(start, tmp_path, limit):
+    """Files may not grow past a limit: the adapter does not fit, or it does and trainer.pt not."""
+    import resource
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, "-m", "lowbit.cli", *start, "--steps", 2, "--save-every", 1]
+    done = subprocess.run(
+        list(map(str, command)), preexec_fn=small_files, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("lowbit: cannot write the output: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_interrupt_before_training_writes_nothing(start, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

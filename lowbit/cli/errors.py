@@ -43,6 +43,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(sign in text for sign in signs)
 
 
+def is_failed_write(error: BaseException) -> bool:
+    """True for what safetensors and torch.save raise when a disk is full; it is no OSError."""
+    signs = ("I/O error", "PytorchStreamWriter failed writing", "inline_container.cc")
+    return any(sign in str(error) for sign in signs)
+
+
 def raised_by_lowbit(error: BaseException) -> bool:
     """True if a ValueError or TypeError is one of lowbit's own checks, whose message is written
     for users.
@@ -62,6 +68,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     if is_out_of_memory(error):
         advice = "use a smaller --batch or --max-length, or --gradient-checkpointing"
         return EXIT_WRONG_INPUT, f"out of memory ({first_sentence(error, limit=160)}); {advice}"
+    if is_failed_write(error):
+        return EXIT_WRONG_INPUT, f"cannot write the output: {first_sentence(error)}"
     if raised_by_lowbit(error):
         return EXIT_WRONG_INPUT, first_sentence(error)
     if isinstance(error, BrokenPipeError):  # the reader (head, less) has gone; nothing to tell it

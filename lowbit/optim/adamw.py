@@ -85,8 +85,8 @@ class PagedAdamW(_AdamW):
             (lowbit/optim/paging.py).
 
     Notes:
-        With state on the device a step takes as long as an unpaged one. With state on the host it
-        takes as long as the link needs for the state once each way.
+        With state on the device a step takes little longer than an unpaged one. With state on the
+        host it takes as long as the link needs for the state once each way.
 
     Source: QLoRA (Dettmers et al. 2023), section 3.
     """
