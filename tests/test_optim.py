@@ -64,6 +64,35 @@ def test_kernels_equal_the_reference(cls, dtype, stochastic, device, monkeypatch
     _assert_same(a, b, compiled, _train(cls, b, **options))
 
 
+def test_opcheck_of_every_operator(device, monkeypatch):
+    """The schemas name what is written; addresses in tables are hidden from them, and nothing here
+    is traced or differentiated.
+    """
+    compiled, seen = packing.operators(device), set()
+    if compiled is None:
+        pytest.skip("the compiled library is not there")
+
+    class Checked:
+        def __getattr__(self, name):
+            operator = getattr(compiled, name)
+
+            def call(*arguments):
+                seen.add(name)
+                torch.library.opcheck(operator.default, arguments, test_utils="test_schema")
+                return operator(*arguments)
+
+            return call
+
+    for module in (packing, base, clipping):
+        monkeypatch.setattr(module, "operators", lambda device: Checked())
+    parameters = make_parameters(dtype=torch.bfloat16, device=device)
+    optimizer = _train(optim.PagedAdamW8bit, parameters, steps=2, skip_nonfinite=True)
+    optim.clip_grad_norm_(parameters, 1.0)
+    assert optimizer.state[parameters[0]]["step"] > 0
+    tables, kernels = {"optimizer_table", "gradient_table"}, {"optimizer_advance", "optimizer_step"}
+    assert seen == tables | kernels | {"gradient_norm", "clip_gradients"}
+
+
 @pytest.mark.parametrize(("state", "mantissa_bits"), [(0, 6), (1, 7)])
 def test_no_two_thresholds_share_a_cell(state, mantissa_bits):
     """What csrc/cuda/optimizer_state.cuh builds on: sign, exponent and some leading bits of the
