@@ -2,9 +2,11 @@
 around them.
 """
 
+import hypothesis
 import pytest
 import torch
 from helpers import assert_bitwise_equal, assert_close_to_float64
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
@@ -27,7 +29,9 @@ def _ids(shape):
     return "M{}-N{}-K{}-r{}".format(*shape)
 
 
-def _problem(shape, dtype, device, *, bias=True, vector=False, double_quant=True, layout="rows"):
+def _problem(
+    shape, dtype, device, *, bias=True, vector=False, double_quant=True, layout="rows", blocksize=64
+):
     M, N, K, r = shape
     tensors = {
         "x": torch.randn(M, K),
@@ -37,9 +41,9 @@ def _problem(shape, dtype, device, *, bias=True, vector=False, double_quant=True
         "dy": torch.randn(M, N),
     }
     out = {k: None if t is None else t.to(dtype).to(device) for k, t in tensors.items()}
-    out["w"] = lowbit.quantize(
-        (torch.randn(N, K) / K**0.5).to(device), double_quant=double_quant, layout=layout
-    ).to(dtype=dtype)
+    weight = (torch.randn(N, K) / K**0.5).to(device)
+    options = {"double_quant": double_quant, "layout": layout, "blocksize": blocksize}
+    out["w"] = lowbit.quantize(weight, **options).to(dtype=dtype)
     out["scaling"] = torch.rand(r, device=device) + 0.5 if vector else 2.0
     return out
 
@@ -67,8 +71,11 @@ def _formula(p, dtype, keep=None):
     scaling = p["scaling"]
     if isinstance(scaling, torch.Tensor):
         scaling = leaves["scaling"] = scaling.detach().cpu().to(dtype).requires_grad_()
-    with lowbit.dispatch.force("reference"):
-        weight = p["w"].cpu().dequantize(torch.float32).to(dtype)
+    weight = p["w"].cpu()
+    if not isinstance(weight, torch.Tensor):
+        with lowbit.dispatch.force("reference"):
+            weight = weight.dequantize(torch.float32)
+    weight = weight.to(dtype)
     dropped = leaves["x"] if keep is None else leaves["x"] * keep.to(dtype)
     y = (
         leaves["x"] @ weight.t()
@@ -104,6 +111,30 @@ def test_values_and_every_gradient(device, shape, dtype):
 def test_options(device, options, dtype):
     p = _problem((33, 72, 100, 8), dtype, device, **options)
     _compare(_run(p), _formula(p, torch.float64), _formula(p, dtype))
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    shape=st.tuples(
+        st.integers(1, 40), st.integers(8, 90), st.integers(32, 300), st.integers(1, 9)
+    ),
+    dtype=st.sampled_from(DTYPES),
+    blocksize=st.sampled_from([32, 64, 256, 4096]),
+    layout=st.sampled_from(["rows", "flat"]),
+)
+def test_any_shape_stays_within_its_roundings(shape, dtype, blocksize, layout):
+    """Each element is off by a few roundings of the sum of its terms' magnitudes. (In small tensors
+    plain torch's own error, which the tests above measure by, may be zero by luck.)
+    """
+    torch.manual_seed(0)
+    p = _problem(shape, dtype, "cpu", blocksize=blocksize, layout=layout)
+    actual, expected = _run(p), _formula(p, torch.float64)
+    p["w"] = p["w"].dequantize(torch.float32)
+    magnitudes = {k: v.abs() if isinstance(v, torch.Tensor) else v for k, v in p.items()}
+    rounding = 4 * torch.finfo(dtype).eps
+    for name, sums in _formula(magnitudes, torch.float64).items():
+        error = (actual[name].double() - expected[name]).abs()
+        assert (error <= rounding * sums).all(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -104,6 +104,7 @@ def test_wheel_installs_nothing_but_lowbit(wheel):
 def test_wheel_holds_every_module_and_library(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"lowbit/{path.name}" for path in LIBRARIES} | {"lowbit/_build_info.json"}
+    expected.add("lowbit/py.typed")  # type checkers read the hints only where this file is
     for source, target in (
         (ROOT / "lowbit", "lowbit"),
         (ROOT / "kernels/triton", "lowbit/kernels"),
