@@ -3,8 +3,9 @@ is.
 
 Paged tensors are ordinary CUDA tensors in managed memory (cudaMallocManaged). The driver moves
 their pages to the host when the card runs full, and `prefetch` moves them on purpose; the GPU reads
-and writes them wherever they are. They do not come out of torch's caching allocator, which would
-keep the memory of freed tensors and count it against the card: a paged tensor's memory goes back to
+and writes them wherever they are. They do not come out of torch's caching allocator: a memory pool
+with a pluggable allocator keeps the memory of freed tensors, even through empty_cache(), while the
+pool lives, and counts it against the card (bench/NOTES.md). A paged tensor's memory goes back to
 the system with the last reference to it, and torch.cuda.memory_allocated() does not see it.
 
     with lowbit.memory.paged():
