@@ -360,6 +360,8 @@ def test_the_table_names_the_layers_that_are_served():
             assert dispatch.choose(operation, device, BF16, M, layer).kernel == KERNEL
         for M in (4096, 1 << 19):
             assert dispatch.choose(operation, device, BF16, M, layer).kernel == LARGE
+        wide = layer._replace(N=1024, K=1 << 17)  # whose fp32 lora_A would not fit beside a ring
+        assert dispatch.choose(operation, device, BF16, 4096, wide).kernel == KERNEL
         for other in (
             layer._replace(K=3420), layer._replace(N=4100), layer._replace(blocksize=32),
             layer._replace(r=65), layer._replace(blocksize=0), layer._replace(N=1 << 20),

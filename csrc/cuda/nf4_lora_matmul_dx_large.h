@@ -5,10 +5,12 @@
 
 namespace lowbit::cuda {
 
-// As serves_nf4_lora_matmul_dx, with any blocksize from 64 on. Right for any M.
+// As serves_nf4_lora_matmul_dx, with any blocksize from 64 on. Right for any M, but up to 256
+// tokens and more than 16000 columns can exceed the workspace.
 bool serves_nf4_lora_matmul_dx_large(const LoraDxArgs& args);
 
-// At most 24 MiB, and 2 bytes per element of an fp32 lora_A; 0 if there is nothing to run.
+// From 257 tokens on at most 24 MiB, and 2 bytes per element of an fp32 lora_A; 0 if there is
+// nothing to run.
 size_t nf4_lora_matmul_dx_large_workspace_bytes(const LoraDxArgs& args);
 
 // As programmatic dependent launches.

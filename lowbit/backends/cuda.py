@@ -4,7 +4,8 @@ Quantize and dequantize are one launch each. A forward product is one operator o
 decodes the weight inside the product and adds the low-rank term there; dispatch.py says which.
 
 The backward pass is one operator, too: a pass over dy for u = s dy B, dB and the gradients of bias
-and scaling, the product that decodes the weight again and adds u A, a pass over x for dA.
+and scaling, the product that decodes the weight again and adds u A, a pass over x for dA. Two
+operators differ in that product.
 
 Every other product goes by panels: it dequantizes a panel of the weight, at most PANEL_BYTES,
 multiplies with it through torch.mm and goes on to the next: nothing of the weight's size is ever
