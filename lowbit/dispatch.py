@@ -299,20 +299,30 @@ def _choose(
 # waiting for its weight; smaller ones are not measured.
 STACKED_DEVICES = ("cuda",)
 STACKED_TOKENS = 65
+# Forward, z_i: the stacked product is a concatenation, a product and a copy for each member, which
+# keep the host longer than the projections inside the members' own calls. An eager step of an 8B
+# model with 512 tokens took 276 and 274 ms stacked, 257 and 282 not; the least of 8 steps 248 and
+# 248, 222 and 193 (H100, 2026-11-24).
+STACKED_FORWARD_TOKENS = 1025
 
 
-def stacks(device: torch.device, tokens: int) -> bool:
-    """Whether a group of layers shares its low-rank products."""
-    return device.type in STACKED_DEVICES and tokens >= STACKED_TOKENS
+def stacks(device: torch.device, tokens: int, forward: bool = False) -> bool:
+    """Whether a group of layers shares its low-rank products, or those of its forward pass."""
+    least = STACKED_FORWARD_TOKENS if forward else STACKED_TOKENS
+    return device.type in STACKED_DEVICES and tokens >= least
 
 
-def select(operation: str, args: tuple, for_backward: bool = True) -> Callable:
+def select(
+    operation: str, args: tuple, for_backward: bool = True, checked: bool = False
+) -> Callable:
     """Return the function that runs an operation on these arguments.
 
     Args:
         operation: one of OPERATIONS.
         args: those of torch.ops.lowbit.<operation>.
         for_backward: False allows a forward kernel to leave out what only backward reads (z).
+        checked: the caller answers for shapes, dtypes, devices and contiguity of the arguments, so
+            that a compiled kernel may be called without the checks of its operator.
     """
     first = args[0]
     if operation in _KERNEL_OPERATIONS:
@@ -326,7 +336,7 @@ def select(operation: str, args: tuple, for_backward: bool = True) -> Callable:
         blocksize = args[at + 8] if args[at + 1] is not None else 0
         return _kernel_function(
             operation, first.device, first.dtype, first.shape[0], args[at + 6], args[at + 7],
-            blocksize, args[at + 10], r, for_backward, forced(),
+            blocksize, args[at + 10], r, for_backward, checked, forced(),
         )  # fmt: skip
     dtype = args[-1] if operation == "dequantize_4bit" else first.dtype
     row = choose(operation, first.device, dtype, first.shape[0])
@@ -335,12 +345,10 @@ def select(operation: str, args: tuple, for_backward: bool = True) -> Callable:
 
 def adding_dx(operation: str, args: tuple) -> Callable | None:
     """The function that runs an operation of the backward pass and can add dx to `dx_sum` instead
-    of making a new tensor, or None where another pass has to add.
+    of making a new tensor, or None where another pass has to add. The arguments are checked.
     """
-    function = select(operation, args)
-    if not isinstance(function, functools.partial):
-        return None
-    return function if function.keywords["kernel"] in BACKWARD_KERNELS else None
+    function = select(operation, args, checked=True)
+    return function if hasattr(function, "adds_dx") else None
 
 
 def _function(backend: str, operation: str) -> Callable:
@@ -361,12 +369,21 @@ def _kernel_function(
     row_blocks: bool,
     r: int,
     for_backward: bool,
+    checked: bool,
     name: str | None,
 ) -> Callable:
     row = _choose(operation, device, dtype, tokens, Layer(N, K, blocksize, row_blocks, r), name)
     function = _function(row.backend, operation)
     if not row.kernel:
         return function
+    options = {"kernel": row.kernel}
     if operation == "lora_linear" and not for_backward:
-        return functools.partial(function, kernel=row.kernel, for_backward=False)
-    return functools.partial(function, kernel=row.kernel)
+        options["for_backward"] = False
+    run = functools.partial(function, **options)
+    if checked and row.kernel != "panels":
+        run = _module(row.backend).prepare(
+            operation, row.kernel, device, dtype, tokens, N, r, for_backward, otherwise=run
+        )
+    if row.kernel in BACKWARD_KERNELS:
+        run.adds_dx = True
+    return run

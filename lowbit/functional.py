@@ -125,7 +125,7 @@ def _lora_linear(*args):
     inputs = args[0], args[12], args[13], args[14], args[16]
     if _records(inputs):
         return _LoraLinear.apply(*inputs, args)
-    return dispatch.select("lora_linear", args, for_backward=False)(*args)[0]
+    return dispatch.select("lora_linear", args, for_backward=False, checked=True)(*args)[0]
 
 
 class _LoraLinear(_SingleLevelFunction):
@@ -136,7 +136,7 @@ class _LoraLinear(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, vector, bias, args):
-        y, z = dispatch.select("lora_linear", args)(*args)
+        y, z = dispatch.select("lora_linear", args, checked=True)(*args)
         # Not the frozen weight: offloading what its module keeps would free nothing.
         ctx.save_for_backward(x, z, lora_A, lora_B, vector, args[18])
         ctx.weight, ctx.numbers = args[1:12], args[15:18:2]
@@ -153,11 +153,15 @@ def _gradients(ctx, dy):
     x, z, lora_A, lora_B, vector, seed = ctx.saved_tensors
     scaling, dropout_p = ctx.numbers
     need_x, need_A, need_B, need_scaling, need_bias, _ = ctx.needs_input_grad
-    dx, d_A, d_B, d_bias, d_scaling = _run(
-        "lora_linear_backward",
+    args = (
         dy.contiguous(), x, z, *ctx.weight, lora_A, lora_B, vector, scaling, dropout_p, seed,
         need_x, need_A, need_B, need_bias, need_scaling,
     )  # fmt: skip
+    if _nothing_intercepts(args):
+        run = dispatch.select("lora_linear_backward", args, checked=True)
+    else:
+        run = torch.ops.lowbit.lora_linear_backward
+    dx, d_A, d_B, d_bias, d_scaling = run(*args)
     return (
         dx if need_x else None,
         d_A if need_A else None,
@@ -176,7 +180,7 @@ def _run(operation: str, *args):
     do: an operator registered from Python costs more host time than a small layer's arithmetic.
     """
     if _nothing_intercepts(args) and not _records(args):
-        return dispatch.select(operation, args, for_backward=False)(*args)
+        return dispatch.select(operation, args, for_backward=False, checked=True)(*args)
     return getattr(torch.ops.lowbit, operation)(*args)
 
 
@@ -246,10 +250,10 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 
 def _casts(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device; asking about the meta device is an error in torch."""
-    if x.is_meta:
+    # The name of a device costs microseconds.
+    if not torch._C._is_any_autocast_enabled() or x.is_meta:
         return False
-    # Half a microsecond goes into the name of a device.
-    return torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type)
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ def whole(frozen: Sequence[Member], trained: Sequence) -> list[Member]:
 def forward(x, members: list[Member], shared: bool, for_backward: bool = True):
     """(ys, zs); z is None without adapter, and may be if not `for_backward`."""
     zs = [None] * len(members)
-    stacked = dispatch.stacks(x.device, x.shape[0])
+    stacked = dispatch.stacks(x.device, x.shape[0], forward=True)
     if stacked:
         zs = project(x, members, shared)
     ys = []
@@ -117,7 +117,7 @@ def product(x, z, m: Member) -> torch.Tensor:
 def _lora_linear(*args):
     """_run("lora_linear") that keeps z although no gradient is recorded here."""
     if _nothing_intercepts(args):
-        return dispatch.select("lora_linear", args, for_backward=True)(*args)
+        return dispatch.select("lora_linear", args, checked=True)(*args)
     return torch.ops.lowbit.lora_linear(*args)
 
 

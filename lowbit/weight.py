@@ -129,6 +129,7 @@ class QuantizedWeight:
 
     def args(self) -> WeightArgs:
         """The weight arguments of every operation."""
+        shape = self.shape
         return WeightArgs(
             self.qweight,
             self.absmax,
@@ -136,8 +137,8 @@ class QuantizedWeight:
             self.nested_absmax,
             self.nested_codebook,
             self.nested_offset,
-            self.N,
-            self.K,
+            shape[0] if len(shape) == 2 else self.N,
+            shape[-1],
             self.blocksize,
             self.nested_blocksize,
             self.row_blocks,

@@ -11,6 +11,7 @@ WAYS = {"member by member": (), "stacked": ("cpu", "cuda")}
 def choose_way(monkeypatch, way: str) -> None:
     monkeypatch.setattr(lowbit.dispatch, "STACKED_DEVICES", WAYS[way])
     monkeypatch.setattr(lowbit.dispatch, "STACKED_TOKENS", 1)
+    monkeypatch.setattr(lowbit.dispatch, "STACKED_FORWARD_TOKENS", 1)
 
 
 def make_member(N, K, r, dtype, device, *, bias=True, vector=False, lora_dtype=None):

@@ -233,16 +233,19 @@ def test_library_uses_only_the_stable_abi(path):
     assert [name for name in undefined if name.startswith(("Py", "_Py"))] == []
 
 
-# What lowbit/memory.py calls through ctypes (csrc/cuda/paged_memory.h).
+# What lowbit/memory.py and lowbit/backends/cuda_direct.py call through ctypes (paged_memory.h and
+# direct.cpp in csrc/cuda).
 C_INTERFACE = {
     "_C_cuda.so": {
         "lowbit_advise",
+        "lowbit_backward",
         "lowbit_copy",
         "lowbit_error_text",
         "lowbit_last_location",
         "lowbit_new_tensor",
         "lowbit_pages",
         "lowbit_prefetch",
+        "lowbit_product",
     }
 }
 

@@ -3,12 +3,7 @@
 // back as None. Which layers take them is decided in lowbit/dispatch.py; an operator refuses what
 // its kernel does not serve.
 
-#include <algorithm>
-
-#include "bindings.h"
-#include "lora_grads.h"
-#include "nf4_lora_matmul_dx.h"
-#include "nf4_lora_matmul_dx_large.h"
+#include "lora_calls.h"
 
 namespace lowbit::cuda {
 namespace {
@@ -84,16 +79,6 @@ Gradients new_gradients(
         output(needs.d_lora_scaling, dy, {a.r}, ScalarType::Float, a.d_lora_scaling)};
 }
 
-void run_dy_pass(const LoraGradsArgs& a, const Call& call) {
-    if (a.u || a.d_lora_B || a.d_bias || a.d_lora_scaling)
-        check_launch(launch_lora_grads_dy(a, call.stream()), "lora_grads");
-}
-
-void run_x_pass(const LoraGradsArgs& a, const Call& call) {
-    if (a.d_lora_A != nullptr)
-        check_launch(launch_lora_grads_x(a, call.stream()), "lora_grads");
-}
-
 Gradients lora_grads(
     Tensor dy,
     OptionalTensor x,
@@ -122,27 +107,12 @@ Gradients lora_grads(
     // Freed on return, here and below: the allocator hands it out again on this stream only.
     const Tensor workspace = new_tensor(dy, {bytes}, ScalarType::Byte);
     a.workspace = workspace.mutable_data_ptr();
-    run_dy_pass(a, call);
-    run_x_pass(a, call);
+    run_dy_pass(a, call.stream());
+    run_x_pass(a, call.stream());
     return gradients;
 }
 
 // ---- dx -----------------------------------------------------------------------------------------
-
-// The kernels for it, of which an operator takes one.
-struct InLoop {  // decodes W inside the product
-    static constexpr const char* kName = "nf4_lora_matmul_dx";
-    static constexpr auto serves = serves_nf4_lora_matmul_dx;
-    static constexpr auto workspace_bytes = nf4_lora_matmul_dx_workspace_bytes;
-    static constexpr auto launch = launch_nf4_lora_matmul_dx;
-};
-
-struct Large {  // for many tokens
-    static constexpr const char* kName = "nf4_lora_matmul_dx_large";
-    static constexpr auto serves = serves_nf4_lora_matmul_dx_large;
-    static constexpr auto workspace_bytes = nf4_lora_matmul_dx_large_workspace_bytes;
-    static constexpr auto launch = launch_nf4_lora_matmul_dx_large;
-};
 
 LoraDxArgs dx_args(const WeightView& w, const Call& call, const Tensor& dy) {
     LoraDxArgs a{};
@@ -154,17 +124,17 @@ LoraDxArgs dx_args(const WeightView& w, const Call& call, const Tensor& dy) {
 }
 
 // dx: a new tensor, or null with the result added to dx_sum.
-template <class Kernel>
+template <const DxKernel& kKernel>
 OptionalTensor
 new_dx(LoraDxArgs& a, const Call& call, const Tensor& dy, const OptionalTensor& dx_sum) {
     a.adds = dx_sum.has_value();
     a.dx = const_cast<void*>(checked_data(call, dx_sum, dy.scalar_type(), a.M, a.w.K, "dx_sum"));
     OptionalTensor dx = output(!a.adds, dy, {a.M, a.w.K}, dy.scalar_type(), a.dx);
-    STD_TORCH_CHECK(Kernel::serves(a), Kernel::kName, " does not serve these sizes");
+    STD_TORCH_CHECK(kKernel.serves(a), kKernel.name, " does not serve these sizes");
     return dx;
 }
 
-template <class Kernel>
+template <const DxKernel& kKernel>
 OptionalTensor nf4_lora_matmul_dx(
     Tensor dy,
     Tensor qweight,
@@ -186,17 +156,17 @@ OptionalTensor nf4_lora_matmul_dx(
             call, qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K,
             blocksize, nested_blocksize, row_blocks),
         call, dy);
-    OptionalTensor dx = new_dx<Kernel>(a, call, dy, dx_sum);
-    const auto bytes = static_cast<int64_t>(Kernel::workspace_bytes(a));
+    OptionalTensor dx = new_dx<kKernel>(a, call, dy, dx_sum);
+    const auto bytes = static_cast<int64_t>(kKernel.workspace_bytes(a));
     const Tensor workspace = new_tensor(dy, {bytes}, ScalarType::Byte);
     a.workspace = workspace.mutable_data_ptr();
-    check_launch(Kernel::launch(a, call.stream()), Kernel::kName);
+    check_launch(kKernel.launch(a, call.stream()), kKernel.name);
     return dx;
 }
 
 // ---- all ----------------------------------------------------------------------------------------
 
-template <class Kernel>
+template <const DxKernel& kKernel>
 Gradients nf4_lora_backward(
     Tensor dy,
     OptionalTensor x,
@@ -243,26 +213,9 @@ Gradients nf4_lora_backward(
         b.r = a.r;
         b.lora_A_dtype = a.lora_A_dtype;
         b.lora_A = checked_data(call, lora_A, lora_A.scalar_type(), a.r, K, "lora_A");
-        std::get<0>(gradients) = new_dx<Kernel>(b, call, dy, dx_sum);
+        std::get<0>(gradients) = new_dx<kKernel>(b, call, dy, dx_sum);
     }
-    // One workspace for u and what the kernels, which run one after the other, need for themselves.
-    const bool need_u = need_dx || need_d_lora_A;
-    const int64_t u_bytes = need_u ? ceil_div(a.M * lora_columns(a.r) * 2, 256) * 256 : 0;
-    a.u = need_u ? const_cast<void*>(a.dy) : nullptr;  // until it is known where it lies
-    STD_TORCH_CHECK(serves_lora_grads(a), "lora_grads does not serve these sizes");
-    const size_t own_bytes =
-        std::max(lora_grads_workspace_bytes(a), need_dx ? Kernel::workspace_bytes(b) : size_t{0});
-    const Tensor workspace =
-        new_tensor(dy, {u_bytes + static_cast<int64_t>(own_bytes)}, ScalarType::Byte);
-    auto* bytes = static_cast<uint8_t*>(workspace.mutable_data_ptr());
-    a.u = need_u ? bytes : nullptr;
-    a.workspace = b.workspace = bytes + u_bytes;
-    b.u = a.u;
-
-    run_dy_pass(a, call);
-    if (need_dx)
-        check_launch(Kernel::launch(b, call.stream()), Kernel::kName);
-    run_x_pass(a, call);
+    run_backward(kKernel, a, b, call.device(), call.stream());
     return gradients;
 }
 
@@ -291,8 +244,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowbit_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(lowbit_cuda, CUDA, m) {
     using namespace lowbit::cuda;
     m.impl("lora_grads", TORCH_BOX(&lora_grads));
-    m.impl("nf4_lora_matmul_dx", TORCH_BOX(&nf4_lora_matmul_dx<InLoop>));
-    m.impl("nf4_lora_matmul_dx_large", TORCH_BOX(&nf4_lora_matmul_dx<Large>));
-    m.impl("nf4_lora_backward", TORCH_BOX(&nf4_lora_backward<InLoop>));
-    m.impl("nf4_lora_backward_large", TORCH_BOX(&nf4_lora_backward<Large>));
+    m.impl("nf4_lora_matmul_dx", TORCH_BOX(&nf4_lora_matmul_dx<kDxInLoop>));
+    m.impl("nf4_lora_matmul_dx_large", TORCH_BOX(&nf4_lora_matmul_dx<kDxLarge>));
+    m.impl("nf4_lora_backward", TORCH_BOX(&nf4_lora_backward<kDxInLoop>));
+    m.impl("nf4_lora_backward_large", TORCH_BOX(&nf4_lora_backward<kDxLarge>));
 }

@@ -1,26 +1,12 @@
 // The compiled products of the CUDA backend: one operator per kernel, all with one schema. Which of
 // them runs is decided in lowbit/dispatch.py; an operator refuses what its kernel does not serve.
 
-#include <algorithm>
-
-#include "bindings.h"
-#include "nf4_lora_gemv.h"
-#include "nf4_lora_matmul_large.h"
-#include "nf4_lora_matmul_mid.h"
-#include "nf4_lora_matmul_small.h"
+#include "lora_calls.h"
 
 namespace lowbit::cuda {
 namespace {
 
-// What a kernel's header offers.
-struct Kernel {
-    const char* name;
-    bool (*serves)(const LoraMatmulArgs&);
-    size_t (*workspace_bytes)(const LoraMatmulArgs&);  // null: needs none
-    cudaError_t (*launch)(const LoraMatmulArgs&, cudaStream_t);
-};
-
-template <const Kernel& kKernel>
+template <const ProductKernel& kKernel>
 Tensor lora_matmul(
     Tensor x,
     Tensor qweight,
@@ -66,31 +52,12 @@ Tensor lora_matmul(
     if (lora_scaling.has_value())
         a.lora_scaling = call.data<float>(*lora_scaling, ScalarType::Float, a.r, "lora_scaling");
     a.scaling = static_cast<float>(scaling);
-    STD_TORCH_CHECK(kKernel.serves(a), kKernel.name, " does not serve these sizes");
 
     Tensor y = new_tensor(x, {a.M, N}, type);
     a.y = y.mutable_data_ptr();
-    // Freed on return: the allocator hands it out again on this stream only.
-    std::optional<Tensor> workspace;
-    const size_t bytes = kKernel.workspace_bytes == nullptr ? 0 : kKernel.workspace_bytes(a);
-    if (bytes > 0) {
-        workspace = new_tensor(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-        a.workspace = workspace->mutable_data_ptr();
-    }
-    check_launch(kKernel.launch(a, call.stream()), kKernel.name);
+    run_product(kKernel, a, call.device(), call.stream());
     return y;
 }
-
-constexpr Kernel kGemv{"nf4_lora_gemv", serves_nf4_lora_gemv, nullptr, launch_nf4_lora_gemv};
-constexpr Kernel kSmall{
-    "nf4_lora_matmul_small", serves_nf4_lora_matmul_small, nf4_lora_matmul_small_workspace_bytes,
-    launch_nf4_lora_matmul_small};
-constexpr Kernel kMid{
-    "nf4_lora_matmul_mid", serves_nf4_lora_matmul_mid, nf4_lora_matmul_mid_workspace_bytes,
-    launch_nf4_lora_matmul_mid};
-constexpr Kernel kLarge{
-    "nf4_lora_matmul_large", serves_nf4_lora_matmul_large, nf4_lora_matmul_large_workspace_bytes,
-    launch_nf4_lora_matmul_large};
 
 }  // namespace
 }  // namespace lowbit::cuda

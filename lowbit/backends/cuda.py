@@ -7,6 +7,8 @@ The backward pass is one operator, too: a pass over dy for u = s dy B, dB and th
 and scaling, the product that decodes the weight again and adds u A, a pass over x for dA. Two
 operators differ in that product.
 
+Callers that have checked their arguments get both without the operators: cuda_direct.py.
+
 Every other product goes by panels: it dequantizes a panel of the weight, at most PANEL_BYTES,
 multiplies with it through torch.mm and goes on to the next: nothing of the weight's size is ever
 written. y takes panels of whole rows and dx panels of whole columns, so that every
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 
 from .. import _library, dispatch, reference  # noqa: F401  _library loads _C_cuda.so
 from . import composed
+from .cuda_direct import cast, prepare  # noqa: F401  dispatch.py calls prepare
 
 _ops = torch.ops.lowbit_cuda
 _WEIGHT_COUNT = 11
@@ -103,10 +106,6 @@ def _column_panels(weight, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Te
 # ---- products
 
 
-def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
-
-
 def _readable(weight) -> bool:
     """Whether the kernels' wide loads can read the weight; a view into a larger tensor may start
     anywhere, and is then multiplied by panels. (Of the other arguments the operators copy such
@@ -116,7 +115,7 @@ def _readable(weight) -> bool:
 
 
 def _fused_linear(kernel, x, weight, bias):
-    bias = _cast(bias, x.dtype)
+    bias = cast(bias, x.dtype)
     return getattr(_ops, kernel)(x, *weight, None, None, None, 1.0, bias, None, None)
 
 
@@ -124,7 +123,7 @@ def _fused_lora_linear(
     kernel, for_backward, x, weight, lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, seed
 ):
     dtype = x.dtype
-    lora_A, lora_B, bias = _cast(lora_A, dtype), _cast(lora_B, dtype), _cast(bias, dtype)
+    lora_A, lora_B, bias = cast(lora_A, dtype), cast(lora_B, dtype), cast(bias, dtype)
     op = getattr(_ops, kernel)
     if dropout_p > 0:
         z = dropout(x, dropout_p, seed) @ lora_A.t()
@@ -156,7 +155,7 @@ def linear_low_rank(x, *rest, kernel="panels"):
         return composed.linear_low_rank(x, *rest)
     dtype = x.dtype
     return getattr(_ops, kernel)(
-        x, *weight, None, _cast(lora_B, dtype), lora_scaling, scaling, _cast(bias, dtype), z, None
+        x, *weight, None, cast(lora_B, dtype), lora_scaling, scaling, cast(bias, dtype), z, None
     )
 
 

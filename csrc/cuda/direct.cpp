@@ -1,0 +1,153 @@
+// The forward and the backward product of an adapted layer as C functions: what the operators of
+// registration_lora.cpp and registration_backward.cpp run, without an operator around it. Boxing
+// some twenty arguments and checking them costs the host more than a launch does.
+//
+// The caller (lowbit/backends/cuda_direct.py) holds the tensors, has allocated the results, and
+// answers for shapes, dtypes and contiguity; an operator has accepted the weight before. All
+// pointers are device pointers, read and written on the device's current stream. What is not served
+// here, and every error, comes back as 1 with nothing said: the caller then takes the operator,
+// whose checks find the reason.
+
+#include "lora_calls.h"
+
+#define LOWBIT_C_API extern "C" __attribute__((visibility("default")))
+
+namespace lowbit::cuda {
+namespace {
+
+// Every field takes 8 bytes; cuda_direct.py packs them in this order.
+struct DirectWeight {
+    const uint8_t* qweight;
+    const void* absmax;  // fp32, or uint8 if there is a nested_absmax
+    const float *codebook, *nested_absmax, *nested_codebook, *nested_offset;
+    int64_t N, K, blocksize, nested_blocksize, row_blocks;
+};
+
+// What is the same in every call of a kernel for the same sizes.
+struct DirectSizes {
+    int64_t M, r, dtype, lora_A_dtype, lora_B_dtype, device, kernel;
+};
+
+struct DirectProduct {
+    const void *x, *lora_A, *lora_B;
+    const float* lora_scaling;
+    const void *bias, *z_in;
+    void *z_out, *y;
+    double scaling;
+};
+
+struct DirectBackward {
+    const void *dy, *x, *z, *lora_A, *lora_B;
+    const float* lora_scaling;
+    void *dx, *d_lora_A, *d_lora_B, *d_bias;
+    float* d_lora_scaling;
+    int64_t adds;  // to what is in dx
+    double scaling;
+};
+
+constexpr const ProductKernel* kKernels[] = {&kGemv, &kSmall, &kMid, &kLarge};
+constexpr const DxKernel* kDxKernels[] = {&kDxInLoop, &kDxLarge};
+
+WeightView view(const DirectWeight& weight) {
+    WeightView w{};
+    w.qweight = weight.qweight;
+    w.codebook = weight.codebook;
+    if (weight.nested_absmax == nullptr)
+        w.absmax = static_cast<const float*>(weight.absmax);
+    else
+        w.absmax_8bit = static_cast<const uint8_t*>(weight.absmax);
+    w.nested_absmax = weight.nested_absmax;
+    w.nested_codebook = weight.nested_codebook;
+    w.nested_offset = weight.nested_offset;
+    w.N = weight.N, w.K = weight.K;
+    w.flat = weight.row_blocks == 0 || weight.K % weight.blocksize == 0;
+    w.blocksize_log2 = __builtin_ctzll(static_cast<uint64_t>(weight.blocksize));
+    if (weight.nested_absmax != nullptr)
+        w.nested_blocksize_log2 = __builtin_ctzll(static_cast<uint64_t>(weight.nested_blocksize));
+    return w;
+}
+
+// The current stream of the device, if the device is the thread's current one.
+cudaStream_t current_stream(int64_t device) {
+    int current = 0;
+    check_launch(cudaGetDevice(&current), "direct call");
+    STD_TORCH_CHECK(current == device, "the tensors are on another device than the current one");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(current, &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+void check_alignment(std::initializer_list<const void*> pointers) {
+    for (const void* p : pointers)
+        STD_TORCH_CHECK(is_aligned(p), "an argument is not 16-byte aligned");
+}
+
+void product(const DirectWeight& weight, const DirectSizes& sizes, const DirectProduct& p) {
+    const cudaStream_t stream = current_stream(sizes.device);
+    check_alignment(
+        {weight.qweight, weight.absmax, p.x, p.lora_A, p.lora_B, p.bias, p.z_in, p.z_out});
+    LoraMatmulArgs a{};
+    a.w = view(weight);
+    a.dtype = static_cast<Dtype>(sizes.dtype);
+    a.x = p.x, a.lora_A = p.lora_A, a.lora_B = p.lora_B;
+    a.lora_scaling = p.lora_scaling, a.scaling = static_cast<float>(p.scaling);
+    a.bias = p.bias, a.z_in = p.z_in, a.z_out = p.z_out, a.y = p.y;
+    a.M = sizes.M, a.r = p.lora_B == nullptr ? 0 : static_cast<int>(sizes.r);
+    run_product(*kKernels[sizes.kernel], a, static_cast<int32_t>(sizes.device), stream);
+}
+
+void backward(const DirectWeight& weight, const DirectSizes& sizes, const DirectBackward& p) {
+    const cudaStream_t stream = current_stream(sizes.device);
+    check_alignment({weight.qweight, p.dy, p.x, p.z, p.lora_A, p.lora_B, p.dx});
+    STD_TORCH_CHECK(p.d_lora_A == nullptr || p.x != nullptr, "the gradient of lora_A needs x");
+    STD_TORCH_CHECK(
+        (p.d_lora_B == nullptr && p.d_lora_scaling == nullptr) || p.z != nullptr,
+        "the gradients of lora_B and lora_scaling need z");
+    LoraGradsArgs a{};
+    a.dtype = static_cast<Dtype>(sizes.dtype);
+    a.lora_A_dtype = static_cast<Dtype>(sizes.lora_A_dtype);
+    a.lora_B_dtype = static_cast<Dtype>(sizes.lora_B_dtype);
+    a.dy = p.dy, a.x = p.x, a.z = p.z, a.lora_B = p.lora_B;
+    a.lora_scaling = p.lora_scaling, a.scaling = static_cast<float>(p.scaling);
+    a.M = sizes.M, a.N = weight.N, a.K = weight.K, a.r = static_cast<int>(sizes.r);
+    a.d_lora_A = p.d_lora_A, a.d_lora_B = p.d_lora_B;
+    a.d_bias = p.d_bias, a.d_lora_scaling = p.d_lora_scaling;
+    LoraDxArgs b{};
+    const DxKernel& kernel = *kDxKernels[sizes.kernel];
+    if (p.dx != nullptr) {
+        b.w = view(weight);
+        b.dtype = a.dtype, b.lora_A_dtype = a.lora_A_dtype;
+        b.dy = p.dy, b.lora_A = p.lora_A, b.dx = p.dx;
+        b.adds = p.adds != 0;
+        b.M = a.M, b.r = a.r;
+        STD_TORCH_CHECK(kernel.serves(b), "dx is not served");
+    }
+    run_backward(kernel, a, b, static_cast<int32_t>(sizes.device), stream);
+}
+
+// 0 if it ran.
+template <class Arguments>
+int attempt(
+    void (*run)(const DirectWeight&, const DirectSizes&, const Arguments&),
+    const void* weight,
+    const void* sizes,
+    const void* arguments) {
+    try {
+        run(*static_cast<const DirectWeight*>(weight), *static_cast<const DirectSizes*>(sizes),
+            *static_cast<const Arguments*>(arguments));
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
+}  // namespace
+}  // namespace lowbit::cuda
+
+LOWBIT_C_API int lowbit_product(const void* weight, const void* sizes, const void* arguments) {
+    return lowbit::cuda::attempt(lowbit::cuda::product, weight, sizes, arguments);
+}
+
+LOWBIT_C_API int lowbit_backward(const void* weight, const void* sizes, const void* arguments) {
+    return lowbit::cuda::attempt(lowbit::cuda::backward, weight, sizes, arguments);
+}

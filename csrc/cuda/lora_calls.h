@@ -1,0 +1,101 @@
+// The products of an adapted layer, from arguments that are filled in to launches: what operators
+// (registration_*.cpp) and direct calls (direct.cpp) share. Workspaces are freed on return: the
+// allocator hands them out again on the same stream only.
+#pragma once
+
+#include <algorithm>
+
+#include "bindings.h"
+#include "lora_grads.h"
+#include "nf4_lora_gemv.h"
+#include "nf4_lora_matmul_dx.h"
+#include "nf4_lora_matmul_dx_large.h"
+#include "nf4_lora_matmul_large.h"
+#include "nf4_lora_matmul_mid.h"
+#include "nf4_lora_matmul_small.h"
+
+namespace lowbit::cuda {
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// What a kernel's header offers.
+struct ProductKernel {
+    const char* name;
+    bool (*serves)(const LoraMatmulArgs&);
+    size_t (*workspace_bytes)(const LoraMatmulArgs&);  // null: needs none
+    cudaError_t (*launch)(const LoraMatmulArgs&, cudaStream_t);
+};
+
+inline constexpr ProductKernel kGemv{
+    "nf4_lora_gemv", serves_nf4_lora_gemv, nullptr, launch_nf4_lora_gemv};
+inline constexpr ProductKernel kSmall{
+    "nf4_lora_matmul_small", serves_nf4_lora_matmul_small, nf4_lora_matmul_small_workspace_bytes,
+    launch_nf4_lora_matmul_small};
+inline constexpr ProductKernel kMid{
+    "nf4_lora_matmul_mid", serves_nf4_lora_matmul_mid, nf4_lora_matmul_mid_workspace_bytes,
+    launch_nf4_lora_matmul_mid};
+inline constexpr ProductKernel kLarge{
+    "nf4_lora_matmul_large", serves_nf4_lora_matmul_large, nf4_lora_matmul_large_workspace_bytes,
+    launch_nf4_lora_matmul_large};
+
+inline void
+run_product(const ProductKernel& kernel, LoraMatmulArgs& a, int32_t device, cudaStream_t stream) {
+    STD_TORCH_CHECK(kernel.serves(a), kernel.name, " does not serve these sizes");
+    std::optional<Tensor> workspace;
+    const size_t bytes = kernel.workspace_bytes == nullptr ? 0 : kernel.workspace_bytes(a);
+    if (bytes > 0) {
+        workspace = new_tensor(device, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+        a.workspace = workspace->mutable_data_ptr();
+    }
+    check_launch(kernel.launch(a, stream), kernel.name);
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+struct DxKernel {
+    const char* name;
+    bool (*serves)(const LoraDxArgs&);
+    size_t (*workspace_bytes)(const LoraDxArgs&);
+    cudaError_t (*launch)(const LoraDxArgs&, cudaStream_t);
+};
+
+inline constexpr DxKernel kDxInLoop{
+    "nf4_lora_matmul_dx", serves_nf4_lora_matmul_dx, nf4_lora_matmul_dx_workspace_bytes,
+    launch_nf4_lora_matmul_dx};
+inline constexpr DxKernel kDxLarge{
+    "nf4_lora_matmul_dx_large", serves_nf4_lora_matmul_dx_large,
+    nf4_lora_matmul_dx_large_workspace_bytes, launch_nf4_lora_matmul_dx_large};
+
+inline void run_dy_pass(const LoraGradsArgs& a, cudaStream_t stream) {
+    if (a.u || a.d_lora_B || a.d_bias || a.d_lora_scaling)
+        check_launch(launch_lora_grads_dy(a, stream), "lora_grads");
+}
+
+inline void run_x_pass(const LoraGradsArgs& a, cudaStream_t stream) {
+    if (a.d_lora_A != nullptr)
+        check_launch(launch_lora_grads_x(a, stream), "lora_grads");
+}
+
+// Every gradient that has a pointer in a or b; u is made here, for both.
+inline void run_backward(
+    const DxKernel& kernel, LoraGradsArgs& a, LoraDxArgs& b, int32_t device, cudaStream_t stream) {
+    // One workspace for u and what the kernels, which run one after the other, need for themselves.
+    const bool need_dx = b.dx != nullptr, need_u = need_dx || a.d_lora_A != nullptr;
+    const int64_t u_bytes = need_u ? ceil_div(a.M * lora_columns(a.r) * 2, 256) * 256 : 0;
+    a.u = need_u ? const_cast<void*>(a.dy) : nullptr;  // until it is known where it lies
+    STD_TORCH_CHECK(serves_lora_grads(a), "lora_grads does not serve these sizes");
+    const size_t own_bytes =
+        std::max(lora_grads_workspace_bytes(a), need_dx ? kernel.workspace_bytes(b) : size_t{0});
+    const Tensor workspace =
+        new_tensor(device, {u_bytes + static_cast<int64_t>(own_bytes)}, ScalarType::Byte);
+    auto* bytes = static_cast<uint8_t*>(workspace.mutable_data_ptr());
+    a.u = need_u ? bytes : nullptr;
+    a.workspace = b.workspace = bytes + u_bytes;
+    b.u = a.u;
+    run_dy_pass(a, stream);
+    if (need_dx)
+        check_launch(kernel.launch(b, stream), kernel.name);
+    run_x_pass(a, stream);
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,200 @@
+"""The compiled products of the CUDA backend without an operator around them.
+
+An operator boxes and checks each of some twenty arguments, which costs the host more than a launch.
+Here they go through ctypes as numbers, in three structures (csrc/cuda/direct.cpp): the weight, the
+sizes, which `prepare` settles once for all calls of the same sizes, and the other pointers. Results
+are allocated before the call.
+
+Nothing is checked: callers answer for shapes, dtypes, devices and contiguity. A weight is taken
+once its operator has accepted it with the same numbers at the same addresses. What is not served
+here goes `otherwise`: to the operator, which also finds out what is wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+
+import torch
+
+from .. import _library
+
+# Places in the tables of direct.cpp.
+_KERNELS = {
+    "nf4_lora_gemv": 0,
+    "nf4_lora_matmul_small": 1,
+    "nf4_lora_matmul_mid": 2,
+    "nf4_lora_matmul_large": 3,
+}
+_BACKWARD_KERNELS = {"nf4_lora_backward": 0, "nf4_lora_backward_large": 1}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dtype.h
+_MOST_WEIGHTS = 1 << 14
+
+# The structures of direct.cpp.
+_pack_weight = struct.Struct("6Q5q").pack
+_pack_sizes = struct.Struct("7q").pack
+_pack_product = struct.Struct("8Qd").pack
+_pack_backward = struct.Struct("11Qqd").pack
+
+_accepted: dict[tuple, bytes] = {}  # weights, by `_key`
+
+
+@functools.cache
+def _c_function(name: str) -> Callable:
+    """From (weight, sizes, pointers) to 0 if it ran. It releases the interpreter's lock."""
+    function = getattr(ctypes.CDLL(str(_library.library_path("cuda"))), name)
+    function.argtypes = (ctypes.c_char_p,) * 3
+    return function
+
+
+def _key(weight) -> tuple:
+    """Addresses and numbers of a weight."""
+    qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset = weight[:6]
+    if nested_absmax is None:
+        return (qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), 0, 0, 0, *weight[6:])
+    return (
+        qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), nested_absmax.data_ptr(),
+        nested_codebook.data_ptr(), nested_offset.data_ptr(), *weight[6:],
+    )  # fmt: skip
+
+
+def _accept(weight) -> None:
+    """Take a weight from now on: a forward operator has run with it."""
+    if len(_accepted) >= _MOST_WEIGHTS:
+        _accepted.clear()
+    key = _key(weight)
+    _accepted[key] = _pack_weight(*key)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A tensor, if there is one, in a dtype."""
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
+def prepare(
+    operation: str,
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    N: int,
+    r: int,
+    for_backward: bool,
+    otherwise: Callable,
+) -> Callable:
+    """Return a function that runs an operation for these sizes as `otherwise` does, in less time.
+
+    Args:
+        operation, kernel: as in dispatch.TABLE.
+        device, dtype, tokens, N, r: of x or dy, the weight and lora_A.
+        for_backward: as in dispatch.select.
+        otherwise: the backend's function, which takes the same arguments.
+    """
+    if operation == "lora_linear_backward":
+        return _prepare_backward(device.index, kernel, dtype, tokens, r, otherwise)
+    if operation not in ("linear", "lora_linear", "linear_low_rank"):
+        return otherwise
+    code = _DTYPES[dtype]
+    sizes = _pack_sizes(tokens, r, code, code, code, device.index, _KERNELS[kernel])
+    y_layout = (tokens, N), (N, 1)
+    if operation != "lora_linear":
+        return _prepare_product(sizes, dtype, y_layout, otherwise)
+    z_layout = ((tokens, r), (r, 1)) if for_backward else None
+    return _prepare_lora_linear(sizes, dtype, y_layout, z_layout, otherwise)
+
+
+# Tensors are made by new_empty_strided and empty_like, which cost less than new_empty.
+
+
+def _prepare_lora_linear(sizes, dtype, y_layout, z_layout, otherwise) -> Callable:
+    run = _c_function("lowbit_product")
+
+    def lora_linear(*args):
+        x, weight = args[0], args[1:12]
+        lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, _ = args[12:]
+        packed = _accepted.get(_key(weight))
+        if packed is None:
+            results = otherwise(*args)
+            _accept(weight)
+            return results
+        if dropout_p > 0.0 or not (bias is None or bias.is_contiguous()):
+            return otherwise(*args)
+        lora_A, lora_B, bias = cast(lora_A, dtype), cast(lora_B, dtype), cast(bias, dtype)
+        y = x.new_empty_strided(*y_layout)
+        z = None if z_layout is None else x.new_empty_strided(*z_layout)
+        pointers = _pack_product(
+            x.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), _pointer(lora_scaling),
+            _pointer(bias), 0, _pointer(z), y.data_ptr(), scaling,
+        )  # fmt: skip
+        return (y, z) if run(packed, sizes, pointers) == 0 else otherwise(*args)
+
+    return lora_linear
+
+
+def _prepare_product(sizes, dtype, y_layout, otherwise) -> Callable:
+    """linear, which has no adapter, and linear_low_rank."""
+    run = _c_function("lowbit_product")
+
+    def product(*args):
+        x, weight, bias = args[0], args[1:12], args[-1]
+        z, lora_B, lora_scaling, scaling = args[12:-1] or (None, None, None, 1.0)
+        packed = _accepted.get(_key(weight))
+        if packed is None:
+            y = otherwise(*args)
+            _accept(weight)
+            return y
+        if not (bias is None or bias.is_contiguous()):
+            return otherwise(*args)
+        lora_B, bias = cast(lora_B, dtype), cast(bias, dtype)
+        y = x.new_empty_strided(*y_layout)
+        pointers = _pack_product(
+            x.data_ptr(), 0, _pointer(lora_B), _pointer(lora_scaling), _pointer(bias), _pointer(z),
+            0, y.data_ptr(), scaling,
+        )  # fmt: skip
+        return y if run(packed, sizes, pointers) == 0 else otherwise(*args)
+
+    return product
+
+
+def _prepare_backward(device: int, kernel: str, dtype, tokens: int, r: int, otherwise) -> Callable:
+    run, code, row = _c_function("lowbit_backward"), _DTYPES[dtype], _BACKWARD_KERNELS[kernel]
+    sizes = {
+        (A, B): _pack_sizes(tokens, r, code, _DTYPES[A], _DTYPES[B], device, row)
+        for A in (dtype, torch.float32)
+        for B in (dtype, torch.float32)
+    }
+
+    def lora_linear_backward(dy, x, z, *rest, dx_sum=None):
+        weight = rest[:11]
+        lora_A, lora_B, lora_scaling, scaling, dropout_p, _ = rest[11:17]
+        need_dx, need_d_lora_A, need_d_lora_B, need_d_bias, need_d_scaling = rest[17:]
+        packed = _accepted.get(_key(weight))
+        if packed is None or dropout_p > 0.0:  # the operator may not look at the weight
+            return otherwise(dy, x, z, *rest, dx_sum=dx_sum)
+        dx = d_lora_A = d_lora_B = d_bias = d_scaling = None
+        if need_dx and dx_sum is None:
+            dx = dy.new_empty((tokens, weight[7])) if x is None else torch.empty_like(x)
+        if need_d_lora_A:
+            d_lora_A = torch.empty_like(lora_A)
+        if need_d_lora_B:
+            d_lora_B = torch.empty_like(lora_B)
+        if need_d_bias:
+            d_bias = dy.new_empty(weight[6])
+        if need_d_scaling:
+            d_scaling = dy.new_empty(r, dtype=torch.float32)
+        pointers = _pack_backward(
+            dy.data_ptr(), _pointer(x), _pointer(z), lora_A.data_ptr(), lora_B.data_ptr(),
+            _pointer(lora_scaling), _pointer(dx if dx_sum is None else dx_sum), _pointer(d_lora_A),
+            _pointer(d_lora_B), _pointer(d_bias), _pointer(d_scaling), dx_sum is not None, scaling,
+        )  # fmt: skip
+        if run(packed, sizes[lora_A.dtype, lora_B.dtype], pointers) != 0:
+            return otherwise(dy, x, z, *rest, dx_sum=dx_sum)
+        return dx, d_lora_A, d_lora_B, d_bias, d_scaling
+
+    return lora_linear_backward

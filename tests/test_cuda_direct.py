@@ -1,0 +1,161 @@
+"""Calls of the CUDA library without an operator: the same bits, and what is left to operators."""
+
+import struct
+
+import pytest
+import torch
+from helpers import assert_bitwise_equal
+from layer_case import GRADIENTS, LayerCase
+
+from lowbit import dispatch
+from lowbit.backends import cuda, cuda_direct
+
+BF16 = torch.bfloat16
+DEVICE = torch.device("cuda", 0)
+FORWARD = {1: "nf4_lora_gemv", 8: "nf4_lora_matmul_small", 100: "nf4_lora_matmul_mid",
+           4096: "nf4_lora_matmul_large"}  # fmt: skip
+
+
+def _left_over(*_, **__):
+    raise AssertionError("the call was left to the operator")
+
+
+def _prepare(operation, case, otherwise=_left_over, kernel="", for_backward=True):
+    M, r = case.x.shape[0], case.lora_A.shape[0]
+    N = case.dy.shape[1]
+    return cuda_direct.prepare(
+        operation, kernel, DEVICE, case.dtype, M, N, r, for_backward, otherwise
+    )
+
+
+def _forward_args(case, x=None):
+    return (
+        case.x if x is None else x, *case.weight(), case.lora_A, case.lora_B, case.vector,
+        case.scaling, case.bias, case.dropout_p, case.seed,
+    )  # fmt: skip
+
+
+# ---- without a GPU: what crosses the border
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A library that notes (function, weight, sizes, pointers) and returns `calls.result`."""
+
+    class Calls(list):
+        result = 0
+
+    made = Calls()
+
+    def c_function(name):
+        return lambda *structures: made.append((name, *structures)) or made.result
+
+    monkeypatch.setattr(cuda_direct, "_c_function", c_function)
+    monkeypatch.setattr(cuda_direct, "_accepted", {})
+    return made
+
+
+def test_a_weight_is_taken_once_its_operator_has_accepted_it(calls):
+    case = LayerCase((8, 64, 128, 4), BF16, "cpu")
+    refused = _prepare("lora_linear", case, kernel="nf4_lora_matmul_small")
+    with pytest.raises(AssertionError, match="left to the operator"):
+        refused(*_forward_args(case))
+    accepted = _prepare("lora_linear", case, lambda *args: "operator", "nf4_lora_matmul_small")
+    assert accepted(*_forward_args(case)) == "operator"
+    assert calls == []
+    y, z = refused(*_forward_args(case))
+    assert (y.shape, z.shape, y.dtype) == ((8, 64), (8, 4), BF16)
+    (name, weight, sizes, pointers), q = calls[0], case.q
+    assert name == "lowbit_product"
+    addresses = (q.qweight, q.absmax, q.codebook, q.nested_absmax, q.nested_codebook)
+    assert struct.unpack("6Q5q", weight)[:5] == tuple(t.data_ptr() for t in addresses)
+    assert struct.unpack("6Q5q", weight)[6:] == (64, 128, 64, 256, 1)
+    assert struct.unpack("7q", sizes) == (8, 4, 1, 1, 1, 0, 1)
+    given = (case.x, case.lora_A, case.lora_B, None, case.bias, None, z, y)
+    expected = [0 if t is None else t.data_ptr() for t in given]
+    assert struct.unpack("8Qd", pointers) == (*expected, case.scaling)
+
+
+def test_what_the_library_refuses_goes_to_the_operator(calls):
+    case = LayerCase((8, 64, 128, 4), BF16, "cpu")
+    run = _prepare("lora_linear", case, lambda *args: "operator", "nf4_lora_matmul_small")
+    run(*_forward_args(case))
+    calls.result = 1
+    assert run(*_forward_args(case)) == "operator"
+    assert len(calls) == 1
+    calls.result = 0
+    case.dropout_p = 0.5
+    assert run(*_forward_args(case)) == "operator"
+    case.dropout_p, case.bias = 0.0, torch.ones(128, dtype=BF16)[::2]
+    assert run(*_forward_args(case)) == "operator"
+    assert len(calls) == 1
+
+
+def test_backward_makes_what_is_needed(calls):
+    case = LayerCase((8, 64, 128, 4), BF16, "cpu", masters=True)
+    cuda_direct._accept(case.weight())
+    run = _prepare("lora_linear_backward", case, kernel=dispatch.BACKWARD_KERNELS[0])
+    z = torch.zeros(8, 4, dtype=BF16)
+    dx, d_lora_A, d_lora_B, d_bias, d_scaling = run(
+        *case.backward_args(z, (True, True, True, False, False))
+    )
+    assert (d_bias, d_scaling) == (None, None)
+    assert (dx.shape, dx.dtype) == ((8, 128), BF16)
+    assert (d_lora_A.shape, d_lora_A.dtype) == ((4, 128), torch.float32)
+    assert (d_lora_B.shape, d_lora_B.dtype) == ((64, 4), torch.float32)
+    total = torch.zeros(8, 128, dtype=BF16)
+    args = case.backward_args(z, (True, False, False, True, True))
+    none, _, _, d_bias, d_scaling = run(*args, dx_sum=total)
+    assert (none, d_bias.shape, d_scaling.dtype) == (None, (64,), torch.float32)
+    (_, _, sizes, pointers) = calls[1]
+    assert struct.unpack("7q", sizes) == (8, 4, 1, 0, 0, 0, 0)
+    numbers = struct.unpack("11Qqd", pointers)
+    assert numbers[6:9] == (total.data_ptr(), 0, 0)
+    assert numbers[9:] == (d_bias.data_ptr(), d_scaling.data_ptr(), 1, case.scaling)
+
+
+# ---- on a GPU
+
+
+@pytest.fixture
+def card():
+    if (why := dispatch.unavailable("cuda")) is not None:
+        pytest.skip(f"the compiled CUDA backend is not there: {why}")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels are compiled for capability 9.0")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masters", [False, True], ids=["bf16 adapters", "fp32 adapters"])
+@pytest.mark.parametrize("M", FORWARD)
+def test_direct_calls_give_the_bits_of_the_operators(card, M, masters):
+    case = LayerCase((M, 272, 1024, 16), BF16, "cuda", vector=M == 8, masters=masters)
+    operator = dispatch.select("lora_linear", _forward_args(case))
+    _prepare("lora_linear", case, operator, FORWARD[M])(*_forward_args(case))  # accepts the weight
+    y, z = operator(*_forward_args(case))
+    direct = _prepare("lora_linear", case, kernel=FORWARD[M])
+    for actual, expected, name in zip(direct(*_forward_args(case)), (y, z), "yz", strict=True):
+        assert_bitwise_equal(actual, expected, name)
+    plain = _prepare("linear", case, kernel=FORWARD[M])
+    args = (case.x, *case.weight(), case.bias)
+    assert_bitwise_equal(plain(*args), cuda.linear(*args, kernel=FORWARD[M]), "linear")
+    args = (case.x, *case.weight(), z, case.lora_B, case.vector, case.scaling, None)
+    expected = cuda.linear_low_rank(*args, kernel=FORWARD[M])
+    actual = _prepare("linear_low_rank", case, kernel=FORWARD[M])(*args)
+    assert_bitwise_equal(actual, expected, "linear_low_rank")
+    args = case.backward_args(z)
+    for kernel in dispatch.BACKWARD_KERNELS:
+        expected = cuda.lora_linear_backward(*args, kernel=kernel)
+        actual = _prepare("lora_linear_backward", case, kernel=kernel)(*args)
+        for name, a, b in zip(GRADIENTS, actual, expected, strict=True):
+            assert_bitwise_equal(a, b, f"{kernel}: {name}")
+
+
+@pytest.mark.gpu
+def test_a_view_that_no_kernel_can_read_goes_to_the_operator(card):
+    case = LayerCase((8, 272, 1024, 16), BF16, "cuda")
+    run = _prepare("lora_linear", case, lambda *args: "operator", FORWARD[8])
+    run(*_forward_args(case))
+    shifted = torch.empty(8 * 1024 + 1, dtype=BF16, device="cuda")[1:].view(8, 1024)
+    assert run(*_forward_args(case, shifted)) == "operator"
+    assert run(*_forward_args(case)) != "operator"
