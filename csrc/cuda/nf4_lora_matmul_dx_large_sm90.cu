@@ -24,7 +24,7 @@
 namespace lowbit::cuda {
 namespace {
 
-// Before the main kernel: the ring's first chunk, and a 16-bit copy of an fp32 lora_A.
+// Before the main kernel: the ring's first chunks, and a 16-bit copy of an fp32 lora_A.
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(const Params p, const __grid_constant__ FactorCopy lora_A, uint4* ring) {

@@ -14,42 +14,67 @@ __device__ __forceinline__ void release(const Pipeline& pipe, int thread) {
         barrier_arrive_remote(in_cta(pipe.empty(), thread));
 }
 
+// This CTA reads no chunk of the wave.
+__device__ __forceinline__ void skip_chunks(const Params& p, int wave) {
+    for (int chunk = 0; chunk < p.plan.chunks; chunk++)
+        increment_relaxed(p.done + wave * p.plan.chunks + chunk);
+}
+
+// 128 tokens by the first kColumns columns.
+template <int kColumns, typename T>
+__device__ __forceinline__ void multiply_z_step(float (&z)[2][32], uint64_t x, uint64_t a, T type) {
+    using Sums = float (&)[kColumns / 2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        wgmma(reinterpret_cast<Sums>(z[0]), x + 2 * i, a + 2 * i, true, type);
+        wgmma(reinterpret_cast<Sums>(z[1]), x + 2 * i + 64 * 128 / 16, a + 2 * i, true, type);
+    }
+    wgmma_commit();
+}
+
 // z of 256 tokens, half of them by each warpgroup: here x is the operand with the rows. Stages go
 // back to the own producer alone, so two arrivals stand for those of the other CTA.
 template <typename T>
-__device__ __forceinline__ void
-multiply_z_tile(const Params& p, Pipeline& pipe, int token_tile, int rank, int group, int thread) {
+__device__ __forceinline__ void multiply_z_tile(
+    const Params& p,
+    Pipeline& pipe,
+    int token_tile,
+    int last_tile,
+    int rank,
+    int group,
+    int thread) {
     constexpr int kRows = kTileTokens / kConsumers;
     const Plan& plan = p.plan;
-    float z[kRows / 64][32] = {};
+    float z[2][32] = {};
     for (int k = 0; k < plan.steps; k++) {
         barrier_wait_asleep(pipe.full(), pipe.parity());
         const uint64_t x = operand_descriptor(pipe.x() + group * (kRows * 128));
         const uint64_t a = operand_descriptor(pipe.w());
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            wgmma(z[0], x + 2 * i, a + 2 * i, true, T{});
-            wgmma(z[1], x + 2 * i + 64 * 128 / 16, a + 2 * i, true, T{});
+        if (plan.rank_columns == 16) {
+            wgmma_fence();  // in both branches, as below
+            multiply_z_step<16>(z, x, a, T{});
+        } else {
+            wgmma_fence();
+            multiply_z_step<64>(z, x, a, T{});
         }
-        wgmma_commit();
         wgmma_wait<0>();
         if (thread < kCtas)
             barrier_arrive_remote(in_cta(pipe.empty(), rank));
         pipe.step++;
     }
-    if (token_tile >= plan.token_tiles)
+    if (token_tile > last_tile)
         return;
     T* z_scaled = static_cast<T*>(p.z_scaled);
     T* z_out = static_cast<T*>(p.z_out);
 #pragma unroll
     for (int i = 0; i < kRows / 2; i++) {
-        const int column = i % 32 / 4 * 8 + thread % 4 * 2 + i % 2;
-        const int64_t token = token_tile * kTileTokens + group * kRows + i / 32 * 64 +
-                              thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+        const int block = i / 32, j = i % 32;
+        const int column = j / 4 * 8 + thread % 4 * 2 + j % 2;
+        const int64_t token = token_tile * kTileTokens + group * kRows + block * 64 +
+                              thread / 32 * 16 + thread % 32 / 4 + j / 2 % 2 * 8;
         if (token >= plan.M || column >= plan.rank_columns)
             continue;
-        const float value = z[i / 32][i % 32];
+        const float value = z[block][j];
         if (column < plan.rank && z_out != nullptr)
             z_out[token * plan.rank + column] = from_float<T>(value);
         z_scaled[token * plan.rank_columns + column] =
@@ -129,41 +154,51 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
     const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
     const uint32_t out = smem + kOutOffset + group * (kOutBuffers * kOutBytes);
     Pipeline pipe{smem, 0};
-    const int z_count = Product::kIsForward ? z_tiles(plan, cluster) : 0;
-    for (int i = 0; i < z_count; i++)
-        multiply_z_tile<T>(p, pipe, z_tile(plan, cluster, rank, i), rank, group, thread);
-    if (z_count > 0 && thread < kCtas)
-        barrier_arrive_remote(in_cta(pipe.z_over(), thread));
     const int lead = min(kLead, plan.steps);
-    if (group == 1)
-        named_barrier(kLeadBarrier, 256);
-    bool leads = group == 0;
-    float d[128];
+    bool first = true;  // tile of y: here the lead begins
+    if (first_wave(plan, cluster) > 0 && threadIdx.x == 128)
+        skip_chunks(p, 0);
     for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
-        for (int k = 0; k < plan.steps; k++) {
+        barrier_wait_asleep(pipe.full(), pipe.parity());
+        const uint4 note = load_shared(pipe.note());  // JobNote
+        const int token_tile = static_cast<int>(note.y), limit = static_cast<int>(note.z);
+        if (Product::kIsForward && note.x != 0) {
+            if (threadIdx.x == 128)
+                skip_chunks(p, wave);
+            for (int i = 0; i < plan.z_depth; i++)
+                multiply_z_tile<T>(p, pipe, token_tile + i, limit, rank, group, thread);
+            if (thread < kCtas)
+                barrier_arrive_remote(in_cta(pipe.z_over(), thread));
+            continue;
+        }
+        if (first && group == 1)
+            named_barrier(kLeadBarrier, 256);
+        float d[128];
+        auto multiply_step = [&](int k, bool accumulate) {
             barrier_wait_asleep(pipe.full(), pipe.parity());
             const uint64_t w = Product::descriptor(pipe.w() + group * (64 * kLineBytes));
             const uint64_t x = operand_descriptor(pipe.x());
             wgmma_fence();
-            Product::multiply(d, w, x, 0, k > 0, T{});
+            Product::multiply(d, w, x, 0, accumulate, T{});
             Product::multiply(d, w, x, 1, true, T{});
             Product::multiply(d, w, x, 2, true, T{});
             Product::multiply(d, w, x, 3, true, T{});
             wgmma_commit();
-            if (leads && k == lead - 1) {
+            if (first && group == 0 && k == lead - 1)
                 named_barrier_arrive(kLeadBarrier, 256);
-                leads = false;
-            }
             // The chunk's last step has arrived, so all its reads are over: relaxed is enough,
             // and a release would stall the warp.
             if (threadIdx.x == 128 + 64 &&
                 (k % kChunkSteps == kChunkSteps - 1 || k == plan.steps - 1))
                 increment_relaxed(p.done + wave * plan.chunks + k / kChunkSteps);
             wgmma_wait<1>();
-            if (k > 0)
+            if (accumulate)
                 release({smem, pipe.step - 1}, thread);
             pipe.step++;
-        }
+        };
+        multiply_step(0, false);  // by itself: ptxas would keep sums alive through jobs of z
+        for (int k = 1; k < plan.steps; k++)
+            multiply_step(k, true);
         if (plan.rank_columns > 0) {
             barrier_wait_asleep(pipe.full(), pipe.parity());
             const uint64_t w = Product::descriptor(pipe.w() + group * (64 * kLineBytes));
@@ -186,10 +221,10 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         }
         wgmma_wait<0>();
         release({smem, pipe.step - 1}, thread);
-        const Tile tile = locate(plan, wave * plan.clusters + cluster - plan.idle);
+        first = false;
         store_y<T, Product>(
-            p, d, out, tile.panel * kPanelRows + rank * kCtaRows + group * 64,
-            tile.token_tile * kTileTokens, group, thread);
+            p, d, out, limit * kPanelRows + rank * kCtaRows + group * 64, token_tile * kTileTokens,
+            group, thread);
     }
 }
 

@@ -3,8 +3,8 @@
 //
 // A chunk is a depth of 512 of all panels of a wave. Its tasks, two blocks of each of 32 rows of W,
 // are dealt to the decoders of the whole grid in turn. One counter per chunk says how many of its
-// tasks are written (`ready`), another how many CTAs have read it (`done`); a slot is written again
-// when all have.
+// tasks are written (`ready`), another how many CTAs have read it or need not (`done`); a slot is
+// written again when all have.
 // No tile waits for a chunk beyond the one that it reads, and no decoder before it has published
 // what it wrote, so the ring cannot lock up.
 #pragma once
@@ -32,11 +32,11 @@ struct TaskCursor {
     int slot, index;  // of the chunk
     Wave range;
 
-    // prepare_kernel has written the first chunk.
+    // start_ring has written the first chunks.
     __device__ __forceinline__ TaskCursor(const Plan& plan, int worker)
         : wave(0), chunk(0), slot(0), index(0), range(locate_wave(plan, 0)) {
         tasks = range.panels * kTasksPerPanel;
-        task = tasks + worker;
+        task = first_chunks(plan) * tasks + worker;
     }
 
     // Carries what goes beyond the chunk into the next ones; false at the end.
@@ -184,8 +184,7 @@ __device__ __forceinline__ void decode_weight(
             }
             const int before = index - plan.slots;  // the chunk that had this slot
             if (before >= 0 && index != free_index) {
-                const int absent = before < plan.chunks ? plan.idle : 0;
-                wait_for_count(p.done + before, kCtas * (plan.clusters - absent), kSlotPollNs);
+                wait_for_count(p.done + before, kCtas * plan.clusters, kSlotPollNs);
                 free_index = index;
             }
             store_tile(ring, staging_address, 0, line);
@@ -201,15 +200,14 @@ __device__ __forceinline__ void decode_weight(
     __syncwarp();
 }
 
-// Before the main kernel, by a grid of at least as many threads as the first chunk has words:
-// counters at zero, and that chunk decoded, as all wait for it.
+// Before the main kernel, by a grid of at least as many threads as the first chunks have words:
+// counters at zero, and those chunks decoded, as all wait for them.
 template <typename T, class Product>
 __device__ __forceinline__ void start_ring(const Params& p, uint4* ring, int thread, int threads) {
     const Plan& plan = p.plan;
     let_next_kernel_start();
     const Wave range = locate_wave(plan, 0);
-    const bool decodes =
-        thread < range.panels * (kPanelRows * kLine / 8) * min(plan.steps, kChunkSteps);
+    const bool decodes = thread < range.panels * (kPanelRows * kLine / 8) * first_steps(plan);
     const Place place = Product::of_word(plan, range, thread);
     const int64_t element = element_at(p.w, place.row, place.column, 8);
     if (decodes)
@@ -225,7 +223,7 @@ __device__ __forceinline__ void start_ring(const Params& p, uint4* ring, int thr
             decode_word(scale_codebook<T>(codebook, scale), word);
     }
     for (int i = thread; i < counters(plan); i += threads)
-        p.ready[i] = i == 0 ? range.panels * kTasksPerPanel : 0;
+        p.ready[i] = i < first_chunks(plan) ? range.panels * kTasksPerPanel : 0;
 }
 
 }  // namespace

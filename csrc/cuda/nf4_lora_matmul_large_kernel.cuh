@@ -1,10 +1,10 @@
 // Many tokens times a 4-bit weight, at the speed of a dense product: the kernel of
 // nf4_lora_matmul_large_sm90.cu (y) and nf4_lora_matmul_dx_large_sm90.cu (dx).
 //
-// One persistent launch after a short one (counters, first chunk): every SM holds one CTA, pairs of
-// CTAs (clusters) walk over tiles of 256 weight rows (a panel; for dx columns) x 256 tokens. Each
-// CTA multiplies 128 rows by the pair's 256 tokens and loads half of the tokens for both. The roles
-// of a CTA's warps:
+// One persistent launch after a short one (counters, first chunks): every SM holds one CTA, pairs
+// of CTAs (clusters) walk over tiles of 256 weight rows (a panel; for dx columns) x 256 tokens.
+// Each CTA multiplies 128 rows by the pair's 256 tokens and loads half of the tokens for both. The
+// roles of a CTA's warps:
 //   warp 0      producer: TMA loads of a depth of 64 at a time into 4 stages
 //   warps 1, 2  decoders: turn the 4-bit weight into T, for all CTAs together
 //   warps 4-11  two warpgroups of consumers: 64 rows each, m64n256k16
@@ -31,6 +31,23 @@
 namespace lowbit::cuda {
 namespace {
 
+constexpr int kLookAhead = kChunkSteps / 2;  // steps into a chunk
+
+// x of 256 tokens and lora_A, by one thread into its own CTA.
+__device__ __forceinline__ void
+load_z_tile(const Params& p, const TensorMaps& maps, Pipeline& pipe, int token_tile) {
+    const int lora_A_bytes = p.plan.rank_columns * kLineBytes;
+    for (int k = 0; k < p.plan.steps; k++, pipe.step++) {
+        barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
+        barrier_arrive_expect(pipe.full(), kXBytes + lora_A_bytes);
+        for (int half = 0; half < kCtas; half++)
+            load_tile(
+                pipe.x() + half * (kXBytes / kCtas), maps.x, k * kStepDepth,
+                token_tile * kTileTokens + half * kCtaTokens, pipe.full());
+        load_tile(pipe.w(), maps.lora_A, k * kStepDepth, 0, pipe.full());
+    }
+}
+
 // The producer, one thread. Each CTA loads its half of the tokens into both.
 template <class Product>
 __device__ __forceinline__ void
@@ -45,51 +62,74 @@ load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, 
             pipe.x() + rank * (kXBytes / kCtas), map, column,
             token_tile * kTileTokens + rank * kCtaTokens, pipe.full(), kAll);
     };
-    const int z_count = Product::kIsForward ? z_tiles(plan, cluster) : 0;
-    for (int i = 0; i < z_count; i++) {
-        const int token_tile = z_tile(plan, cluster, rank, i);
-        for (int k = 0; k < plan.steps; k++, pipe.step++) {
-            barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
-            barrier_arrive_expect(pipe.full(), kXBytes + kLoraABytes);
-            for (int half = 0; half < kCtas; half++)
-                load_tile(
-                    pipe.x() + half * (kXBytes / kCtas), maps.x, k * kStepDepth,
-                    token_tile * kTileTokens + half * kCtaTokens, pipe.full());
-            load_tile(pipe.w(), maps.lora_A, k * kStepDepth, 0, pipe.full());
-        }
-    }
-    if (z_count > 0)
-        barrier_wait_asleep(pipe.z_over(), 0);
+    // The first stage of a job tells the consumers what it is.
+    auto announce = [&](const JobNote& note) {
+        barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
+        store_shared(pipe.note(), note.words());
+    };
+    Job next{};
+    Wave next_range{};
+    auto look_up = [&](int wave) {
+        if (wave == plan.waves)
+            return;
+        next = locate(plan, wave * plan.clusters + cluster - plan.idle);
+        next_range = locate_wave(plan, wave);
+    };
+    look_up(first_wave(plan, cluster));
+    int z_jobs_done = 0;
+    bool known_ready = false;
     for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
-        const int t = wave * plan.clusters + cluster - plan.idle;
-        const Tile tile = locate(plan, t);
-        const Wave range = locate_wave(plan, wave);
+        const Job job = next;
+        const Wave range = next_range;
+        if (Product::kIsForward && job.z_job >= 0) {
+            const int token_tile = z_tile(plan, job, rank);
+            announce({true, token_tile, job.last_tile});
+            for (int i = 0; i < plan.z_depth; i++)
+                load_z_tile(p, maps, pipe, token_tile + i);
+            look_up(wave + 1);
+            known_ready = false;
+            barrier_wait_asleep(pipe.z_over(), z_jobs_done % 2);
+            z_jobs_done++;
+            continue;
+        }
+        announce({false, job.token_tile, job.panel});
         const uint32_t tasks = range.panels * kTasksPerPanel;
-        const int line = (tile.sequence - range.first_sequence) * kPanelRows + rank * kCtaRows;
-        bool known_ready = false;
+        const int line = (job.sequence - range.first_sequence) * kPanelRows + rank * kCtaRows;
+        bool known_z = false;
         for (int k = 0; k < plan.steps; k++, pipe.step++) {
-            const int index = wave * plan.chunks + k / kChunkSteps;
+            const int chunk = k / kChunkSteps;
+            const int index = wave * plan.chunks + chunk;
             if (k % kChunkSteps == 0) {
                 if (!known_ready)
                     wait_for_count(p.ready + index, tasks, kReadyPollNs);
+                known_ready = false;
                 fence_async_proxy_global();
             }
-            // A look ahead while stages are full, so that a chunk that is ready costs no wait.
-            if (k % kChunkSteps == kChunkSteps / 2 && k / kChunkSteps + 1 < plan.chunks)
-                known_ready = load_acquire(p.ready + index + 1) >= tasks;
-            load_x(maps.x, k * kStepDepth, tile.token_tile, kWBytes);
+            if (k == min(kLookAhead - 1, plan.steps - 1))
+                look_up(wave + 1);
+            // A look ahead while stages are full, so that what is ready costs no wait.
+            if (k % kChunkSteps == kLookAhead) {
+                const bool last = chunk == plan.chunks - 1;
+                if (!last || wave + 1 < plan.waves)
+                    known_ready = load_acquire(p.ready + index + 1) >=
+                                  (last ? next_range.panels * kTasksPerPanel : tasks);
+                if (Product::kIsForward && last && plan.z_depth > 0)
+                    known_z = load_acquire(p.z_ready + job.token_tile) >= kConsumers;
+            }
+            load_x(maps.x, k * kStepDepth, job.token_tile, kWBytes);
             load_tile(
                 pipe.w(), maps.ring_load, 0,
                 ring_line(plan, index % plan.slots, k % kChunkSteps) + line, pipe.full());
         }
         if (plan.rank_columns > 0) {
-            if (Product::kIsForward && plan.z_clusters > 0) {
-                wait_for_count(p.z_ready + tile.token_tile, kConsumers, kReadyPollNs);
+            if (Product::kIsForward && plan.z_depth > 0) {
+                if (!known_z)
+                    wait_for_count(p.z_ready + job.token_tile, kConsumers, kReadyPollNs);
                 fence_async_proxy_global();
             }
-            load_x(maps.z, 0, tile.token_tile, kWBytes);
+            load_x(maps.z, 0, job.token_tile, kWBytes);
             Product::load_factor(
-                maps, pipe.w(), tile.panel * kPanelRows + rank * kCtaRows, pipe.full());
+                maps, pipe.w(), job.panel * kPanelRows + rank * kCtaRows, pipe.full());
             pipe.step++;
         }
     }

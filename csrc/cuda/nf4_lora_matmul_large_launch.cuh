@@ -78,7 +78,8 @@ inline bool make_ring_maps(TensorMaps& maps, Dtype dtype, const Plan& plan, cons
 
 // Of the kernel before the main one, which calls start_ring().
 inline unsigned prepare_ctas(const Plan& plan) {
-    return static_cast<unsigned>(ring_line(plan, 1, 0) * (kLine / 8) / kPrepareThreads);
+    return static_cast<unsigned>(
+        ring_line(plan, first_chunks(plan), 0) * (kLine / 8) / kPrepareThreads);
 }
 
 template <typename T, class Product>

@@ -20,7 +20,6 @@ constexpr int kRegistersAside = 120, kRegistersConsumer = 192;  // sum as at lau
 // out, and for each decoder the codebook of double-quantized scales: waiting for stores empties L1.
 constexpr int kXBytes = kTileTokens * kLineBytes;
 constexpr int kWBytes = kCtaRows * kLineBytes;
-constexpr int kLoraABytes = 64 * kLineBytes;
 constexpr int kTaskBytes = kTaskLanes * kTaskBlocks * kLineBytes;
 constexpr int kNestedBytes = 256 * 4;
 constexpr int kOutTokens = 32;  // that a warpgroup turns at a time: 64 rows, 128 bytes per token
@@ -31,7 +30,8 @@ constexpr int kTaskOffset = kWOffset + kStages * kWBytes;
 constexpr int kOutOffset = kTaskOffset + kDecoders * kTaskBytes;
 constexpr int kNestedOffset = kOutOffset + kConsumers * kOutBuffers * kOutBytes;
 constexpr int kBarrierOffset = kNestedOffset + kDecoders * kNestedBytes;
-constexpr int kSmemBytes = kBarrierOffset + (2 * kStages + 1) * 8;
+constexpr int kNoteOffset = kBarrierOffset + (2 * kStages + 2) * 8;
+constexpr int kSmemBytes = kNoteOffset + kStages * 16;
 
 // Steps by which the first warpgroup of consumers runs ahead of the second, so that one multiplies
 // while the other stores y. With 1 the median at M = 4096 was up to 5 % slower (H100, 2026-11), not
@@ -45,7 +45,7 @@ constexpr int kLeadBarrier = 3;
 struct TensorMaps {
     CUtensorMap x;           // or dy; box [128 tokens][64]
     CUtensorMap z;           // or u; box [128 tokens][64]
-    CUtensorMap lora_A;      // box [64 ranks][64]
+    CUtensorMap lora_A;      // box [16 or 64 ranks][64]
     CUtensorMap lora_B;      // box [128 rows][64]
     CUtensorMap ring_load;   // box [128 lines]
     CUtensorMap ring_store;  // box [32 lines]
@@ -57,6 +57,17 @@ __device__ __forceinline__ float column_scale(const Params& p, int column) {
         return 0.0f;
     return p.lora_scaling ? p.scaling * __ldg(p.lora_scaling + column) : p.scaling;
 }
+
+// A job as the consumers need it.
+struct JobNote {
+    bool is_z;
+    int token_tile;
+    int limit;  // the panel of a tile of y; the last token tile of z
+
+    __device__ __forceinline__ uint4 words() const {
+        return {is_z, static_cast<uint32_t>(token_tile), static_cast<uint32_t>(limit), 0};
+    }
+};
 
 // Stages in the order of use, the same for producer and consumers.
 struct Pipeline {
@@ -81,7 +92,10 @@ struct Pipeline {
     __device__ __forceinline__ uint32_t empty() const {
         return full() + kStages * 8;
     }
-    // Both CTAs have finished their z tiles, and may load into each other's stages.
+    __device__ __forceinline__ uint32_t note() const {
+        return smem + kNoteOffset + stage() * 16;
+    }
+    // Both CTAs have finished a job of z, and may load into each other's stages.
     __device__ __forceinline__ uint32_t z_over() const {
         return smem + kBarrierOffset + 2 * kStages * 8;
     }

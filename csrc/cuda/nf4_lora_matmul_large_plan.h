@@ -10,9 +10,9 @@
 //     panel 0:  tiles  0 1 2 ..     panel 0: ...
 //     panel 1:        16 17 ..
 //
-// All clusters together take consecutive tiles, a wave at a time. The first wave is the short one:
-// clusters that have no tile in it compute z. A wave touches few panels, and decoders write those
-// chunk by chunk, a depth of 512 at a time.
+// The z of a group is made by a few jobs of their own in front of its tiles. All clusters together
+// take consecutive jobs, a wave at a time; the first wave is the short one. A wave touches few
+// panels, and decoders write those chunk by chunk, a depth of 512 at a time.
 #pragma once
 
 #include <algorithm>
@@ -48,10 +48,14 @@ constexpr int kTasksPerPanel = kPanelRows * kChunkSteps / (kTaskLanes * kTaskBlo
 // (H100, N = K = 4096, M = 4096 and 16384, 2026-11).
 constexpr int kGroupTiles = 16;
 
-// Chunks that the ring holds: enough for clusters that run apart, few enough to be read from L2.
-// With 12 the four layers of bench/ took 2-5 % longer (H100, M = 16384, 2026-11).
-constexpr int kSlots = 8;
+// Chunks that the ring holds. It bounds how far clusters run apart, and so what must stay in L2: x
+// and the ring's chunks. With 8 in place of 5 an H100 read 1.65 to 1.8 times as much from HBM and
+// took up to 3 % longer; with 3 clusters wait for each other (2026-11).
+constexpr int kSlots = 5;
 constexpr int64_t kRingBytes = 24 << 20;  // at most, for a small M
+
+// Chunks decoded by prepare_kernel. With 1 all CTAs wait for the next one.
+constexpr int kFirstChunks = 2;  // at most the ring's chunks
 
 // Numbers that host and device share.
 struct Plan {
@@ -63,13 +67,12 @@ struct Plan {
     int group;
     int larger_groups;
     int panels;  // ceil(rows / 256)
-    int tiles;   // token_tiles * panels
     int clusters;
+    int z_depth;  // token tiles per CTA in a job of z; 0: z is an input
     int waves;
-    int idle;         // cluster c computes tile w * clusters + c - idle in wave w
+    int idle;         // cluster c has job w * clusters + c - idle in wave w
     int slots;        // chunks in the ring
     int slot_panels;  // panels in a slot: at most so many occur in a wave
-    int z_clusters;   // the first so many clusters compute z; 0: z is an input
 };
 
 struct Params {
@@ -87,26 +90,43 @@ struct Params {
     uint32_t* z_ready;  // [token_tiles] warpgroups that have written their part of z_scaled
 };
 
-struct Tile {
-    int token_tile;
+// Jobs of z in front of a group of `size` token tiles.
+__host__ __device__ inline int z_jobs(const Plan& plan, int size) {
+    const int tiles = plan.z_depth * kCtas;
+    return tiles == 0 ? 0 : (size + tiles - 1) / tiles;
+}
+
+struct Job {
+    int z_job;       // of the group, or negative: a tile of y
+    int token_tile;  // of the tile, or the first of the group
     int panel;
-    int sequence;  // panels counted through all groups
+    int sequence;   // panels counted through all groups
+    int last_tile;  // of the group; no z beyond it
 };
 
-__host__ __device__ inline Tile locate(const Plan& plan, int tile) {
+// A job of z has the panel and the sequence of the group's first tile.
+__host__ __device__ inline Job locate(const Plan& plan, int job) {
     int size = plan.group + 1, first_token_tile = 0, first_sequence = 0;
-    const int in_larger = plan.larger_groups * size * plan.panels;
-    if (tile >= in_larger) {
-        tile -= in_larger;
+    const int in_larger = plan.larger_groups * (size * plan.panels + z_jobs(plan, size));
+    if (job >= in_larger) {
+        job -= in_larger;
         first_token_tile = plan.larger_groups * size;
         first_sequence = plan.larger_groups * plan.panels;
         size--;
     }
-    const int sequence = tile / size;
-    const int group = sequence / plan.panels;
+    const int before = z_jobs(plan, size);
+    const int jobs = size * plan.panels + before;
+    const int group = job / jobs;
+    const int in_group = job - group * jobs;
+    first_token_tile += group * size;
+    first_sequence += group * plan.panels;
+    const int last_tile = first_token_tile + size - 1;
+    if (in_group < before)
+        return {in_group, first_token_tile, 0, first_sequence, last_tile};
+    const int panel = (in_group - before) / size;
     return {
-        first_token_tile + group * size + tile - sequence * size, sequence - group * plan.panels,
-        first_sequence + sequence};
+        -1, first_token_tile + in_group - before - panel * size, panel, first_sequence + panel,
+        last_tile};
 }
 
 struct Wave {
@@ -115,10 +135,11 @@ struct Wave {
     int panels;
 };
 
+// A wave that ends with jobs of z has their group's first panel too, although no tile reads it.
 __host__ __device__ inline Wave locate_wave(const Plan& plan, int wave) {
     const int start = wave * plan.clusters - plan.idle;
-    const Tile first = locate(plan, start < 0 ? 0 : start);
-    const Tile last = locate(plan, (wave + 1) * plan.clusters - plan.idle - 1);
+    const Job first = locate(plan, start < 0 ? 0 : start);
+    const Job last = locate(plan, (wave + 1) * plan.clusters - plan.idle - 1);
     return {first.panel, first.sequence, last.sequence - first.sequence + 1};
 }
 
@@ -141,20 +162,23 @@ __host__ __device__ inline int counters(const Plan& plan) {
     return 2 * plan.waves * plan.chunks + plan.token_tiles;
 }
 
-// z tiles are a CTA's own business, but afterwards both CTAs of a cluster must agree on the stage,
-// so both walk over equally many; what lies beyond the tokens reads zeros and writes nothing.
-__host__ __device__ inline int z_tiles(const Plan& plan, int cluster) {
-    const int ctas = plan.z_clusters * kCtas;
-    return cluster < plan.z_clusters ? (plan.token_tiles + ctas - 1) / ctas : 0;
-}
-
-__host__ __device__ inline int z_tile(const Plan& plan, int cluster, int rank, int i) {
-    return (i * plan.z_clusters + cluster) * kCtas + rank;
-}
-
-// The first wave is the short one: clusters without a tile in it have time to compute z.
+// The first job of a cluster with `idle` above its number is in the second wave.
 __host__ __device__ inline int first_wave(const Plan& plan, int cluster) {
     return cluster < plan.idle ? 1 : 0;
+}
+
+// First token tile of z that a CTA computes, of z_depth. Both CTAs of a cluster must agree on the
+// stage afterwards, so both compute equally many; what lies beyond the group writes nothing.
+__host__ __device__ inline int z_tile(const Plan& plan, const Job& job, int rank) {
+    return job.token_tile + (job.z_job * kCtas + rank) * plan.z_depth;
+}
+
+__host__ __device__ inline int first_chunks(const Plan& plan) {
+    return plan.chunks < kFirstChunks ? plan.chunks : kFirstChunks;
+}
+__host__ __device__ inline int first_steps(const Plan& plan) {
+    const int most = kFirstChunks * kChunkSteps;
+    return plan.steps < most ? plan.steps : most;
 }
 
 inline Plan make_plan(int64_t M, int64_t rows, int64_t depth, int r, bool makes_z, int clusters) {
@@ -171,19 +195,27 @@ inline Plan make_plan(int64_t M, int64_t rows, int64_t depth, int r, bool makes_
     plan.group = plan.token_tiles / groups;
     plan.larger_groups = plan.token_tiles % groups;
     plan.panels = static_cast<int>(ceil_div(rows, kPanelRows));
-    plan.tiles = plan.token_tiles * plan.panels;
-    plan.clusters = std::min(clusters, plan.tiles);
-    plan.waves = static_cast<int>(ceil_div(plan.tiles, plan.clusters));
-    plan.idle = plan.waves * plan.clusters - plan.tiles;
+    const auto count_jobs = [&](int z_depth) {
+        plan.z_depth = z_depth;
+        return plan.token_tiles * plan.panels + plan.larger_groups * z_jobs(plan, plan.group + 1) +
+               (groups - plan.larger_groups) * z_jobs(plan, plan.group);
+    };
+    int jobs = count_jobs(makes_z ? 1 : 0);
+    plan.clusters = std::min(clusters, jobs);
+    plan.waves = static_cast<int>(ceil_div(jobs, plan.clusters));
+    if (makes_z) {
+        // Two tiles of z take about as long as one of y: right where that saves a wave.
+        const int fewer_jobs = count_jobs(2);
+        const int fewer_waves = static_cast<int>(ceil_div(fewer_jobs, plan.clusters));
+        if (fewer_waves < plan.waves)
+            jobs = fewer_jobs, plan.waves = fewer_waves;
+        else
+            plan.z_depth = 1;
+    }
+    plan.idle = plan.waves * plan.clusters - jobs;
     plan.slot_panels = (plan.clusters - 1) / plan.group + 2;
     const int64_t slot_bytes = int64_t{ring_line(plan, 1, 0)} * kLineBytes;
     plan.slots = std::max(2, static_cast<int>(std::min<int64_t>(kSlots, kRingBytes / slot_bytes)));
-    if (makes_z) {
-        // A tile of z takes three quarters of the time of one of y. Where the idle clusters would
-        // have to do more than two each, all take part.
-        const int pairs = static_cast<int>(ceil_div(plan.token_tiles, kCtas));
-        plan.z_clusters = std::min(pairs, 2 * plan.idle >= pairs ? plan.idle : plan.clusters);
-    }
     return plan;
 }
 

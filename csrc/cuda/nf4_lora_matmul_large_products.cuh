@@ -35,9 +35,9 @@ struct ForwardProduct {
             ring_line(plan, 0, 1)};
     }
 
-    // The i-th word of the first chunk, along rows; its place in the line is column / 8 % 8.
+    // The i-th word of the first chunks, along rows; its place in the line is column / 8 % 8.
     __device__ static __forceinline__ Place of_word(const Plan& plan, const Wave& wave, int i) {
-        const int words = min(plan.steps, kChunkSteps) * (kLine / 8);
+        const int words = first_steps(plan) * (kLine / 8);
         const int row = i / words, word = i - row * words;
         return {
             panel_row(plan, wave, row / kPanelRows) + row % kPanelRows, word * 8,
@@ -79,7 +79,7 @@ struct DxProduct {
 
     __device__ static __forceinline__ Place of_word(const Plan& plan, const Wave& wave, int i) {
         constexpr int kWords = kPanelRows / 8;
-        const int rows = min(plan.steps, kChunkSteps) * kStepDepth;
+        const int rows = first_steps(plan) * kStepDepth;
         const int panel = i / (rows * kWords), row = i / kWords - panel * rows, word = i % kWords;
         return {
             row, panel_row(plan, wave, panel) + word * 8,

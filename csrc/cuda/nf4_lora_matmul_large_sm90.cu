@@ -7,10 +7,10 @@
 // bf16 or fp16, the same bits as dequantization gives. Accumulates in fp32; s_j z is rounded to T;
 // y is rounded once. Sums run in a fixed order.
 //
-// A short launch (counters, the first chunk of W), then the persistent kernel of
+// A short launch (counters, the first chunks of W), then the persistent kernel of
 // nf4_lora_matmul_large_kernel.cuh. The low-rank term is one more step of the contraction, [x | s
-// z] [W | lora_B]^T. z itself comes from extra tiles, 256 tokens by r columns, that the clusters
-// with the fewest tiles do first. Bound by the tensor cores, that is by the power limit.
+// z] [W | lora_B]^T. z itself comes from extra tiles, 256 tokens by r columns, in front of the
+// tiles of y that read the same x. Bound by the tensor cores, that is by the power limit.
 //
 // Callers have checked serves_nf4_lora_matmul_large.
 
@@ -20,7 +20,7 @@
 namespace lowbit::cuda {
 namespace {
 
-// Before the main kernel: the ring's first chunk, and padded copies of operands that TMA cannot
+// Before the main kernel: the ring's first chunks, and padded copies of operands that TMA cannot
 // take as they are.
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(
@@ -86,8 +86,9 @@ cudaError_t launch(const LoraMatmulArgs& args, const Plan& plan, cudaStream_t st
     const bool pads = pads_lora_B(plan);
     bool ok = make_map(maps.x, dtype, args.x, args.M, plan.depth, kCtaTokens) &&
               make_ring_maps(maps, dtype, plan, base + space.ring);
-    if (plan.z_clusters > 0)
-        ok = ok && make_map(maps.lora_A, dtype, args.lora_A, plan.rank, plan.depth, 64);
+    if (plan.z_depth > 0)
+        ok = ok &&
+             make_map(maps.lora_A, dtype, args.lora_A, plan.rank, plan.depth, plan.rank_columns);
     if (plan.rank > 0) {
         const void* b = pads ? base + space.factor : args.lora_B;
         const int columns = pads ? plan.rank_columns : plan.rank;
