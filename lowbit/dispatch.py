@@ -103,8 +103,9 @@ def _backward(kernel: str, least: int, serves: Callable[[Layer], bool], reason: 
 # Of lora_linear_backward; linear_dx is the product in them.
 BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 
-# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 3.03 TB/s and 793 TFLOP/s measured on
-# the same H100 (bench/results/linear_h100.json, 2026-11-24).
+# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 3.03 TB/s and 798 TFLOP/s measured on
+# the same H100 (bench/results/linear_h100.json, 2026-11-24). Tensor pipes busy in the large kernel,
+# by ncu at 14336 x 4096: 87 % at M = 4096, 90 % at 16384 (cuBLAS: 93 and 95).
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
     _fused("nf4_lora_gemv", (1, 1), "one launch; 88 % of copy bandwidth"),

@@ -50,14 +50,17 @@ def _c_function(name: str) -> Callable:
 
 
 def _key(weight) -> tuple:
-    """Addresses and numbers of a weight."""
+    """Addresses and numbers of a weight, and how much lies at the first two addresses."""
     qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset = weight[:6]
+    sizes = qweight.numel(), absmax.numel()
     if nested_absmax is None:
-        return (qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), 0, 0, 0, *weight[6:])
-    return (
-        qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), nested_absmax.data_ptr(),
-        nested_codebook.data_ptr(), nested_offset.data_ptr(), *weight[6:],
-    )  # fmt: skip
+        addresses = qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), 0, 0, 0
+    else:
+        addresses = (
+            qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), nested_absmax.data_ptr(),
+            nested_codebook.data_ptr(), nested_offset.data_ptr(),
+        )  # fmt: skip
+    return (*addresses, *weight[6:], *sizes)
 
 
 def _accept(weight) -> None:
@@ -65,7 +68,7 @@ def _accept(weight) -> None:
     if len(_accepted) >= _MOST_WEIGHTS:
         _accepted.clear()
     key = _key(weight)
-    _accepted[key] = _pack_weight(*key)
+    _accepted[key] = _pack_weight(*key[:-2])
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
