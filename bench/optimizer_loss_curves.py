@@ -1,6 +1,6 @@
 """Fine-tune the demo model with every optimizer of `lowbit finetune` and compare the losses.
 
-    python bench/optimizer_loss_curves.py [--device cpu] [--epochs 4]
+    python bench/optimizer_loss_curves.py [--device cpu] [--epochs 4] [--batch 8]
                                           [--json bench/results/optimizer_8bit_demo.json]
 
 All runs are `lowbit finetune --demo`: SmolLM2-135M, rank 16, 121 questions, the same adapters and
@@ -54,10 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--epochs", default="4")
+    parser.add_argument("--batch", default="8")
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="adamw among them")
     parser.add_argument("--json", help="write a record for bench/results/")
     options = parser.parse_args()
-    shared = ("--device", options.device, "--epochs", options.epochs)
+    shared = ("--device", options.device, "--epochs", options.epochs, "--batch", options.batch)
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.optimizers.split(","):
@@ -72,7 +73,12 @@ def main() -> None:
             f"{gaps['mean']:>9.4f} {gaps['held_out_mean']:>13.4f}"
         )
     if options.json:
-        extra = {"epochs": options.epochs, "runs": runs, "differences": compared}
+        extra = {
+            "epochs": options.epochs,
+            "batch": options.batch,
+            "runs": runs,
+            "differences": compared,
+        }
         write_json(options.json, "optimizer_curves", [], **extra)
 
 

@@ -245,7 +245,7 @@ def optimizer_curves(name: str, record: dict) -> str:
         mean = [gaps["mean"], gaps["held_out_mean"]]
         cells = [f"{x:.4f}" for x in (losses[0], losses[1], *mean)]
         body.append([optimizer_name, *cells])
-    command = f"`lowbit finetune --demo --epochs {record['epochs']}`"
+    command = f"`lowbit finetune --demo --epochs {record['epochs']} --batch {record['batch']}`"
     head = [command, "last loss", "held-out loss", "mean gap", "held-out gap"]
     caption = machine(record["environment"], card=False)
     what = "Losses by optimizer; gaps are absolute differences to torch's AdamW"
