@@ -232,7 +232,10 @@ def optimizer_headline(record: dict) -> str:
         "bitsandbytes, fp32 / 8-bit",
     ]
     caption = machine(record["environment"], card=True)
-    what = "One step of paged AdamW over all LoRA parameters, by the state's precision"
+    what = (
+        "One step of paged AdamW over all LoRA parameters, by where the state is and its precision "
+        "(bitsandbytes had most of its paged state on the host in every row)"
+    )
     return f"{what} ({caption}; `optimizer_h100.json`):\n\n{table(head, body)}"
 
 

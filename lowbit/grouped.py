@@ -121,8 +121,8 @@ def lora_matmul_group(
     """Multiply one x by several frozen weights with low-rank updates, as q, k and v of attention
     do: y_i = x W_i^T + bias_i + (drop_i(x) A_i^T * scaling_i) B_i^T.
 
-    The results are those of one `lora_matmul` per member. On a GPU x is read once for all lora_A;
-    it is saved once, and its gradient is accumulated in one buffer.
+    The results are those of one `lora_matmul` per member. On a GPU many tokens are read once for
+    all lora_A; x is saved once, and its gradient is accumulated in one buffer.
 
     Args:
         x: [..., K] fp32, fp16 or bf16, any strides; under autocast it is cast to the autocast

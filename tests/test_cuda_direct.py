@@ -21,7 +21,7 @@ def _left_over(*_, **__):
 
 
 def _prepare(operation, case, otherwise=_left_over, kernel="", for_backward=True):
-    M, r = case.x.shape[0], case.lora_A.shape[0]
+    M, r = case.x.shape[0], 0 if operation == "linear" else case.lora_A.shape[0]
     N = case.dy.shape[1]
     return cuda_direct.prepare(
         operation, kernel, DEVICE, case.dtype, M, N, r, for_backward, otherwise
@@ -122,6 +122,42 @@ def test_backward_makes_what_is_needed(calls):
     numbers = struct.unpack("11Qqd", pointers)
     assert numbers[6:9] == (total.data_ptr(), 0, 0)
     assert numbers[9:] == (d_bias.data_ptr(), d_scaling.data_ptr(), 1, case.scaling)
+
+
+def test_backward_leaves_what_hooks_have_changed_to_the_operator(calls):
+    case = LayerCase((8, 64, 128, 4), BF16, "cpu")
+    cuda_direct._accept(case.weight())
+    kernel = dispatch.BACKWARD_KERNELS[0]
+    run = _prepare("lora_linear_backward", case, lambda *_, **__: "operator", kernel)
+    z = torch.zeros(8, 4, dtype=BF16)
+    args = list(case.backward_args(z))
+    assert run(*args) != "operator"
+    for place, changed in ((1, case.x.float()), (1, case.x[:4]), (2, z.double()), (2, z.t())):
+        assert run(*args[:place], changed, *args[place + 1 :]) == "operator"
+    assert len(calls) == 1
+
+
+def test_what_fails_halfway_is_not_repeated(calls):
+    case = LayerCase((8, 64, 128, 4), BF16, "cpu")
+    cuda_direct._accept(case.weight())
+    run = _prepare("lora_linear_backward", case, kernel=dispatch.BACKWARD_KERNELS[0])
+    args, total = case.backward_args(torch.zeros(8, 4, dtype=BF16)), torch.zeros(8, 128, dtype=BF16)
+    calls.result = 2
+    with pytest.raises(RuntimeError, match="halfway"):
+        run(*args, dx_sum=total)
+    calls.result = 1
+    with pytest.raises(AssertionError, match="left to the operator"):
+        run(*args, dx_sum=total)
+
+
+def test_a_weight_whose_parts_do_not_go_together_is_not_taken(calls):
+    case = LayerCase((8, 64, 128, 4), BF16, "cpu")
+    weight = list(case.weight())
+    weight[1] = weight[1].float()  # beside the scales of 8-bit codes
+    cuda_direct._accept(tuple(weight))
+    assert cuda_direct._accepted == {}
+    cuda_direct._accept(case.weight())
+    assert len(cuda_direct._accepted) == 1
 
 
 # ---- on a GPU

@@ -5,8 +5,9 @@
 // The caller (lowbit/backends/cuda_direct.py) holds the tensors, has allocated the results, and
 // answers for shapes, dtypes and contiguity; an operator has accepted the weight before. All
 // pointers are device pointers, read and written on the device's current stream. What is not served
-// here, and every error, comes back as 1 with nothing said: the caller then takes the operator,
-// whose checks find the reason.
+// here, and every error before the first launch, comes back as 1 with nothing said: the caller then
+// takes the operator, whose checks find the reason. A backward pass that fails later comes back as
+// 2: it may have added to dx already.
 
 #include "lora_calls.h"
 
@@ -82,7 +83,7 @@ void check_alignment(std::initializer_list<const void*> pointers) {
         STD_TORCH_CHECK(is_aligned(p), "an argument is not 16-byte aligned");
 }
 
-void product(const DirectWeight& weight, const DirectSizes& sizes, const DirectProduct& p) {
+void product(const DirectWeight& weight, const DirectSizes& sizes, const DirectProduct& p, bool&) {
     const cudaStream_t stream = current_stream(sizes.device);
     check_alignment(
         {weight.qweight, weight.absmax, p.x, p.lora_A, p.lora_B, p.bias, p.z_in, p.z_out});
@@ -92,13 +93,18 @@ void product(const DirectWeight& weight, const DirectSizes& sizes, const DirectP
     a.x = p.x, a.lora_A = p.lora_A, a.lora_B = p.lora_B;
     a.lora_scaling = p.lora_scaling, a.scaling = static_cast<float>(p.scaling);
     a.bias = p.bias, a.z_in = p.z_in, a.z_out = p.z_out, a.y = p.y;
-    a.M = sizes.M, a.r = p.lora_B == nullptr ? 0 : static_cast<int>(sizes.r);
+    a.M = sizes.M, a.r = static_cast<int>(sizes.r);
+    // A tensor whose storage was freed has a shape, but no memory.
+    const bool adapter = p.lora_B != nullptr && (p.lora_A != nullptr) != (p.z_in != nullptr);
+    STD_TORCH_CHECK(p.x != nullptr && (a.r == 0 || adapter), "an argument has no memory");
     run_product(*kKernels[sizes.kernel], a, static_cast<int32_t>(sizes.device), stream);
 }
 
-void backward(const DirectWeight& weight, const DirectSizes& sizes, const DirectBackward& p) {
+void backward(
+    const DirectWeight& weight, const DirectSizes& sizes, const DirectBackward& p, bool& launched) {
     const cudaStream_t stream = current_stream(sizes.device);
     check_alignment({weight.qweight, p.dy, p.x, p.z, p.lora_A, p.lora_B, p.dx});
+    STD_TORCH_CHECK(p.dy && p.lora_A && p.lora_B, "an argument has no memory");
     STD_TORCH_CHECK(p.d_lora_A == nullptr || p.x != nullptr, "the gradient of lora_A needs x");
     STD_TORCH_CHECK(
         (p.d_lora_B == nullptr && p.d_lora_scaling == nullptr) || p.z != nullptr,
@@ -122,22 +128,23 @@ void backward(const DirectWeight& weight, const DirectSizes& sizes, const Direct
         b.M = a.M, b.r = a.r;
         STD_TORCH_CHECK(kernel.serves(b), "dx is not served");
     }
-    run_backward(kernel, a, b, static_cast<int32_t>(sizes.device), stream);
+    run_backward(kernel, a, b, static_cast<int32_t>(sizes.device), stream, &launched);
 }
 
-// 0 if it ran.
+// 0 if it ran, 1 if nothing was launched, 2 if it failed later.
 template <class Arguments>
 int attempt(
-    void (*run)(const DirectWeight&, const DirectSizes&, const Arguments&),
+    void (*run)(const DirectWeight&, const DirectSizes&, const Arguments&, bool&),
     const void* weight,
     const void* sizes,
     const void* arguments) {
+    bool launched = false;
     try {
         run(*static_cast<const DirectWeight*>(weight), *static_cast<const DirectSizes*>(sizes),
-            *static_cast<const Arguments*>(arguments));
+            *static_cast<const Arguments*>(arguments), launched);
         return 0;
     } catch (...) {
-        return 1;
+        return launched ? 2 : 1;
     }
 }
 

@@ -76,9 +76,15 @@ inline void run_x_pass(const LoraGradsArgs& a, cudaStream_t stream) {
         check_launch(launch_lora_grads_x(a, stream), "lora_grads");
 }
 
-// Every gradient that has a pointer in a or b; u is made here, for both.
+// Every gradient that has a pointer in a or b; u is made here, for both. `launched` is set before
+// the first launch: from then on dx may have been added to.
 inline void run_backward(
-    const DxKernel& kernel, LoraGradsArgs& a, LoraDxArgs& b, int32_t device, cudaStream_t stream) {
+    const DxKernel& kernel,
+    LoraGradsArgs& a,
+    LoraDxArgs& b,
+    int32_t device,
+    cudaStream_t stream,
+    bool* launched = nullptr) {
     // One workspace for u and what the kernels, which run one after the other, need for themselves.
     const bool need_dx = b.dx != nullptr, need_u = need_dx || a.d_lora_A != nullptr;
     const int64_t u_bytes = need_u ? ceil_div(a.M * lora_columns(a.r) * 2, 256) * 256 : 0;
@@ -92,6 +98,8 @@ inline void run_backward(
     a.u = need_u ? bytes : nullptr;
     a.workspace = b.workspace = bytes + u_bytes;
     b.u = a.u;
+    if (launched != nullptr)
+        *launched = true;
     run_dy_pass(a, stream);
     if (need_dx)
         check_launch(kernel.launch(b, stream), kernel.name);

@@ -5,6 +5,7 @@
 // are dealt to the decoders of the whole grid in turn. One counter per chunk says how many of its
 // tasks are written (`ready`), another how many CTAs have read it or need not (`done`); a slot is
 // written again when all have.
+// A tile waits for z when it has read all its chunks; jobs of z read none and come before it.
 // No tile waits for a chunk beyond the one that it reads, and no decoder before it has published
 // what it wrote, so the ring cannot lock up.
 #pragma once

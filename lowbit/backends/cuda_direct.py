@@ -31,6 +31,7 @@ _KERNELS = {
 _BACKWARD_KERNELS = {"nf4_lora_backward": 0, "nf4_lora_backward_large": 1}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dtype.h
 _MOST_WEIGHTS = 1 << 14
+_NOTHING_LAUNCHED = 1
 
 # The structures of direct.cpp.
 _pack_weight = struct.Struct("6Q5q").pack
@@ -64,7 +65,13 @@ def _key(weight) -> tuple:
 
 
 def _accept(weight) -> None:
-    """Take a weight from now on: a forward operator has run with it."""
+    """Take a weight from now on: a forward operator has run with it. A weight whose parts do not go
+    together, or which the kernels cannot read, stays with the operators.
+    """
+    if (weight[1].dtype is torch.uint8) != (weight[3] is not None):
+        return
+    if weight[0].data_ptr() % 16 or weight[1].data_ptr() % 16:
+        return
     if len(_accepted) >= _MOST_WEIGHTS:
         _accepted.clear()
     key = _key(weight)
@@ -73,6 +80,16 @@ def _accept(weight) -> None:
 
 def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _is_plain(tensor: torch.Tensor | None, device: int, dtype: torch.dtype, count: int) -> bool:
+    """Whether there is no tensor, or one that can be read as `count` elements in a row."""
+    return tensor is None or (
+        tensor.dtype is dtype
+        and tensor.numel() == count
+        and tensor.get_device() == device
+        and tensor.is_contiguous()
+    )
 
 
 def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -178,7 +195,20 @@ def _prepare_backward(device: int, kernel: str, dtype, tokens: int, r: int, othe
         lora_A, lora_B, lora_scaling, scaling, dropout_p, _ = rest[11:17]
         need_dx, need_d_lora_A, need_d_lora_B, need_d_bias, need_d_scaling = rest[17:]
         packed = _accepted.get(_key(weight))
-        if packed is None or dropout_p > 0.0:  # the operator may not look at the weight
+        # The operator may not look at the weight; and hooks of saved tensors may have put anything
+        # in their place.
+        place = dy.get_device()
+        direct = (
+            packed is not None
+            and dropout_p == 0.0
+            and (lora_A.dtype, lora_B.dtype) in sizes
+            and _is_plain(x, place, dtype, tokens * weight[7])
+            and _is_plain(z, place, dtype, tokens * r)
+            and _is_plain(lora_A, place, lora_A.dtype, r * weight[7])
+            and _is_plain(lora_B, place, lora_B.dtype, r * weight[6])
+            and _is_plain(lora_scaling, place, torch.float32, r)
+        )
+        if not direct:
             return otherwise(dy, x, z, *rest, dx_sum=dx_sum)
         dx = d_lora_A = d_lora_B = d_bias = d_scaling = None
         if need_dx and dx_sum is None:
@@ -196,7 +226,10 @@ def _prepare_backward(device: int, kernel: str, dtype, tokens: int, r: int, othe
             _pointer(lora_scaling), _pointer(dx if dx_sum is None else dx_sum), _pointer(d_lora_A),
             _pointer(d_lora_B), _pointer(d_bias), _pointer(d_scaling), dx_sum is not None, scaling,
         )  # fmt: skip
-        if run(packed, sizes[lora_A.dtype, lora_B.dtype], pointers) != 0:
+        failed = run(packed, sizes[lora_A.dtype, lora_B.dtype], pointers)
+        if failed and failed != _NOTHING_LAUNCHED:
+            raise RuntimeError("lowbit: a launch of the backward pass failed halfway")
+        if failed:
             return otherwise(dy, x, z, *rest, dx_sum=dx_sum)
         return dx, d_lora_A, d_lora_B, d_bias, d_scaling
 
