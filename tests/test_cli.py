@@ -518,4 +518,4 @@ def test_demo_replaces_only_an_earlier_demo(trained, monkeypatch):
     monkeypatch.setattr("lowbit.cli.checkpoint.read_run", lambda _: {"settings": {"demo": True}})
     finetune.run({"demo": True, "output": str(trained), "rank": 4})
     assert started[-1].overwrite
-    assert (started[-1].rank, started[-1].batch) == (4, 8)
+    assert (started[-1].rank, started[-1].batch) == (4, finetune.DEMO_SETTINGS["batch"])
