@@ -1,6 +1,6 @@
-"""Write docs/measured.md and the measured tables of README.md from the records in bench/results.
+"""Write docs/measured.md and what README.md shows of the records in bench/results.
 
-    python bench/report.py            rewrite the file, and the README between its markers
+    python bench/report.py            rewrite the file, the README between its markers, its figure
     python bench/report.py --check    exit 1 if that would change anything
 
 A record is what write_json in common.py wrote. docs/measured.md has a table for each record found,
@@ -15,6 +15,8 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -335,9 +337,6 @@ WRITERS = {  # in the order of docs/measured.md
 HEADLINES = {
     "model": lambda row: True,
     "linear": lambda row: (row["N"], row["K"]) == (14336, 4096),
-    "linear_backward": lambda row: (
-        (row["N"], row["K"]) == (14336, 4096) and row["timing"] == "graph"
-    ),
 }
 
 
@@ -372,7 +371,7 @@ def readme(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether both are up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether all are up to date")
     options = parser.parse_args()
     shown = readme(README.read_text())
     stale = False
@@ -382,6 +381,11 @@ def main() -> int:
         elif not path.exists() or path.read_text() != text:
             print(f"{path.name} does not show bench/results; run python bench/report.py")
             stale = True
+    if not options.check:
+        figures.draw()
+    elif not figures.up_to_date():
+        print(f"{figures.LAYERS.name} does not show bench/results; run python bench/report.py")
+        stale = True
     return int(stale)
 
 
