@@ -104,8 +104,11 @@ def _backward(kernel: str, least: int, serves: Callable[[Layer], bool], reason: 
 BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 
 # Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 3.03 TB/s and 798 TFLOP/s measured on
-# the same H100 (bench/results/linear_h100.json, 2026-11-24). Tensor pipes busy in the large kernel,
-# by ncu at 14336 x 4096: 87 % at M = 4096, 90 % at 16384 (cuBLAS: 93 and 95).
+# the same H100 (bench/results/linear_h100.json, 2026-11-24). By ncu, cold and at its fixed clock,
+# same layer, busy of the peak: gemv, M = 1: DRAM 69 %, issue slots 65; small, M = 8: DRAM 59, issue
+# slots 63; M = 64: shared memory 62, tensor pipes 48, DRAM 47; mid, M = 256: tensor pipes 65
+# (cuBLAS 78), shared memory 68; M = 1024: 89 (94) and 71. Large, 14336 x 4096: tensor pipes 87 at
+# M = 4096 and 90 at 16384 (93 and 95).
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
     _fused("nf4_lora_gemv", (1, 1), "one launch; 88 % of copy bandwidth"),
