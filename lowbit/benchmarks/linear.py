@@ -43,7 +43,7 @@ DENSE = "dense"  # what `vs dense` is relative to
 ROTATED_BYTES = 120_000_000  # of the packed copies together: 2.4 times the L2 of an H100
 MIN_COPIES = 4
 DEVICE = "cuda"
-CASE_SECONDS = 0.7  # of GPU time for the timed rounds of one layer and M
+CASE_SECONDS = 1.0  # of GPU time for the timed rounds of one layer and M
 # A graph repeats its copies until a replay would take this long at the floor: the gap between two
 # replays, a few microseconds, then does not count.
 REPLAY_US = 500.0

@@ -1,6 +1,9 @@
 """Clocks. All contenders of a case are timed in turn, round by round, so that a clock change or a
 noisy neighbour meets all of them alike; results are (median, p20, p80).
 
+A card at its power limit remembers what ran before: after a contender that mostly waits for memory
+the next one finds higher clocks. Replays of a round therefore run in an order of its own.
+
 A kernel of a few microseconds is shorter than the time to launch it. A `Replay` is therefore a CUDA
 graph of many launches, and `time_replays` queues all rounds before it waits: the card never waits
 for the host.
@@ -8,6 +11,7 @@ for the host.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -154,7 +158,7 @@ def time_replays(replays: dict[str, Replay], *, seconds: float, rounds: int) -> 
     """Time replays in turn: {name: (median, p20, p80)} in microseconds per launch.
 
     Args:
-        replays: by name; eager ones last, since the card idles before them.
+        replays: by name; eager ones run last in a round, since the card idles before them.
         seconds: GPU time to spend on all of them together.
         rounds: the most rounds; fewer when they would take longer than `seconds`, at least 3.
     """
@@ -163,8 +167,13 @@ def time_replays(replays: dict[str, Replay], *, seconds: float, rounds: int) -> 
     estimates = [cuda_seconds(replay.run, 1) for replay in replays.values()]
     events: dict[str, list] = {name: [] for name in replays}
     idle = True
+    captured = [name for name, replay in replays.items() if not replay.eager]
+    others = [name for name, replay in replays.items() if replay.eager]
+    order = random.Random(0)  # the same in every run
     for _ in range(rounds_that_fit(estimates, seconds, rounds)):
-        for name, replay in replays.items():
+        order.shuffle(captured)
+        for name in (*captured, *others):
+            replay = replays[name]
             if replay.eager:
                 torch.cuda.synchronize()
             elif idle:
