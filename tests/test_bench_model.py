@@ -200,10 +200,10 @@ def test_memory_adds_up(on_the_cpu):
     assert parts["activations, workspace"] == 10_000_000 - sum(list(parts.values())[:4])
 
 
-def test_report_makes_tables_of_a_record(on_the_cpu, tmp_path):
-    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
+def test_report_makes_tables_of_a_record(on_the_cpu, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import report
+
     path = tmp_path / "model.json"
     bench.run(options(json=path))
     record = json.loads(path.read_text())
