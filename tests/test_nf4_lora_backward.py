@@ -125,12 +125,72 @@ def test_several_groups_of_tokens(adds):
         assert_bitwise_equal(total, expected, "dx_sum")
 
 
+# What the large kernel makes beside dx: no gradient of the bias or of a scaling vector.
+BESIDE_DX = (True, True, True, False, False)
+BESIDE = {
+    "plain": {},
+    "vector": {"vector": True},
+    "fp16-masters": {"dtype": torch.float16, "masters": True},
+    "fp32-absmax-masters-vector": {"double_quant": False, "masters": True, "vector": True},
+    "scaling-0": {"scaling": 0.0},
+}
+
+
+@pytest.mark.parametrize("M", [1, 65, 257, 1030])
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+def test_gradients_beside_dx(M, N, K):
+    _check(_case(M, N, K, masters=M > 256), LARGE, BESIDE_DX)
+
+
+@pytest.mark.parametrize("r", [1, 5, 8, 15, 16, 17])
+@pytest.mark.parametrize("options", BESIDE.values(), ids=BESIDE)
+def test_gradients_beside_dx_options(r, options):
+    _check(_case(600, 328, 768, r, **options), LARGE, BESIDE_DX)
+
+
+# Groups of 16, 17 and fewer token tiles, the last tile short; several groups in a wave, and several
+# waves for one. d_lora_A among the steps of dx in one part and in two, with half a tile of columns;
+# in a pass of its own, as there are too few tiles (K 192 to 1088) or steps (N 136).
+@pytest.mark.parametrize(
+    ("M", "N", "K", "options"),
+    [
+        (4096, 1024, 4096, {}), (4100, 1032, 4160, {"masters": True}),
+        (8500, 1288, 4096, {"vector": True}), (8500, 136, 4096, {}), (4097, 264, 192, {}),
+        (9000, 1096, 1088, {"dtype": torch.float16}), (20000, 72, 256, {}),
+    ],
+)  # fmt: skip
+def test_gradients_beside_dx_of_several_groups(M, N, K, options):
+    case = _case(M, N, K, **options)
+    for needs in (BESIDE_DX, (True, True, False, False, False), (True, False, True, False, False)):
+        _check(case, LARGE, needs)
+    z = _z(case)
+    expected = case.backward(z, BESIDE_DX, kernel=LARGE)
+    for _ in range(5):
+        scratch = torch.full((24 << 20,), 255, dtype=torch.uint8, device="cuda")
+        del scratch
+        _same(case.backward(z, BESIDE_DX, kernel=LARGE)[:3], expected[:3], GRADIENTS[:3])
+
+
+def test_gradients_beside_dx_take_two_launches():
+    case = _case(4096, 1024, 4096)
+    z = _z(case)
+
+    def kernels(needs):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            case.backward(z, needs, kernel=LARGE)
+            torch.cuda.synchronize()
+        return len([e for e in profile.events() if "kernel" in e.name])
+
+    assert kernels(BESIDE_DX) == 2
+    assert kernels((True,) * 5) > 2
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize(
     "needs",
     [*(tuple(i == j for j in range(5)) for i in range(5)), (True, False, True, False, False),
-     (False, True, True, True, False)],
-    ids=[*GRADIENTS, "frozen-A", "first-layer"],
+     (True, True, False, False, False), (False, True, True, True, False)],
+    ids=[*GRADIENTS, "frozen-A", "frozen-B", "first-layer"],
 )  # fmt: skip
 def test_only_what_is_needed(needs, dropout_p, kernel):
     _check(_case(150, 264, 512, 12, vector=True, dropout_p=dropout_p), kernel, needs)
@@ -311,17 +371,19 @@ def test_saved_tensors_may_wait_on_the_host():
 
 
 @pytest.mark.parametrize("M", [1, 256, 4096])
-def test_memory_of_a_call(M, kernel):
+@pytest.mark.parametrize("needs", [(True,) * 5, BESIDE_DX], ids=["all", "beside-dx"])
+def test_memory_of_a_call(M, needs, kernel):
     """Gradients and at most 32 MiB, whatever the weight."""
     N, K = 14336, 4096
     case = _case(M, N, K)
     z = _z(case)
-    case.backward(z, kernel=kernel)
+    case.backward(z, needs, kernel=kernel)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    results = case.backward(z, kernel=kernel)
-    extra = torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results)
+    results = case.backward(z, needs, kernel=kernel)
+    made = sum(t.nbytes for t in results if t is not None)
+    extra = torch.cuda.max_memory_allocated() - before - made
     assert extra <= 32 << 20
 
 

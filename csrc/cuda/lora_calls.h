@@ -57,14 +57,23 @@ struct DxKernel {
     bool (*serves)(const LoraDxArgs&);
     size_t (*workspace_bytes)(const LoraDxArgs&);
     cudaError_t (*launch)(const LoraDxArgs&, cudaStream_t);
+    // With the gradients of the adapter; null: lora_grads makes them.
+    bool (*serves_all)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
+    size_t (*workspace_bytes_of_all)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
+    cudaError_t (*launch_all)(const LoraDxArgs&, const LoraGradsArgs&, cudaStream_t) = nullptr;
 };
 
 inline constexpr DxKernel kDxInLoop{
     "nf4_lora_matmul_dx", serves_nf4_lora_matmul_dx, nf4_lora_matmul_dx_workspace_bytes,
     launch_nf4_lora_matmul_dx};
 inline constexpr DxKernel kDxLarge{
-    "nf4_lora_matmul_dx_large", serves_nf4_lora_matmul_dx_large,
-    nf4_lora_matmul_dx_large_workspace_bytes, launch_nf4_lora_matmul_dx_large};
+    "nf4_lora_matmul_dx_large",
+    serves_nf4_lora_matmul_dx_large,
+    nf4_lora_matmul_dx_large_workspace_bytes,
+    launch_nf4_lora_matmul_dx_large,
+    serves_nf4_lora_backward_large,
+    nf4_lora_backward_large_workspace_bytes,
+    launch_nf4_lora_backward_large};
 
 inline void run_dy_pass(const LoraGradsArgs& a, cudaStream_t stream) {
     if (a.u || a.d_lora_B || a.d_bias || a.d_lora_scaling)
@@ -76,7 +85,7 @@ inline void run_x_pass(const LoraGradsArgs& a, cudaStream_t stream) {
         check_launch(launch_lora_grads_x(a, stream), "lora_grads");
 }
 
-// Every gradient that has a pointer in a or b; u is made here, for both. `launched` is set before
+// Every gradient that has a pointer in a or b; u is made for both. `launched` is set before
 // the first launch: from then on dx may have been added to.
 inline void run_backward(
     const DxKernel& kernel,
@@ -90,8 +99,11 @@ inline void run_backward(
     const int64_t u_bytes = need_u ? ceil_div(a.M * lora_columns(a.r) * 2, 256) * 256 : 0;
     a.u = need_u ? const_cast<void*>(a.dy) : nullptr;  // until it is known where it lies
     STD_TORCH_CHECK(serves_lora_grads(a), "lora_grads does not serve these sizes");
+    const bool all = need_dx && kernel.serves_all != nullptr && kernel.serves_all(b, a);
     const size_t own_bytes =
-        std::max(lora_grads_workspace_bytes(a), need_dx ? kernel.workspace_bytes(b) : size_t{0});
+        all ? kernel.workspace_bytes_of_all(b, a)
+            : std::max(
+                  lora_grads_workspace_bytes(a), need_dx ? kernel.workspace_bytes(b) : size_t{0});
     const Tensor workspace =
         new_tensor(device, {u_bytes + static_cast<int64_t>(own_bytes)}, ScalarType::Byte);
     auto* bytes = static_cast<uint8_t*>(workspace.mutable_data_ptr());
@@ -100,6 +112,10 @@ inline void run_backward(
     b.u = a.u;
     if (launched != nullptr)
         *launched = true;
+    if (all) {
+        check_launch(kernel.launch_all(b, a, stream), kernel.name);
+        return;
+    }
     run_dy_pass(a, stream);
     if (need_dx)
         check_launch(kernel.launch(b, stream), kernel.name);

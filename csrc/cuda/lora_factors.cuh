@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kCopyThreads = 256;
 
-// A copy [rows, columns] in T of a factor [rows, from_columns] in T or fp32, zeros behind it.
+// A copy [rows, columns] in T of a factor [rows, from_columns] in T or fp32, zeros behind it; or
+// one that is transposed, [columns, rows].
 struct FactorCopy {
     const void* from;
     bool is_float;
@@ -21,16 +22,28 @@ struct FactorCopy {
 };
 
 template <typename T>
+__device__ __forceinline__ T factor_element(const FactorCopy& c, int64_t row, int64_t column) {
+    const int64_t at = row * c.from_columns + column;
+    if (column >= c.from_columns)
+        return from_float<T>(0.0f);
+    return c.is_float ? from_float<T>(static_cast<const float*>(c.from)[at])
+                      : static_cast<const T*>(c.from)[at];
+}
+
+template <typename T>
 __device__ __forceinline__ void copy_element(const FactorCopy& c, int64_t i) {
     if (i >= c.rows * c.columns)
         return;
-    const int64_t row = i / c.columns, column = i - row * c.columns;
-    const int64_t at = row * c.from_columns + column;
-    T value = from_float<T>(0.0f);
-    if (column < c.from_columns)
-        value = c.is_float ? from_float<T>(static_cast<const float*>(c.from)[at])
-                           : static_cast<const T*>(c.from)[at];
-    static_cast<T*>(c.to)[i] = value;
+    const int64_t row = i / c.columns;
+    static_cast<T*>(c.to)[i] = factor_element<T>(c, row, i - row * c.columns);
+}
+
+template <typename T>
+__device__ __forceinline__ void copy_element_transposed(const FactorCopy& c, int64_t i) {
+    if (i >= c.rows * c.columns)
+        return;
+    const int64_t column = i / c.rows;
+    static_cast<T*>(c.to)[i] = factor_element<T>(c, i - column * c.rows, column);
 }
 
 struct FactorCopies {

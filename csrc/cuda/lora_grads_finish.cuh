@@ -2,7 +2,7 @@
 // workspace, in their order, and the results made of them.
 #pragma once
 
-#include "common.cuh"
+#include "lora_parts.cuh"
 #include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
@@ -57,23 +57,6 @@ __device__ __forceinline__ float factor(const FinishParams& p, int64_t at) {
     return to_float(
         p.lora_B_is_float ? from_float<T>(static_cast<const float*>(p.lora_B)[at])
                           : static_cast<const T*>(p.lora_B)[at]);
-}
-
-// Four neighbouring sums over the parts, `stride` floats apart, 16 loads under way at a time.
-__device__ __forceinline__ float4 add_parts(const float* first, int parts, int64_t stride) {
-    constexpr int kLoads = 16;
-    float4 sum{};
-    for (int base = 0; base < parts; base += kLoads) {
-        float4 v[kLoads];
-#pragma unroll
-        for (int i = 0; i < kLoads; i++)
-            v[i] = base + i < parts ? *reinterpret_cast<const float4*>(first + (base + i) * stride)
-                                    : float4{};
-#pragma unroll
-        for (int i = 0; i < kLoads; i++)
-            sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
-    }
-    return sum;
 }
 
 template <typename T>

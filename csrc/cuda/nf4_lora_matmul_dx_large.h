@@ -1,6 +1,7 @@
 // The gradient of a 4-bit linear layer's input for many tokens, in two launches.
 #pragma once
 
+#include "lora_grads.h"
 #include "nf4_lora_matmul_dx.h"
 
 namespace lowbit::cuda {
@@ -15,5 +16,14 @@ size_t nf4_lora_matmul_dx_large_workspace_bytes(const LoraDxArgs& args);
 
 // As programmatic dependent launches.
 cudaError_t launch_nf4_lora_matmul_dx_large(const LoraDxArgs& args, cudaStream_t stream);
+
+// The same with u, d_lora_A and d_lora_B of `grads` made by the same launches; u is needed, and
+// args.u the same. For r from 1 to 16, no gradients of bias and scaling, and at most 32 MiB with u.
+bool serves_nf4_lora_backward_large(const LoraDxArgs& args, const LoraGradsArgs& grads);
+
+size_t nf4_lora_backward_large_workspace_bytes(const LoraDxArgs& args, const LoraGradsArgs& grads);
+
+cudaError_t launch_nf4_lora_backward_large(
+    const LoraDxArgs& args, const LoraGradsArgs& grads, cudaStream_t stream);
 
 }  // namespace lowbit::cuda

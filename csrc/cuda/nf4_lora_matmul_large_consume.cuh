@@ -2,17 +2,10 @@
 // the stores of all of them.
 #pragma once
 
-#include "common.cuh"
-#include "nf4_lora_matmul_large_products.cuh"
+#include "nf4_lora_matmul_large_grads.cuh"
 
 namespace lowbit::cuda {
 namespace {
-
-// The warpgroup has read the stage: tell both producers, as both fill it.
-__device__ __forceinline__ void release(const Pipeline& pipe, int thread) {
-    if (thread < kCtas)
-        barrier_arrive_remote(in_cta(pipe.empty(), thread));
-}
 
 // This CTA reads no chunk of the wave.
 __device__ __forceinline__ void skip_chunks(const Params& p, int wave) {
@@ -21,8 +14,9 @@ __device__ __forceinline__ void skip_chunks(const Params& p, int wave) {
 }
 
 // 128 tokens by the first kColumns columns.
-template <int kColumns, typename T>
-__device__ __forceinline__ void multiply_z_step(float (&z)[2][32], uint64_t x, uint64_t a, T type) {
+template <int kColumns, int kSums, typename T>
+__device__ __forceinline__ void
+multiply_z_step(float (&z)[2][kSums], uint64_t x, uint64_t a, T type) {
     using Sums = float (&)[kColumns / 2];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -32,9 +26,9 @@ __device__ __forceinline__ void multiply_z_step(float (&z)[2][32], uint64_t x, u
     wgmma_commit();
 }
 
-// z of 256 tokens, half of them by each warpgroup: here x is the operand with the rows. Stages go
-// back to the own producer alone, so two arrivals stand for those of the other CTA.
-template <typename T>
+// z of 256 tokens, half of them by each warpgroup: here x is the operand with the rows. With dx
+// at most 16 columns.
+template <typename T, class Product>
 __device__ __forceinline__ void multiply_z_tile(
     const Params& p,
     Pipeline& pipe,
@@ -44,22 +38,22 @@ __device__ __forceinline__ void multiply_z_tile(
     int group,
     int thread) {
     constexpr int kRows = kTileTokens / kConsumers;
+    constexpr int kSums = Product::kIsForward ? 32 : 8;
     const Plan& plan = p.plan;
-    float z[2][32] = {};
+    float z[2][kSums] = {};
     for (int k = 0; k < plan.steps; k++) {
         barrier_wait_asleep(pipe.full(), pipe.parity());
         const uint64_t x = operand_descriptor(pipe.x() + group * (kRows * 128));
         const uint64_t a = operand_descriptor(pipe.w());
-        if (plan.rank_columns == 16) {
+        if (!Product::kIsForward || plan.rank_columns == 16) {
             wgmma_fence();  // in both branches, as below
             multiply_z_step<16>(z, x, a, T{});
         } else {
             wgmma_fence();
-            multiply_z_step<64>(z, x, a, T{});
+            multiply_z_step<2 * kSums>(z, x, a, T{});
         }
         wgmma_wait<0>();
-        if (thread < kCtas)
-            barrier_arrive_remote(in_cta(pipe.empty(), rank));
+        release_own(pipe, rank, thread);
         pipe.step++;
     }
     if (token_tile > last_tile)
@@ -67,11 +61,15 @@ __device__ __forceinline__ void multiply_z_tile(
     T* z_scaled = static_cast<T*>(p.z_scaled);
     T* z_out = static_cast<T*>(p.z_out);
 #pragma unroll
-    for (int i = 0; i < kRows / 2; i++) {
-        const int block = i / 32, j = i % 32;
+    for (int i = 0; i < 2 * kSums; i++) {
+        const int block = i / kSums, j = i % kSums;
         const int column = j / 4 * 8 + thread % 4 * 2 + j % 2;
         const int64_t token = token_tile * kTileTokens + group * kRows + block * 64 +
                               thread / 32 * 16 + thread % 32 / 4 + j / 2 % 2 * 8;
+        if (!Product::kIsForward && plan.strips > 0)
+            static_cast<T*>(
+                p.gradients.u_transposed)[column * plan.token_tiles * kTileTokens + token] =
+                from_float<T>(z[block][j] * column_scale(p, column));
         if (token >= plan.M || column >= plan.rank_columns)
             continue;
         const float value = z[block][j];
@@ -162,13 +160,20 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         barrier_wait_asleep(pipe.full(), pipe.parity());
         const uint4 note = load_shared(pipe.note());  // JobNote
         const int token_tile = static_cast<int>(note.y), limit = static_cast<int>(note.z);
-        if (Product::kIsForward && note.x != 0) {
+        if (note.x % 2 != 0) {
             if (threadIdx.x == 128)
                 skip_chunks(p, wave);
             for (int i = 0; i < plan.z_depth; i++)
-                multiply_z_tile<T>(p, pipe, token_tile + i, limit, rank, group, thread);
+                multiply_z_tile<T, Product>(p, pipe, token_tile + i, limit, rank, group, thread);
+            if (!Product::kIsForward && p.gradients.z != nullptr)
+                for (int i = 0; i < plan.z_depth; i++)
+                    multiply_d_lora_B_tile<T>(
+                        p, pipe, out, token_tile + i, limit, static_cast<int>(note.w), rank, group,
+                        thread);
             if (thread < kCtas)
                 barrier_arrive_remote(in_cta(pipe.z_over(), thread));
+            if (!Product::kIsForward && wave == plan.last_rider_wave)
+                named_barrier_arrive(kRiderBarrier, 256 + kWarpSize);
             continue;
         }
         if (first && group == 1)
@@ -196,9 +201,25 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
                 release({smem, pipe.step - 1}, thread);
             pipe.step++;
         };
+        float sums[8];
+        bool adds = false;
+        RiderSteps riding(plan, static_cast<int>(note.x / 2));
+        auto ride = [&](int k) {
+            if (Product::kIsForward || !riding.take(k))
+                return;
+            barrier_wait_asleep(pipe.full(), pipe.parity());
+            wgmma_fence();
+            multiply_rider_step(sums, pipe, group, adds, T{});
+            adds = true;
+            wgmma_wait<1>();
+            release({smem, pipe.step - 1}, thread);
+            pipe.step++;
+        };
         multiply_step(0, false);  // by itself: ptxas would keep sums alive through jobs of z
-        for (int k = 1; k < plan.steps; k++)
+        for (int k = 1; k < plan.steps; k++) {
+            ride(k);
             multiply_step(k, true);
+        }
         if (plan.rank_columns > 0) {
             barrier_wait_asleep(pipe.full(), pipe.parity());
             const uint64_t w = Product::descriptor(pipe.w() + group * (64 * kLineBytes));
@@ -222,6 +243,12 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         wgmma_wait<0>();
         release({smem, pipe.step - 1}, thread);
         first = false;
+        if (!Product::kIsForward) {
+            if (note.x > 0)
+                put_d_lora_A(p, sums, static_cast<int>(note.w), rank, group, thread);
+            if (wave == plan.last_rider_wave)
+                named_barrier_arrive(kRiderBarrier, 256 + kWarpSize);
+        }
         store_y<T, Product>(
             p, d, out, limit * kPanelRows + rank * kCtaRows + group * 64, token_tile * kTileTokens,
             group, thread);

@@ -17,15 +17,6 @@
 namespace lowbit::cuda {
 namespace {
 
-constexpr uint32_t kSlotPollNs = 500;  // a full ring lasts for tens of microseconds
-
-// Until the counter has reached `count`.
-__device__ __forceinline__ void
-wait_for_count(const uint32_t* counter, uint32_t count, uint32_t poll_ns) {
-    while (load_acquire(counter) < count)
-        __nanosleep(poll_ns);
-}
-
 // Tasks in the order in which the tiles need them: waves, chunks, then panels and columns. Worker i
 // takes every workers-th.
 struct TaskCursor {

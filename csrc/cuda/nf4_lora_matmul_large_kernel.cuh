@@ -7,6 +7,7 @@
 // roles of a CTA's warps:
 //   warp 0      producer: TMA loads of a depth of 64 at a time into 4 stages
 //   warps 1, 2  decoders: turn the 4-bit weight into T, for all CTAs together
+//   warp 3      with dx: last sums of d_lora_A and d_lora_B (nf4_lora_matmul_large_grads.cuh)
 //   warps 4-11  two warpgroups of consumers: 64 rows each, m64n256k16
 // Each panel is decoded once for the whole wave of tiles that the grid works on, chunk by chunk,
 // through a ring in the workspace that is read from L2 (nf4_lora_matmul_large_decode.cuh): the
@@ -33,18 +34,23 @@ namespace {
 
 constexpr int kLookAhead = kChunkSteps / 2;  // steps into a chunk
 
-// x of 256 tokens and lora_A, by one thread into its own CTA.
-__device__ __forceinline__ void
-load_z_tile(const Params& p, const TensorMaps& maps, Pipeline& pipe, int token_tile) {
-    const int lora_A_bytes = p.plan.rank_columns * kLineBytes;
+// x of 256 tokens, and for z the factor, by one thread into its own CTA.
+__device__ __forceinline__ void load_z_tile(
+    const Params& p,
+    const CUtensorMap& x,
+    const CUtensorMap* factor,
+    Pipeline& pipe,
+    int token_tile) {
+    const int factor_bytes = factor == nullptr ? 0 : p.plan.rank_columns * kLineBytes;
     for (int k = 0; k < p.plan.steps; k++, pipe.step++) {
         barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
-        barrier_arrive_expect(pipe.full(), kXBytes + lora_A_bytes);
+        barrier_arrive_expect(pipe.full(), kXBytes + factor_bytes);
         for (int half = 0; half < kCtas; half++)
             load_tile(
-                pipe.x() + half * (kXBytes / kCtas), maps.x, k * kStepDepth,
+                pipe.x() + half * (kXBytes / kCtas), x, k * kStepDepth,
                 token_tile * kTileTokens + half * kCtaTokens, pipe.full());
-        load_tile(pipe.w(), maps.lora_A, k * kStepDepth, 0, pipe.full());
+        if (factor != nullptr)
+            load_tile(pipe.w(), *factor, k * kStepDepth, 0, pipe.full());
     }
 }
 
@@ -81,18 +87,23 @@ load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, 
     for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
         const Job job = next;
         const Wave range = next_range;
-        if (Product::kIsForward && job.z_job >= 0) {
+        if (job.z_job >= 0) {
             const int token_tile = z_tile(plan, job, rank);
-            announce({true, token_tile, job.last_tile});
+            announce({true, token_tile, job.last_tile, job.token_tile, 0});
             for (int i = 0; i < plan.z_depth; i++)
-                load_z_tile(p, maps, pipe, token_tile + i);
+                load_z_tile(p, maps.x, &Product::z_factor(maps), pipe, token_tile + i);
+            if (!Product::kIsForward && p.gradients.z != nullptr)
+                for (int i = 0; i < plan.z_depth; i++)
+                    load_z_tile(p, maps.x, nullptr, pipe, token_tile + i);
             look_up(wave + 1);
             known_ready = false;
             barrier_wait_asleep(pipe.z_over(), z_jobs_done % 2);
             z_jobs_done++;
             continue;
         }
-        announce({false, job.token_tile, job.panel});
+        const Rider rider = Product::kIsForward ? Rider{-1, 0, 0, 0, 0} : locate_rider(plan, job);
+        RiderSteps riding(plan, rider.steps);
+        announce({false, job.token_tile, job.panel, rider.index, rider.steps});
         const uint32_t tasks = range.panels * kTasksPerPanel;
         const int line = (job.sequence - range.first_sequence) * kPanelRows + rank * kCtaRows;
         bool known_z = false;
@@ -113,8 +124,12 @@ load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, 
                 if (!last || wave + 1 < plan.waves)
                     known_ready = load_acquire(p.ready + index + 1) >=
                                   (last ? next_range.panels * kTasksPerPanel : tasks);
-                if (Product::kIsForward && last && plan.z_depth > 0)
+                if (last && plan.z_depth > 0)
                     known_z = load_acquire(p.z_ready + job.token_tile) >= kConsumers;
+            }
+            if (!Product::kIsForward && riding.take(k)) {
+                load_rider_step(p, maps, pipe, rider, rank, rider.steps - riding.left - 1);
+                pipe.step++;
             }
             load_x(maps.x, k * kStepDepth, job.token_tile, kWBytes);
             load_tile(
@@ -122,7 +137,7 @@ load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, 
                 ring_line(plan, index % plan.slots, k % kChunkSteps) + line, pipe.full());
         }
         if (plan.rank_columns > 0) {
-            if (Product::kIsForward && plan.z_depth > 0) {
+            if (plan.z_depth > 0) {
                 if (!known_z)
                     wait_for_count(p.z_ready + job.token_tile, kConsumers, kReadyPollNs);
                 fence_async_proxy_global();
@@ -169,6 +184,8 @@ __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 1)
                 p, maps.ring_store, smem + kTaskOffset + (warp - 1) * kTaskBytes,
                 reinterpret_cast<float*>(smem + kNestedOffset + (warp - 1) * kNestedBytes),
                 (warp - 1) * gridDim.x + blockIdx.x, kDecoders * gridDim.x);
+        } else if (!Product::kIsForward) {
+            finish_gradients<T>(p, blockIdx.x, gridDim.x);
         }
     } else {
         grow_registers<kRegistersConsumer>();

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kDecoders = 2;
 constexpr uint32_t kReadyPollNs = 64;
+constexpr uint32_t kSlotPollNs = 500;  // a full ring lasts for tens of microseconds
 constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kRegistersAside = 120, kRegistersConsumer = 192;  // sum as at launch: 3 * 168
@@ -40,15 +41,18 @@ constexpr int kLead = 2;
 
 constexpr int kGroupBarrier = 1;  // and the next
 constexpr int kLeadBarrier = 3;
+constexpr int kRiderBarrier = 4;
 
 // All with rows of 128 swizzled bytes in shared memory; outside of a tensor they read zeros.
 struct TensorMaps {
-    CUtensorMap x;           // or dy; box [128 tokens][64]
-    CUtensorMap z;           // or u; box [128 tokens][64]
-    CUtensorMap lora_A;      // box [16 or 64 ranks][64]
-    CUtensorMap lora_B;      // box [128 rows][64]
-    CUtensorMap ring_load;   // box [128 lines]
-    CUtensorMap ring_store;  // box [32 lines]
+    CUtensorMap x;             // or dy; box [128 tokens][64]
+    CUtensorMap z;             // or u; box [128 tokens][64]
+    CUtensorMap lora_A;        // box [16 or 64 ranks][64]
+    CUtensorMap lora_B;        // box [128 rows][64]; for dx transposed, [16 ranks][64]
+    CUtensorMap layer_x;       // for d_lora_A; box [128 tokens][64]
+    CUtensorMap u_transposed;  // box [16 ranks][64 tokens]
+    CUtensorMap ring_load;     // box [128 lines]
+    CUtensorMap ring_store;    // box [32 lines]
 };
 
 // s_j, 0 in the padding.
@@ -58,14 +62,25 @@ __device__ __forceinline__ float column_scale(const Params& p, int column) {
     return p.lora_scaling ? p.scaling * __ldg(p.lora_scaling + column) : p.scaling;
 }
 
+// Until the counter has reached `count`.
+__device__ __forceinline__ void
+wait_for_count(const uint32_t* counter, uint32_t count, uint32_t poll_ns) {
+    while (load_acquire(counter) < count)
+        __nanosleep(poll_ns);
+}
+
 // A job as the consumers need it.
 struct JobNote {
     bool is_z;
     int token_tile;
     int limit;  // the panel of a tile of y; the last token tile of z
+    int other;  // with a tile the index of its rider, with z the first token tile of the group
+    int rider_steps;
 
     __device__ __forceinline__ uint4 words() const {
-        return {is_z, static_cast<uint32_t>(token_tile), static_cast<uint32_t>(limit), 0};
+        return {
+            is_z | static_cast<uint32_t>(rider_steps) << 1, static_cast<uint32_t>(token_tile),
+            static_cast<uint32_t>(limit), static_cast<uint32_t>(other)};
     }
 };
 
@@ -100,6 +115,18 @@ struct Pipeline {
         return smem + kBarrierOffset + 2 * kStages * 8;
     }
 };
+
+// The warpgroup has read the stage: tell both producers, as both fill it.
+__device__ __forceinline__ void release(const Pipeline& pipe, int thread) {
+    if (thread < kCtas)
+        barrier_arrive_remote(in_cta(pipe.empty(), thread));
+}
+
+// A stage that only the own producer fills: two arrivals stand for those of the other CTA.
+__device__ __forceinline__ void release_own(const Pipeline& pipe, int rank, int thread) {
+    if (thread < kCtas)
+        barrier_arrive_remote(in_cta(pipe.empty(), rank));
+}
 
 }  // namespace
 }  // namespace lowbit::cuda

@@ -73,6 +73,23 @@ struct Plan {
     int idle;         // cluster c has job w * clusters + c - idle in wave w
     int slots;        // chunks in the ring
     int slot_panels;  // panels in a slot: at most so many occur in a wave
+    // For d_lora_A, x in strips of 64 columns and parts of a group's tokens: see Rider.
+    int strips, strip_parts;  // 0 strips: it is not made here
+    int rider_shift;
+    int last_rider_wave;
+};
+
+// What is made beside dx from the tiles of dy that u is made from, and from x.
+struct FactorGradients {
+    const void* z;         // [M, rank], null: no d_lora_B
+    void* u_transposed;    // [16, 256 token_tiles], for d_lora_A
+    float* d_A_parts;      // [groups, strip_parts, strips, 4, 64, 16]
+    float* d_B_parts;      // [token tiles of the largest group, depth, 16]
+    uint32_t* sums_ready;  // [token_tiles] warpgroups that have written their part of d_B_parts
+    uint32_t* finished;    // CTAs whose d_A_parts are written
+    void* d_lora_A;        // [rank, rows]
+    void* d_lora_B;        // [depth, rank]
+    bool d_A_is_float, d_B_is_float;
 };
 
 struct Params {
@@ -88,6 +105,7 @@ struct Params {
     uint32_t* ready;    // [waves * chunks] tasks written
     uint32_t* done;     // [waves * chunks] CTAs that have read the chunk
     uint32_t* z_ready;  // [token_tiles] warpgroups that have written their part of z_scaled
+    FactorGradients gradients;
 };
 
 // Jobs of z in front of a group of `size` token tiles.
@@ -159,7 +177,70 @@ __host__ __device__ inline int ring_line(const Plan& plan, int slot, int step) {
 
 // All that Params has, one after the other.
 __host__ __device__ inline int counters(const Plan& plan) {
-    return 2 * plan.waves * plan.chunks + plan.token_tiles;
+    return 2 * plan.waves * plan.chunks + 2 * plan.token_tiles + 1;
+}
+
+__host__ __device__ inline int largest_group(const Plan& plan) {
+    return plan.group + (plan.larger_groups > 0 ? 1 : 0);
+}
+
+__host__ __device__ inline int groups(const Plan& plan) {
+    const int larger_tiles = plan.larger_groups * (plan.group + 1);
+    return plan.larger_groups + (plan.token_tiles - larger_tiles) / plan.group;
+}
+
+// Some steps of d_lora_A that a tile of dx has among its own: 64 columns of x by a part of a
+// group's tokens, `steps` token tiles by each CTA. Those of a group follow its jobs of z by a wave,
+// so that u is there.
+struct Rider {
+    int index;  // of all; negative: none
+    int strip;
+    int first_tile, last_tile;  // of the part; of the group
+    int steps;
+};
+
+// Where a rider's steps are: evenly among those of the tile, and not the first.
+struct RiderSteps {
+    int left, stride, next;
+
+    __host__ __device__ RiderSteps(const Plan& plan, int steps)
+        : left(steps), stride(steps > 0 ? plan.steps / steps : 0), next(stride / 2) {}
+
+    // Whether there is one before step k of the tile.
+    __host__ __device__ bool take(int k) {
+        if (left == 0 || k != next)
+            return false;
+        left--;
+        next += stride;
+        return true;
+    }
+};
+
+__host__ __device__ inline Rider locate_rider(const Plan& plan, const Job& job) {
+    if (plan.strips == 0)
+        return {-1, 0, 0, 0, 0};
+    const int larger_tiles = plan.larger_groups * (plan.group + 1);
+    int size = plan.group + (job.last_tile < larger_tiles ? 1 : 0);
+    const int first = job.last_tile - size + 1;
+    // Which of all tiles it is; from here on as if it came that much earlier.
+    int tile = first * plan.panels + job.panel * size + job.token_tile - first - plan.rider_shift;
+    if (tile < 0)
+        return {-1, 0, 0, 0, 0};
+    size = plan.group + (tile < larger_tiles * plan.panels ? 1 : 0);
+    int group = tile / (size * plan.panels), first_tile = group * size;
+    if (size == plan.group) {
+        group = (tile - larger_tiles * plan.panels) / (size * plan.panels);
+        first_tile = larger_tiles + group * size;
+        group += plan.larger_groups;
+    }
+    tile -= first_tile * plan.panels;
+    if (tile >= plan.strip_parts * plan.strips)
+        return {-1, 0, 0, 0, 0};
+    const int part = tile / plan.strips, strip = tile - part * plan.strips;
+    const int ctas = plan.strip_parts * kCtas, steps = (size + ctas - 1) / ctas;
+    return {
+        (group * plan.strip_parts + part) * plan.strips + strip, strip,
+        first_tile + part * kCtas * steps, first_tile + size - 1, steps};
 }
 
 // The first job of a cluster with `idle` above its number is in the second wave.
@@ -215,8 +296,26 @@ inline Plan make_plan(int64_t M, int64_t rows, int64_t depth, int r, bool makes_
     plan.idle = plan.waves * plan.clusters - jobs;
     plan.slot_panels = (plan.clusters - 1) / plan.group + 2;
     const int64_t slot_bytes = int64_t{ring_line(plan, 1, 0)} * kLineBytes;
+    plan.last_rider_wave = -1;
     plan.slots = std::max(2, static_cast<int>(std::min<int64_t>(kSlots, kRingBytes / slot_bytes)));
     return plan;
+}
+
+// Gives d_lora_A to the tiles, if there are enough of them.
+inline void add_riders(Plan& plan, int strip_parts) {
+    const int before = z_jobs(plan, largest_group(plan));
+    const int strips = plan.rows / kLine, shift = plan.clusters - before;
+    const int riders = strip_parts * strips;
+    const int most_steps = largest_group(plan) / (strip_parts * kCtas) + 1;
+    if (int64_t{plan.group} * plan.panels - shift < riders || plan.steps < 2 * most_steps)
+        return;
+    plan.strips = strips;
+    plan.strip_parts = strip_parts;
+    plan.rider_shift = shift;
+    const int last_tile = (plan.token_tiles - plan.group) * plan.panels + shift + riders - 1;
+    const int all_z_jobs = plan.larger_groups * z_jobs(plan, plan.group + 1) +
+                           (groups(plan) - plan.larger_groups) * z_jobs(plan, plan.group);
+    plan.last_rider_wave = (last_tile + all_z_jobs + plan.idle) / plan.clusters;
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ struct Place {
 };
 
 struct ForwardProduct {
-    static constexpr bool kIsForward = true;  // makes z, adds a bias
+    static constexpr bool kIsForward = true;  // adds a bias
 
     __device__ static __forceinline__ Place
     of_task(const Plan& plan, const Wave& wave, int chunk, int slot, int task) {
@@ -42,6 +42,11 @@ struct ForwardProduct {
         return {
             panel_row(plan, wave, row / kPanelRows) + row % kPanelRows, word * 8,
             ring_line(plan, 0, word / (kLine / 8)) + row, 0};
+    }
+
+    // What z is made with, [ranks][depth].
+    __device__ static __forceinline__ const CUtensorMap& z_factor(const TensorMaps& maps) {
+        return maps.lora_A;
     }
 
     // The low-rank step's weight operand: lora_B.
@@ -63,7 +68,7 @@ struct ForwardProduct {
 };
 
 struct DxProduct {
-    static constexpr bool kIsForward = false;  // z is an input; may add to what is there
+    static constexpr bool kIsForward = false;  // z is u; may add to what is there
 
     __device__ static __forceinline__ Place
     of_task(const Plan& plan, const Wave& wave, int chunk, int slot, int task) {
@@ -86,6 +91,10 @@ struct DxProduct {
             ring_line(plan, 0, row / kStepDepth) + panel * kPanelRows +
                 word / (kLine / 8) * kStepDepth + row % kStepDepth,
             0};
+    }
+
+    __device__ static __forceinline__ const CUtensorMap& z_factor(const TensorMaps& maps) {
+        return maps.lora_B;
     }
 
     // lora_A, whose rows are lines as they are.

@@ -120,6 +120,12 @@ LOWBIT_ADD(__nv_bfloat16, "bf16x2")
 LOWBIT_ADD(__half, "f16x2")
 #undef LOWBIT_ADD
 
+// Adds a pair to memory; waits for nothing.
+__device__ __forceinline__ void add_to_memory(float* p, float a, float b) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(a), "f"(b)
+                 : "memory");
+}
+
 // Fetches the line into L2 only, which is right even while an earlier kernel still writes it.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

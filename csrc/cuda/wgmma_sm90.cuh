@@ -84,6 +84,7 @@ __device__ __forceinline__ uint64_t transposed_operand_descriptor(uint32_t addre
     LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 16, 8, 8, 9, 10)                                            \
     LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 64, 32, 32, 33, 34)                                         \
     LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 128, 64, 64, 65, 66)                                        \
+    LOWBIT_WGMMA(wgmma_transposed, 1, TYPE, NAME, 16, 8, 8, 9, 10)                                 \
     LOWBIT_WGMMA(wgmma_transposed, 1, TYPE, NAME, 128, 64, 64, 65, 66)                             \
     LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 256, 128, 128, 129, 130)                                    \
     LOWBIT_WGMMA(wgmma_transposed, 1, TYPE, NAME, 256, 128, 128, 129, 130)                         \
