@@ -1,8 +1,9 @@
-// The consumer warpgroups of nf4_lora_matmul_large_kernel.cuh: tiles of z, tiles of y or dx, and
-// the stores of all of them.
+// The consumer warpgroups of nf4_lora_matmul_large_kernel.cuh: tiles of z, and tiles of y or dx,
+// which _output.cuh stores.
 #pragma once
 
 #include "nf4_lora_matmul_large_grads.cuh"
+#include "nf4_lora_matmul_large_output.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -85,72 +86,13 @@ __device__ __forceinline__ void multiply_z_tile(
         increment_release(p.z_ready + token_tile);
 }
 
-// 64 rows x 256 tokens of y from the registers of a warpgroup, turned 32 tokens at a time in shared
-// memory. Tensor cores idle meanwhile, so: two buffers, for one barrier per round; ordinary stores,
-// as bulk stores would queue behind the loads of the next tile; whole lines of 128 bytes.
-template <typename T, class Product>
-__device__ __forceinline__ void store_y(
-    const Params& p,
-    const float (&d)[128],
-    uint32_t out,
-    int first_row,
-    int first_token,
-    int group,
-    int thread) {
-    const int64_t rows = p.plan.rows;
-    const int warp = thread / 32, lane = thread % 32;
-    float bias[2] = {0.0f, 0.0f};
-    if (Product::kIsForward && p.bias != nullptr) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int row = first_row + warp * 16 + lane / 4 + h * 8;
-            if (row < rows)
-                bias[h] = to_float(__ldg(static_cast<const T*>(p.bias) + row));
-        }
-    }
-    // Chunk c of 8 rows of token t lies at c ^ (t % 8): free of bank conflicts both ways. Into it,
-    // a lane writes a row of one of four 8x8 tiles: a token, and 8 of the warp's 16 rows. Out of
-    // it, 8 lanes read the rows of a token.
-    const int token = lane / 16 * 8 + lane % 8;
-    const uint32_t to = out + token * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
-    const uint32_t from = out + thread / 8 * 128 + ((thread ^ thread / 8) % 8) * 16;
-    const int first = first_token + thread / 8;
-    const int row = first_row + thread % 8 * 8;
-    T* y = static_cast<T*>(p.y) + first * rows + row;
-    const int tokens_left = row < rows ? p.plan.M - first : 0;  // rows: a multiple of 8
-#pragma unroll
-    for (int c = 0; c < kTileTokens / kOutTokens; c++) {
-        const uint32_t buffer = c % kOutBuffers * kOutBytes;
-#pragma unroll
-        for (int i = 0; i < kOutTokens / 16; i++) {
-            const float* v = d + 16 * c + 8 * i;
-            store_matrices_transposed(
-                to + buffer + i * (16 * 128), pack_pair(v[0] + bias[0], v[1] + bias[0], T{}),
-                pack_pair(v[2] + bias[1], v[3] + bias[1], T{}),
-                pack_pair(v[4] + bias[0], v[5] + bias[0], T{}),
-                pack_pair(v[6] + bias[1], v[7] + bias[1], T{}));
-        }
-        named_barrier(kGroupBarrier + group, 128);
-#pragma unroll
-        for (int i = 0; i < kOutTokens / 16; i++) {
-            const uint4 words = load_shared(from + buffer + i * (16 * 128));
-            const int ahead = c * kOutTokens + i * 16;
-            if (ahead >= tokens_left)
-                continue;
-            if (!Product::kIsForward && p.adds)
-                add_to_memory(y + ahead * rows, words, T{});
-            else
-                store_streaming(y + ahead * rows, words);
-        }
-    }
-}
-
 template <typename T, class Product>
 __device__ __forceinline__ void
 multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
     const Plan& plan = p.plan;
     const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
     const uint32_t out = smem + kOutOffset + group * (kOutBuffers * kOutBytes);
+    Output<T, Product> output(out, group, thread);
     Pipeline pipe{smem, 0};
     const int lead = min(kLead, plan.steps);
     bool first = true;  // tile of y: here the lead begins
@@ -161,6 +103,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         const uint4 note = load_shared(pipe.note());  // JobNote
         const int token_tile = static_cast<int>(note.y), limit = static_cast<int>(note.z);
         if (note.x % 2 != 0) {
+            output.store_held(p);
             if (threadIdx.x == 128)
                 skip_chunks(p, wave);
             for (int i = 0; i < plan.z_depth; i++)
@@ -219,6 +162,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         for (int k = 1; k < plan.steps; k++) {
             ride(k);
             multiply_step(k, true);
+            output.store_between_steps(p, k);
         }
         if (plan.rank_columns > 0) {
             barrier_wait_asleep(pipe.full(), pipe.parity());
@@ -249,10 +193,11 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
             if (wave == plan.last_rider_wave)
                 named_barrier_arrive(kRiderBarrier, 256 + kWarpSize);
         }
-        store_y<T, Product>(
-            p, d, out, limit * kPanelRows + rank * kCtaRows + group * 64, token_tile * kTileTokens,
-            group, thread);
+        output.store_held(p);  // of a tile before it, where steps are few
+        output.take(
+            p, d, limit * kPanelRows + rank * kCtaRows + group * 64, token_tile * kTileTokens);
     }
+    output.store_held(p);
 }
 
 }  // namespace

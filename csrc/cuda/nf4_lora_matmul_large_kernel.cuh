@@ -22,8 +22,8 @@
 // CTAs wait for each other in both directions, so all of them must be resident: the grid is no
 // larger than the device holds and is launched cooperatively. In parts:
 // nf4_lora_matmul_large_plan.h (who computes what), _products.cuh (how y and dx differ),
-// _pipeline.cuh (shared memory), _decode.cuh, _consume.cuh; the producer is below; _launch.cuh is
-// for the host.
+// _pipeline.cuh (shared memory), _decode.cuh, _consume.cuh, _output.cuh; the producer is below;
+// _launch.cuh is for the host.
 #pragma once
 
 #include "nf4_lora_matmul_large_consume.cuh"
