@@ -23,8 +23,9 @@ BF16 = torch.bfloat16
 # One row; below and at a tile of tokens and beyond; odd numbers of clusters; several rounds.
 TOKENS = (1, 64, 65, 200, 257, 1030)
 # N, K: the least; N a multiple of 8 only; an odd number of blocks per row; the last tile of columns
-# half full; more tiles than an H100 has clusters, so that some are split along N.
-LAYERS = [(8, 64), (400, 192), (1040, 1088), (1096, 9216)]
+# half full; more tiles than an H100 has clusters, so that some are split along N; many tiles of few
+# steps.
+LAYERS = [(8, 64), (400, 192), (1040, 1088), (1096, 9216), (72, 8704)]
 
 
 @functools.cache

@@ -24,8 +24,9 @@ TOKENS = {
 }
 CASES = [(kernel, M) for kernel, values in TOKENS.items() for M in values]
 # N, K: the least; N a multiple of 16 only; one row tile and a long K; a layer with K = 1280 (a
-# vision tower); more row tiles than an H100 has SMs and a K that is an odd number of blocks.
-LAYERS = [(16, 64), (208, 512), (128, 18944), (1280, 1280), (18944, 448)]
+# vision tower); more row tiles than an H100 has SMs and a K that is an odd number of blocks; more
+# tiles of few steps than the large kernel has at work at once.
+LAYERS = [(16, 64), (208, 512), (128, 18944), (1280, 1280), (18944, 448), (8192, 128)]
 
 
 @functools.cache
