@@ -15,8 +15,9 @@ namespace {
 constexpr int kOutRounds = kTileTokens / kOutTokens;
 
 // Rounds kept, and the steps between their stores: 4 of them, or one after every step, were no
-// faster (H100, N = 28672, K = 8192, M = 16384, 2026-11); with 5 registers spill.
-constexpr int kHeldRounds = 3;
+// faster (H100, N = 28672, K = 8192, M = 16384, 2026-11); with 5, or 3 with dx, registers spill.
+template <class Product>
+constexpr int kHeldRounds = Product::kIsForward ? 3 : 2;
 constexpr int kStepsPerHeldRound = 2;
 
 template <typename T, class Product>
@@ -56,15 +57,15 @@ public:
                 words[i] = pack_pair(v[2 * i] + bias[i % 2], v[2 * i + 1] + bias[i % 2], T{});
         };
 #pragma unroll
-        for (int i = 0; i < kOutRounds - kHeldRounds; i++) {
+        for (int i = 0; i < kOutRounds - kHeld; i++) {
             uint32_t words[8];
             pack(words, d + 16 * i);
             store(p, i, words);
         }
 #pragma unroll
-        for (int i = 0; i < kHeldRounds; i++)
-            pack(held_words_[i], d + 16 * (kOutRounds - kHeldRounds + i));
-        held_ = kHeldRounds;
+        for (int i = 0; i < kHeld; i++)
+            pack(held_words_[i], d + 16 * (kOutRounds - kHeld + i));
+        held_ = kHeld;
     }
 
     // While products of the k-th step of the next tile are under way.
@@ -79,11 +80,13 @@ public:
     }
 
 private:
+    static constexpr int kHeld = kHeldRounds<Product>;
+
     __device__ __forceinline__ void store_held_round(const Params& p) {
         store(p, kOutRounds - held_, held_words_[0]);
         held_--;
 #pragma unroll
-        for (int i = 0; i + 1 < kHeldRounds; i++)
+        for (int i = 0; i + 1 < kHeld; i++)
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 held_words_[i][j] = held_words_[i + 1][j];
@@ -117,7 +120,7 @@ private:
     T* y_ = nullptr;
     int tokens_left_ = 0;
     int held_ = 0;  // rounds
-    uint32_t held_words_[kHeldRounds][8] = {};
+    uint32_t held_words_[kHeld][8] = {};
 };
 
 }  // namespace
