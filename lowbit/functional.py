@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction, once_differentiable
 
-from . import dispatch, ops  # noqa: F401  (ops registers torch.ops.lowbit)
+from . import dispatch, keeping, ops  # noqa: F401  (ops registers torch.ops.lowbit)
 from .weight import QuantizedWeight, WeightArgs
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
@@ -138,7 +138,7 @@ class _LoraLinear(_SingleLevelFunction):
     def forward(ctx, x, lora_A, lora_B, vector, bias, args):
         y, z = dispatch.select("lora_linear", args, checked=True)(*args)
         # Not the frozen weight: offloading what its module keeps would free nothing.
-        ctx.save_for_backward(x, z, lora_A, lora_B, vector, args[18])
+        keeping.save(ctx, x, z, lora_A, lora_B, vector, args[18])
         ctx.weight, ctx.numbers = args[1:12], args[15:18:2]
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -150,7 +150,7 @@ class _LoraLinear(_SingleLevelFunction):
 
 
 def _gradients(ctx, dy):
-    x, z, lora_A, lora_B, vector, seed = ctx.saved_tensors
+    x, z, lora_A, lora_B, vector, seed = keeping.saved(ctx)
     scaling, dropout_p = ctx.numbers
     need_x, need_A, need_B, need_scaling, need_bias, _ = ctx.needs_input_grad
     args = (
@@ -263,7 +263,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _weight_args(x: torch.Tensor, w) -> WeightArgs:
-    if isinstance(w, QuantizedWeight):
+    if type(w) is WeightArgs:  # a layer's own
+        args = w
+    elif isinstance(w, QuantizedWeight):
         if len(w.shape) != 2:
             raise ValueError(f"w must be a matrix [N, K], got a weight of shape {list(w.shape)}")
         args = w.args()

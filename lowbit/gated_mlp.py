@@ -8,9 +8,10 @@ act(g) are computed again, which costs one pass over g and u and saves two tenso
 Without a gradient that passes through h, g and u are not saved either. The elementwise steps are
 rounded to x's dtype one by one as the separate modules round them.
 
-Where many tokens share products (dispatch.stacks), y is computed by a second function, which saves
-nothing: gradient checkpointing stops recomputing once everything saved is there, and so never
-computes y = down(h) again, a quarter of a block's forward arithmetic.
+Where many tokens share products (dispatch.stacks) and hooks take what is saved, y is computed by a
+second function, which saves nothing: non-reentrant gradient checkpointing stops recomputing once
+everything saved is there, and so never computes y = down(h) again, a quarter of a block's forward
+arithmetic.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import dispatch, functional
+from . import dispatch, functional, keeping
 from .group_products import (
     TRAINED,
     Gradients,
@@ -216,7 +217,8 @@ def lora_gated_mlp(
     members = draw_seeds(x, members[:2], shared_dropout) + draw_seeds(x, members[2:], False)
     rows = functional._rows(x)
     if records(x, members):
-        split = not torch.compiler.is_compiling() and dispatch.stacks(rows.device, rows.shape[0])
+        # With hooks, somebody may stop before y.
+        split = keeping.hooked() and dispatch.stacks(rows.device, rows.shape[0])
         options = (activation, shared_dropout, split)
         y = _GatedMLP.apply(rows, *options, frozen(members), *trained(members))
         if split:

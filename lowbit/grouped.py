@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import functional, ops  # noqa: F401  (ops registers torch.ops.lowbit)
+from . import functional, keeping, ops  # noqa: F401  (ops registers torch.ops.lowbit)
 from .group_products import (
     TRAINED,
     Gradients,
@@ -51,7 +51,7 @@ def save(ctx, members: list[Member], *others) -> None:
     tensors = list(others)
     for m in members:
         tensors += [m.lora_A, m.lora_B, m.lora_scaling, m.seed]
-    ctx.save_for_backward(*tensors)
+    keeping.save(ctx, *tensors)
     ctx.set_materialize_grads(False)
     ctx.frozen = tuple((m.weight, m.scaling, m.dropout_p) for m in members)
     ctx.bias_dtypes = tuple(None if m.bias is None else m.bias.dtype for m in members)
@@ -59,7 +59,7 @@ def save(ctx, members: list[Member], *others) -> None:
 
 def saved(ctx, others: int) -> tuple[tuple, list[Member]]:
     """What `save` saved: (others, members without bias)."""
-    tensors = ctx.saved_tensors
+    tensors = keeping.saved(ctx)
     members, at = [], others
     for weight, scaling, dropout_p in ctx.frozen:
         lora_A, lora_B, lora_scaling, seed = tensors[at : at + 4]
@@ -223,6 +223,8 @@ def checked_members(
 
 def draw_seeds(x, members: list[Member], shared: bool) -> list[Member]:
     """One seed per member with dropout, or the first one's for all."""
+    if not any(m.dropout_p for m in members):
+        return members
     seeded: list[Member] = []
     first = None
     for m in members:

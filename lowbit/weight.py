@@ -23,6 +23,10 @@ class WeightArgs(NamedTuple):
     nested_blocksize: int
     row_blocks: bool
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.N, self.K
+
 
 _TENSORS = ("qweight", "absmax", "codebook", "nested_absmax", "nested_codebook", "nested_offset")
 

@@ -169,6 +169,20 @@ def test_run_writes_rows_and_record(on_the_cpu, tmp_path, capsys):
     assert "16-bit fine-tuning of all 0.0 G parameters" in shown
 
 
+@pytest.mark.parametrize(("tokens", "graph"), [(16, False), (16, True), (4096, False)])
+def test_few_tokens_are_checkpointed_by_the_reentrant_kind(on_the_cpu, tokens, graph):
+    """But not where a graph takes the host's time; without, no block is."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    contender = bench.build_lowbit(options(), ids)
+    contender.checkpoint(graph=graph)
+    for block in contender.model.model.layers:
+        assert block.gradient_checkpointing
+        kind = block._gradient_checkpointing_func.keywords
+        assert kind == {"use_reentrant": tokens == 16 and not graph, "preserve_rng_state": False}
+    contender = bench.build_lowbit(options(checkpointing=False), ids)
+    assert not any(block.gradient_checkpointing for block in contender.model.model.layers)
+
+
 @NEEDS_PEFT
 @pytest.mark.parametrize("optimizer", list(bench.OPTIMIZERS))
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

@@ -1,5 +1,6 @@
 """CapturedBackward: when it records, and on a GPU that graphs compute what eager runs compute."""
 
+import threading
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from tiny_model import make_llama
 
 import lowbit
-from lowbit.capture import CapturedBackward
+from lowbit.capture import CapturedBackward, backward
 from lowbit.causal import is_only_causal, without_mask
 
 VOCABULARY = 120
@@ -78,6 +79,16 @@ def test_a_shape_that_comes_after_an_eager_batch_is_not_recorded(monkeypatch):
         captured.eager(large)
         captured(x)
         assert torch.equal(w.grad, 2 + x)
+
+
+def test_backward_runs_in_the_thread_that_calls_it(device):
+    w, threads = torch.ones(3, device=device, requires_grad=True), []
+    y = w * 2
+    y.register_hook(lambda _: threads.append(threading.get_ident()))
+    backward(y.sum())
+    assert threads == [threading.get_ident()]
+    assert torch.equal(w.grad, torch.full_like(w, 2.0))
+    assert torch._C._is_multithreading_enabled()
 
 
 def test_gradients_stay_where_they_are():

@@ -387,6 +387,26 @@ def test_view_of_the_weight_follows_parameter_swaps():
     assert torch.equal(torch.func.functional_call(layer, bias, (x,)), other(x))
 
 
+def test_adapters_follow_parameter_swaps():
+    """FSDP1 makes plain attributes of parameters, torch's parametrizations properties."""
+    layer, other = qlora(), qlora()
+    x, names = torch.randn(3, K), ("lora_A", "lora_B", "bias")
+    swapped = {name: getattr(other, name) for name in names}
+    expected = torch.func.functional_call(layer, swapped, (x,))
+    assert not torch.equal(expected, layer(x))
+    for name in names:
+        delattr(layer, name)
+        setattr(layer, name, getattr(other, name).data)
+    assert torch.equal(layer(x), expected)
+
+
+def test_arguments_of_the_weight_are_those_of_the_quantized_weight():
+    layer, _ = both()
+    for actual, expected in zip(layer.weight_args(), layer.quantized_weight.args(), strict=True):
+        assert actual is expected or actual == expected
+    assert layer.weight_args().shape == tuple(layer.quantized_weight.shape)
+
+
 def test_weight_changed_in_place_is_seen():
     layer = Linear4bit.from_linear(linear())
     view = layer.quantized_weight

@@ -136,8 +136,7 @@ def _prepare_lora_linear(sizes, dtype, y_layout, z_layout, otherwise) -> Callabl
     run = _c_function("lowbit_product")
 
     def lora_linear(*args):
-        x, weight = args[0], args[1:12]
-        lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, _ = args[12:]
+        x, *weight, lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, _ = args
         packed = _accepted.get(_key(weight))
         if packed is None:
             results = otherwise(*args)
@@ -145,7 +144,9 @@ def _prepare_lora_linear(sizes, dtype, y_layout, z_layout, otherwise) -> Callabl
             return results
         if dropout_p > 0.0 or not (bias is None or bias.is_contiguous()):
             return otherwise(*args)
-        lora_A, lora_B, bias = cast(lora_A, dtype), cast(lora_B, dtype), cast(bias, dtype)
+        if lora_A.dtype is not dtype or lora_B.dtype is not dtype:
+            lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+        bias = cast(bias, dtype)
         y = x.new_empty_strided(*y_layout)
         z = None if z_layout is None else x.new_empty_strided(*z_layout)
         pointers = _pack_product(
@@ -190,10 +191,9 @@ def _prepare_backward(device: int, kernel: str, dtype, tokens: int, r: int, othe
         for B in (dtype, torch.float32)
     }
 
-    def lora_linear_backward(dy, x, z, *rest, dx_sum=None):
-        weight = rest[:11]
-        lora_A, lora_B, lora_scaling, scaling, dropout_p, _ = rest[11:17]
-        need_dx, need_d_lora_A, need_d_lora_B, need_d_bias, need_d_scaling = rest[17:]
+    def lora_linear_backward(*args, dx_sum=None):
+        dy, x, z, *weight, lora_A, lora_B, lora_scaling, scaling, dropout_p, _ = args[:20]
+        need_dx, need_d_lora_A, need_d_lora_B, need_d_bias, need_d_scaling = args[20:]
         packed = _accepted.get(_key(weight))
         # The operator may not look at the weight; and hooks of saved tensors may have put anything
         # in their place.
@@ -206,10 +206,10 @@ def _prepare_backward(device: int, kernel: str, dtype, tokens: int, r: int, othe
             and _is_plain(z, place, dtype, tokens * r)
             and _is_plain(lora_A, place, lora_A.dtype, r * weight[7])
             and _is_plain(lora_B, place, lora_B.dtype, r * weight[6])
-            and _is_plain(lora_scaling, place, torch.float32, r)
+            and (lora_scaling is None or _is_plain(lora_scaling, place, torch.float32, r))
         )
         if not direct:
-            return otherwise(dy, x, z, *rest, dx_sum=dx_sum)
+            return otherwise(*args, dx_sum=dx_sum)
         dx = d_lora_A = d_lora_B = d_bias = d_scaling = None
         if need_dx and dx_sum is None:
             dx = dy.new_empty((tokens, weight[7])) if x is None else torch.empty_like(x)
@@ -230,7 +230,7 @@ def _prepare_backward(device: int, kernel: str, dtype, tokens: int, r: int, othe
         if failed and failed != _NOTHING_LAUNCHED:
             raise RuntimeError("lowbit: a launch of the backward pass failed halfway")
         if failed:
-            return otherwise(dy, x, z, *rest, dx_sum=dx_sum)
+            return otherwise(*args, dx_sum=dx_sum)
         return dx, d_lora_A, d_lora_B, d_bias, d_scaling
 
     return lora_linear_backward

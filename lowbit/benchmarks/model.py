@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from .. import optim
-from ..capture import CapturedBackward
+from ..capture import CapturedBackward, backward
 from ..causal import is_only_causal, without_mask
 from ..cli.loss import head_loss
 from ..nn import QLoRALinear
@@ -40,6 +40,7 @@ DEVICE = "cuda"
 DTYPE = torch.bfloat16
 RATE, CLIP = 1e-3, 1.0
 WARM_UP, MIN_STEPS = 5, 3  # a captured step is recorded in its second
+HOST_BOUND_TOKENS = 2048  # below, the host takes longer for an eager step than the GPU
 GIB = 2**30
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(
@@ -124,15 +125,38 @@ COLUMNS = (
 class Contender:
     """A model with its optimizer; `step()` trains on the one batch and returns the loss."""
 
-    def __init__(self, name: str, model: nn.Module, optimizer, loss: Callable, ids: torch.Tensor):
+    def __init__(self, name: str, model: nn.Module, o: Options, optimizer, loss: Callable, ids):
         self.name, self.model, self.ids, self.loss = name, model, ids, loss
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.make_optimizer, self.optimizer = optimizer, optimizer(self.parameters)
         self.captured: CapturedBackward | None = None
+        self.checkpointing = o.checkpointing
+        self.checkpoint()
+
+    def checkpoint(self, graph: bool = False) -> None:
+        """Let transformers recompute every block in backward.
+
+        With few tokens by torch's reentrant kind, which spares the host the hooks of 27 saved
+        tensors of a block and an autograd graph; with more, or in a graph, by the other one, which
+        stops before a block's last product.
+        """
+        if not self.checkpointing:
+            return
+        model = self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        reentrant = not graph and self.ids.numel() < HOST_BOUND_TOKENS
+        # Nothing random is in the blocks, so that no generator's state has to be kept.
+        arguments = {"use_reentrant": reentrant, "preserve_rng_state": False}
+        # transformers 5.23 renamed the method and warns about the old name.
+        enable = getattr(base, "activation_checkpointing_enable", None)
+        (enable or base.gradient_checkpointing_enable)(arguments)
+        if reentrant:
+            base.enable_input_require_grads()
 
     def capture(self) -> None:
         """Start anew with forward and backward as a CUDA graph: fresh adapters and optimizer."""
         del self.optimizer  # first, it may hold much memory
+        self.checkpoint(graph=True)
         for module in self.model.modules():
             if isinstance(module, QLoRALinear):
                 module.reset_adapter()
@@ -145,7 +169,7 @@ class Contender:
             loss = self.captured(self.ids)
         else:
             loss = self.loss(self.ids)
-            loss.backward()
+            backward(loss)
         self.clip()
         self.optimizer.step()
         if self.captured is None:
@@ -176,7 +200,6 @@ class PeftContender(Contender):
 
 def build_lowbit(o: Options, ids: torch.Tensor) -> Contender:
     model = model_build.lowbit_model(o.config, o.rank, DTYPE, DEVICE, o.fuse)
-    _checkpoint(model, o)
     maskless = is_only_causal(model)
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
@@ -187,14 +210,13 @@ def build_lowbit(o: Options, ids: torch.Tensor) -> Contender:
         return head_loss(rows, model.lm_head, ids[:, 1:].reshape(-1)) / rows.shape[0]
 
     name = "lowbit" if o.fuse else "lowbit, not fused"
-    return Contender(name, model, OPTIMIZERS[o.optimizer], loss, ids)
+    return Contender(name, model, o, OPTIMIZERS[o.optimizer], loss, ids)
 
 
 def build_peft(o: Options, ids: torch.Tensor) -> Contender:
     import bitsandbytes as bnb
 
     model = model_build.peft_model(o.config, o.rank, DTYPE, DEVICE)
-    _checkpoint(model, o)
     optimizers = {
         "adamw": OPTIMIZERS["adamw"],
         "paged-adamw": lambda p: bnb.optim.PagedAdamW32bit(p, lr=RATE, weight_decay=0.0),
@@ -204,17 +226,7 @@ def build_peft(o: Options, ids: torch.Tensor) -> Contender:
     def loss(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
-    return PeftContender("peft-bnb", model, optimizers[o.optimizer], loss, ids)
-
-
-def _checkpoint(model: nn.Module, o: Options) -> None:
-    if not o.checkpointing:
-        return
-    # Nothing random is in the blocks, so that no generator's state has to be kept.
-    arguments = {"use_reentrant": False, "preserve_rng_state": False}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable(arguments)
+    return PeftContender("peft-bnb", model, o, optimizers[o.optimizer], loss, ids)
 
 
 # ---- measuring -----------------------------------------------------------------------------------

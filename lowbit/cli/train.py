@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import optim
-from ..capture import CapturedBackward
+from ..capture import CapturedBackward, backward
 from .encode import Batch, Encoded, collate, epoch_order, sorted_batches, widened
 from .errors import CliError
 from .loss import AnswerLoss, answer_places
@@ -238,7 +238,7 @@ class Trainer:
         width, places = graph_shape(rows, width, batch.answers)
         if self.captured is None:
             loss = self.loss(batch, self.device)
-            loss.backward()
+            backward(loss)
             return loss.detach()
         whole = rows == self.settings.batch  # the last of an epoch may be smaller
         if not whole or rows * width > GRAPH_TOKENS:

@@ -175,16 +175,17 @@ def why_separate_mlp(layers: Sequence[nn.Module]) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__[hooks] for hooks in _HOOKS)
+    return any(map(module.__dict__.__getitem__, _HOOKS))
 
 
 def _arguments(layers: Sequence[nn.Module]) -> tuple[list, ...]:
     """(weights, biases, lora_As, lora_Bs, scalings, dropout_ps) as the layers would use them."""
     rows = []
     for layer in layers:
-        adapter = (None, None, 1.0, 0.0)
         if isinstance(layer, QLoRALinear) and layer.adapter_enabled and not layer.merged:
+            lora_A, lora_B, bias = layer.trained()
             dropout_p = layer.dropout if layer.training else 0.0
-            adapter = (layer.lora_A, layer.lora_B, layer.scaling, dropout_p)
-        rows.append((layer.quantized_weight, layer.bias, *adapter))
-    return tuple(list(column) for column in zip(*rows, strict=True))
+            rows.append((layer.weight_args(), bias, lora_A, lora_B, layer.scaling, dropout_p))
+        else:
+            rows.append((layer.weight_args(), layer.bias, None, None, 1.0, 0.0))
+    return tuple(map(list, zip(*rows, strict=True)))

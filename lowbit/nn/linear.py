@@ -19,7 +19,7 @@ from ..codebooks import NAMES
 from ..functional import matmul
 from ..quantization import BLOCKSIZES, quantize
 from ..state import empty_weight
-from ..weight import QuantizedWeight
+from ..weight import QuantizedWeight, WeightArgs
 from .saving import BUFFERS, StateDict
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -220,13 +220,31 @@ class Linear4bit(StateDict, nn.Linear):
             row_blocks=self.row_blocks,
         )
 
+    def weight_args(self) -> WeightArgs:
+        """`quantized_weight.args()` in less time."""
+        buffers = self._buffers
+        weight = self._parameters.get("weight")
+        return WeightArgs(
+            self.weight if weight is None else weight,
+            buffers["weight_absmax"],
+            buffers["weight_codebook"],
+            buffers["weight_nested_absmax"],
+            buffers["weight_nested_codebook"],
+            buffers["weight_nested_offset"],
+            self.out_features,
+            self.in_features,
+            self.blocksize,
+            self.nested_blocksize,
+            self.row_blocks,
+        )
+
     @property
     def double_quant(self) -> bool:
         """Whether the scales are stored in 8 bits."""
         return self._buffers["weight_nested_absmax"] is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return matmul(x, self.quantized_weight, self.bias)
+        return matmul(x, self.weight_args(), self.bias)
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as nn.Linear does and quantize the weight; no-op on meta."""

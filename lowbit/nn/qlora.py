@@ -154,15 +154,19 @@ class QLoRALinear(Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.adapter_enabled or self._unmerged is not None:
             return super().forward(x)
+        lora_A, lora_B, bias = self.trained()
+        dropout_p = self.dropout if self.training else 0.0
         return lora_matmul(
-            x,
-            self.quantized_weight,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            bias=self.bias,
-            dropout_p=self.dropout if self.training else 0.0,
+            x, self.weight_args(), lora_A, lora_B, self.scaling, bias=bias, dropout_p=dropout_p
         )
+
+    def trained(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(lora_A, lora_B, bias), read where nn.Module looks last."""
+        parameters = self._parameters
+        try:
+            return parameters["lora_A"], parameters["lora_B"], parameters["bias"]
+        except KeyError:  # FSDP1 replaces parameters by plain attributes
+            return self.lora_A, self.lora_B, self.bias
 
     def reset_parameters(self) -> None:
         """Draw weight, bias and adapter anew; nothing happens on the meta device."""
