@@ -262,7 +262,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _weight_args(x: torch.Tensor, w) -> WeightArgs:
+def _weight_args(x: torch.Tensor, w, width: int | None = None) -> WeightArgs:
+    """Of a weight that reads x, or another tensor like x of that width."""
     if type(w) is WeightArgs:  # a layer's own
         args = w
     elif isinstance(w, QuantizedWeight):
@@ -278,7 +279,7 @@ def _weight_args(x: torch.Tensor, w) -> WeightArgs:
             f"w must be on x's device {x.device}, got {args.qweight.device}; "
             "move one of them with .to()"
         )
-    if x.dim() == 0 or x.shape[-1] != args.K:
+    if x.dim() == 0 or (x.shape[-1] if width is None else width) != args.K:
         raise ValueError(f"x must be [..., K] with K = {args.K}, got {list(x.shape)}")
     return args
 

@@ -210,9 +210,9 @@ def lora_gated_mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     x = functional._autocast(x)
-    h = x.new_empty((0, _hidden_size(weights)))
+    widths = (None, None, _hidden_size(weights))
     members = checked_members(
-        (x, x, h), weights, lora_As, lora_Bs, scalings, biases, dropout_p, shared_dropout, _PARTS
+        x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, shared_dropout, _PARTS, widths
     )
     members = draw_seeds(x, members[:2], shared_dropout) + draw_seeds(x, members[2:], False)
     rows = functional._rows(x)

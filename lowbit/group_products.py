@@ -169,11 +169,14 @@ def backward(dys, x, zs, members, need_dx: bool, needs: list[Needs], shared: boo
     us: list[torch.Tensor | None] = [None] * len(members)
     for i in reversed(live):  # as autograd does
         dy, m, need = dys[i], members[i], needs[i]
-        if m.lora_A is not None and (separate or _is_one_operator(dy, m)):
-            part, grads[i] = _lora_linear_backward(dy, x, zs[i], m, need_dx, need, dx)
+        whole = None
+        if m.lora_A is not None:
+            whole = _lora_linear_backward(dy, x, zs[i], m, need_dx, need, dx, separate)
+        if whole is not None:
+            part, grads[i] = whole
         else:
             us[i], grads[i] = _through_B(dy, zs[i], m, need, need_dx or need.lora_A)
-            part = _run_adding_dx("linear_dx", (dy, *m.weight), dx) if need_dx else None
+            part = _linear_dx(dx, dy, *m.weight) if need_dx else None
         if part is not None:
             dx = part if dx is None else dx.add_(part)
         del part
@@ -185,35 +188,36 @@ def backward(dys, x, zs, members, need_dx: bool, needs: list[Needs], shared: boo
     return dx, grads
 
 
-def _is_one_operator(dy, m: Member) -> bool:
-    """Whether one call runs a member's whole backward pass and adds to dx: then sharing x saves
-    less than the passes over dx cost.
-    """
-    args = (dy, None, None, *m.weight, m.lora_A)
-    if m.dropout_p > 0.0 or not _nothing_intercepts(args):
-        return False
-    return dispatch.adding_dx("lora_linear_backward", args) is not None
-
-
-def _run_adding_dx(operation: str, args: tuple, dx_sum):
-    """_run, or with dx added to `dx_sum` and None in its place where a kernel can."""
+def _linear_dx(dx_sum, *args):
+    """dx, or None with dx added to `dx_sum` where a kernel can."""
     if dx_sum is not None and _nothing_intercepts(args):
-        function = dispatch.adding_dx(operation, args)
-        if function is not None:
-            return function(*args, dx_sum=dx_sum)
-    return _run(operation, *args)
+        adding = dispatch.adding_dx("linear_dx", args)
+        if adding is not None:
+            return adding(*args, dx_sum=dx_sum)
+    return _run("linear_dx", *args)
 
 
-def _lora_linear_backward(dy, x, z, m: Member, need_dx: bool, need: Needs, dx_sum):
+def _lora_linear_backward(dy, x, z, m: Member, need_dx: bool, need: Needs, dx_sum, separate: bool):
     """(dx, or None if it was added to `dx_sum`, Gradients) of one member by the operation of a
-    single layer.
+    single layer. Or None: a member that is not to go alone does so only if one call runs its whole
+    backward pass and adds to dx; then sharing x saves less than the passes over dx cost.
     """
     if not need_dx and not any(need):
         return None, Gradients()
     adapter = (m.lora_A, m.lora_B, m.lora_scaling, m.scaling, m.dropout_p, m.seed)
     needs = (need_dx, need.lora_A, need.lora_B, need.bias, need.lora_scaling)
     args = (dy, x, z, *m.weight, *adapter, *needs)
-    dx, *grads = _run_adding_dx("lora_linear_backward", args, dx_sum if need_dx else None)
+    adding = None
+    if _nothing_intercepts(args):
+        adding = dispatch.adding_dx("lora_linear_backward", args)
+    if not separate and (adding is None or m.dropout_p > 0.0):
+        return None
+    if adding is None:
+        dx, *grads = _run("lora_linear_backward", *args)
+    elif need_dx and dx_sum is not None:
+        dx, *grads = adding(*args, dx_sum=dx_sum)
+    else:
+        dx, *grads = adding(*args)
     d_A, d_B, d_bias, d_scaling = grads
     wanted = zip((d_A, d_B, d_scaling, d_bias), need, strict=True)
     return (dx if need_dx else None), Gradients(*(g if asked else None for g, asked in wanted))

@@ -186,33 +186,33 @@ def records(x: torch.Tensor, members: list[Member]) -> bool:
 
 
 def checked_members(
-    x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, shared: bool, names=None
+    x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, shared: bool, names=None, widths=None
 ) -> list[Member]:
     """Check everything; no seeds yet.
 
     Args:
-        x: what all members read, or a tuple of what each reads.
+        x: what all members read.
         names: of the members, for messages; default numbers.
+        widths: for each member, that of what it reads, or None: it reads x.
     """
     count = len(weights)
     if count == 0:
         raise ValueError("weights must have at least one member, got none")
     biases = (None,) * count if biases is None else biases
-    scalings = _for_each(scalings, count)
-    dropout_p = _for_each(dropout_p, count)
+    scalings, ps = _for_each(scalings, count), _for_each(dropout_p, count)
     arguments = {"lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings, "biases": biases}
-    for name, values in (*arguments.items(), ("dropout_p", dropout_p)):
+    for name, values in (*arguments.items(), ("dropout_p", ps)):
         if len(values) != count:
             raise ValueError(f"{name} must have one entry per weight, {count}, got {len(values)}")
-    if shared and len(set(dropout_p)) > 1:
-        raise ValueError(f"shared_dropout needs one dropout_p for all, got {list(dropout_p)}")
-    xs = _for_each(x, count)
+    if shared and len(set(ps)) > 1:
+        raise ValueError(f"shared_dropout needs one dropout_p for all, got {list(ps)}")
+    widths = (None,) * count if widths is None else widths
     members = []
     for i in range(count):
         try:
             members.append(
                 _checked_member(
-                    xs[i], weights[i], lora_As[i], lora_Bs[i], scalings[i], biases[i], dropout_p[i]
+                    x, widths[i], weights[i], lora_As[i], lora_Bs[i], scalings[i], biases[i], ps[i]
                 )
             )
         except (TypeError, ValueError) as error:
@@ -238,10 +238,10 @@ def _for_each(value, count: int) -> Sequence:
     return value if isinstance(value, (list, tuple)) else (value,) * count
 
 
-def _checked_member(x, w, lora_A, lora_B, scaling, bias, dropout_p) -> Member:
+def _checked_member(x, width, w, lora_A, lora_B, scaling, bias, dropout_p) -> Member:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    weight = functional._weight_args(x, w)
+    weight = functional._weight_args(x, w, width)
     functional._check_bias(x, weight, bias)
     if lora_A is None or lora_B is None:
         if lora_A is not lora_B:

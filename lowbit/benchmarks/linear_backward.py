@@ -9,6 +9,7 @@ adapter and returns dx alone. What is counted, per layer:
 
 With --eager also, for M up to 256: the wall time of one layer between two synchronizations, and
 where N = K the time of the host per layer in a chain of layers that does not wait for the card.
+Everybody's backward pass runs in the calling thread, as in lowbit's training loop (capture.py).
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Backward(linear.Benchmark):
             y = contender.prepared.call(y, i)
             if contender.implementation.lora:
                 leaves += [contender.weights.A[i], contender.weights.B[i]]
-        return y.detach(), *torch.autograd.grad(y, leaves, self.dy)
+        with torch.autograd.set_multithreading_enabled(False):
+            return y.detach(), *torch.autograd.grad(y, leaves, self.dy)
 
     def errors(self, contender: Contender, x: torch.Tensor) -> tuple[float, float]:
         _, *gradients = self.step(contender, x, (0,))
