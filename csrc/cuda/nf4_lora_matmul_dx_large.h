@@ -17,8 +17,9 @@ size_t nf4_lora_matmul_dx_large_workspace_bytes(const LoraDxArgs& args);
 // As programmatic dependent launches.
 cudaError_t launch_nf4_lora_matmul_dx_large(const LoraDxArgs& args, cudaStream_t stream);
 
-// The same with u, d_lora_A and d_lora_B of `grads` made by the same launches; u is needed, and
-// args.u the same. For r from 1 to 16, no gradients of bias and scaling, and at most 32 MiB with u.
+// The same with u, d_lora_A and d_lora_B of `grads` made by the same launches, where there are few
+// tiles d_lora_A by one more; u is needed, and args.u is the same. For r from 1 to 16, without
+// gradients of bias and scaling, and at most 32 MiB together with u.
 bool serves_nf4_lora_backward_large(const LoraDxArgs& args, const LoraGradsArgs& grads);
 
 size_t nf4_lora_backward_large_workspace_bytes(const LoraDxArgs& args, const LoraGradsArgs& grads);

@@ -27,20 +27,27 @@ multiply_z_step(float (&z)[2][kSums], uint64_t x, uint64_t a, T type) {
     wgmma_commit();
 }
 
-// z of 256 tokens, half of them by each warpgroup: here x is the operand with the rows. With dx
-// at most 16 columns.
+// z of 256 tokens, half of them by each warpgroup: here x is the operand with the rows. Stages go
+// back to the own producer alone, so two arrivals stand for those of the other CTA. With dx, of at
+// most 16 columns, and the warpgroups take turns at d_lora_B; `out` is a warpgroup's own.
 template <typename T, class Product>
 __device__ __forceinline__ void multiply_z_tile(
     const Params& p,
     Pipeline& pipe,
+    uint32_t out,
     int token_tile,
     int last_tile,
+    int first_tile,
     int rank,
     int group,
     int thread) {
     constexpr int kRows = kTileTokens / kConsumers;
     constexpr int kSums = Product::kIsForward ? 32 : 8;
     const Plan& plan = p.plan;
+    const bool sums_tokens =
+        !Product::kIsForward && p.gradients.z != nullptr && token_tile <= last_tile;
+    if (sums_tokens)
+        begin_token_sums(p, out, token_tile, first_tile, group, thread);
     float z[2][kSums] = {};
     for (int k = 0; k < plan.steps; k++) {
         barrier_wait_asleep(pipe.full(), pipe.parity());
@@ -53,8 +60,17 @@ __device__ __forceinline__ void multiply_z_tile(
             wgmma_fence();
             multiply_z_step<2 * kSums>(z, x, a, T{});
         }
+        float sums[8];
+        const bool own_step = sums_tokens && k % kConsumers == group;
+        if (own_step) {
+            wgmma_fence();
+            sum_tokens<kTileTokens>(sums, pipe.x(), out, false, T{});
+        }
         wgmma_wait<0>();
-        release_own(pipe, rank, thread);
+        if (thread < kCtas)
+            barrier_arrive_remote(in_cta(pipe.empty(), rank));
+        if (own_step)
+            put_d_lora_B(p, sums, k, token_tile - first_tile, first_tile > 0, thread);
         pipe.step++;
     }
     if (token_tile > last_tile)
@@ -107,12 +123,9 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
             if (threadIdx.x == 128)
                 skip_chunks(p, wave);
             for (int i = 0; i < plan.z_depth; i++)
-                multiply_z_tile<T, Product>(p, pipe, token_tile + i, limit, rank, group, thread);
-            if (!Product::kIsForward && p.gradients.z != nullptr)
-                for (int i = 0; i < plan.z_depth; i++)
-                    multiply_d_lora_B_tile<T>(
-                        p, pipe, out, token_tile + i, limit, static_cast<int>(note.w), rank, group,
-                        thread);
+                multiply_z_tile<T, Product>(
+                    p, pipe, out, token_tile + i, limit, static_cast<int>(note.w), rank, group,
+                    thread);
             if (thread < kCtas)
                 barrier_arrive_remote(in_cta(pipe.z_over(), thread));
             if (!Product::kIsForward && wave == plan.last_rider_wave)

@@ -3,16 +3,15 @@
 //
 //     d_lora_B[n, j] = s_j sum_m dy[m, n] z[m, j]      d_lora_A[j, k] = sum_m u[m, j] x[m, k]
 //
-// The jobs that make u go on to read their dy once more, now from L2, for d_lora_B: the tiles of dx
-// that wait for u do not wait for that. Each token tile of a group has sums of its own in the
-// workspace; the next group's tile adds to them when the one before is over.
+// The jobs that make u have dy in shared memory, 256 tokens by a depth of 64, and wgmma reads it
+// transposed as well: no other pass over dy. Each token tile of a group has sums of its own in
+// the workspace; the next group's tile adds to them when the one before is over.
 //
-// x comes in strips of 64 columns through the same stages as dy, some steps of it at the end of
-// some tiles of dx, when u is there; wgmma has the sums of a strip beside those of the tile. What a
-// warpgroup has summed up goes to the workspace, and the warps that do nothing else add it up. (A
-// spare warp of every CTA in the loop of the product is no alternative: its fp32 multiply-adds and
-// its mma instructions get a fourth of their rate beside wgmma, and 4096 tokens by 4096 columns
-// take longer than dx.)
+// x comes in strips of 64 columns through the same stages as dy, some steps of it among those of
+// some tiles of dx, when u is there; the sums of a strip are in registers beside those of the tile.
+// What a warpgroup has summed up goes to the workspace, and a warp of each CTA that does nothing
+// else adds it up. (Such a warp cannot do the product as well: beside wgmma it gets about an
+// instruction in four clocks.)
 #pragma once
 
 #include "lora_parts.cuh"
@@ -34,6 +33,7 @@ __device__ __forceinline__ void begin_token_sums(
     const Params& p, uint32_t z, int token_tile, int first_tile, int group, int thread) {
     const Plan& plan = p.plan;
     const auto* from = static_cast<const uint16_t*>(p.gradients.z);
+    named_barrier(kGroupBarrier + group, 128);  // the last tile's output has left the same memory
     for (int i = thread; i < kTileTokens; i += 128) {
         const int64_t token = int64_t{token_tile} * kTileTokens + i;
         const uint32_t to = z + i / kLine * kZBoxBytes + i % 8 * 2;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void begin_token_sums(
     if (first_tile > 0 && thread == 0) {
         const int larger = plan.larger_groups * (plan.group + 1);
         const int before = plan.group + (first_tile <= larger ? 1 : 0);  // tiles of that group
-        wait_for_count(p.gradients.sums_ready + token_tile - before, kConsumers, kReadyPollNs);
+        wait_for_count(p.z_ready + token_tile - before, kConsumers, kReadyPollNs);
     }
     fence_async_proxy();
     named_barrier(kGroupBarrier + group, 128);
@@ -90,42 +90,6 @@ put_d_lora_B(const Params& p, const float (&sums)[8], int step, int slot, bool a
     }
 }
 
-// The tile's sums, when its u is made; the warpgroups take turns. `z` is a warpgroup's own memory.
-template <typename T>
-__device__ __forceinline__ void multiply_d_lora_B_tile(
-    const Params& p,
-    Pipeline& pipe,
-    uint32_t z,
-    int token_tile,
-    int last_tile,
-    int first_tile,
-    int rank,
-    int group,
-    int thread) {
-    const bool is_real = token_tile <= last_tile;
-    if (is_real)
-        begin_token_sums(p, z, token_tile, first_tile, group, thread);
-    for (int k = 0; k < p.plan.steps; k++, pipe.step++) {
-        const bool is_own = is_real && k % kConsumers == group;
-        float sums[8];
-        barrier_wait_asleep(pipe.full(), pipe.parity());
-        if (is_own) {
-            wgmma_fence();
-            sum_tokens<kTileTokens>(sums, pipe.x(), z, false, T{});
-            wgmma_wait<0>();
-        }
-        release_own(pipe, rank, thread);
-        if (is_own)
-            put_d_lora_B(p, sums, k, token_tile - first_tile, first_tile > 0, thread);
-    }
-    if (!is_real)
-        return;
-    __threadfence();
-    named_barrier(kGroupBarrier + group, 128);
-    if (thread == 0)
-        increment_release(p.gradients.sums_ready + token_tile);
-}
-
 template <typename T>
 __device__ __forceinline__ void store_gradient(void* to, bool is_float, int64_t at, float value) {
     if (is_float)
@@ -141,7 +105,7 @@ __device__ __forceinline__ void finish_d_lora_B(const Params& p, int worker, int
     const FactorGradients& g = p.gradients;
     const int lane = threadIdx.x % kWarpSize;
     for (int tile = lane; tile < plan.token_tiles; tile += kWarpSize)
-        wait_for_count(g.sums_ready + tile, kConsumers, kSlotPollNs);
+        wait_for_count(p.z_ready + tile, kConsumers, kSlotPollNs);
     __syncwarp();
     const int64_t floats = int64_t{plan.depth} * kGradRanks;
     for (int64_t i = (worker * kWarpSize + lane) * 4; i < floats; i += workers * kWarpSize * 4) {

@@ -34,14 +34,14 @@ namespace {
 
 constexpr int kLookAhead = kChunkSteps / 2;  // steps into a chunk
 
-// x of 256 tokens, and for z the factor, by one thread into its own CTA.
+// x of 256 tokens and the factor, by one thread into its own CTA.
 __device__ __forceinline__ void load_z_tile(
     const Params& p,
     const CUtensorMap& x,
-    const CUtensorMap* factor,
+    const CUtensorMap& factor,
     Pipeline& pipe,
     int token_tile) {
-    const int factor_bytes = factor == nullptr ? 0 : p.plan.rank_columns * kLineBytes;
+    const int factor_bytes = p.plan.rank_columns * kLineBytes;
     for (int k = 0; k < p.plan.steps; k++, pipe.step++) {
         barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
         barrier_arrive_expect(pipe.full(), kXBytes + factor_bytes);
@@ -49,8 +49,7 @@ __device__ __forceinline__ void load_z_tile(
             load_tile(
                 pipe.x() + half * (kXBytes / kCtas), x, k * kStepDepth,
                 token_tile * kTileTokens + half * kCtaTokens, pipe.full());
-        if (factor != nullptr)
-            load_tile(pipe.w(), *factor, k * kStepDepth, 0, pipe.full());
+        load_tile(pipe.w(), factor, k * kStepDepth, 0, pipe.full());
     }
 }
 
@@ -91,10 +90,7 @@ load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, 
             const int token_tile = z_tile(plan, job, rank);
             announce({true, token_tile, job.last_tile, job.token_tile, 0});
             for (int i = 0; i < plan.z_depth; i++)
-                load_z_tile(p, maps.x, &Product::z_factor(maps), pipe, token_tile + i);
-            if (!Product::kIsForward && p.gradients.z != nullptr)
-                for (int i = 0; i < plan.z_depth; i++)
-                    load_z_tile(p, maps.x, nullptr, pipe, token_tile + i);
+                load_z_tile(p, maps.x, Product::z_factor(maps), pipe, token_tile + i);
             look_up(wave + 1);
             known_ready = false;
             barrier_wait_asleep(pipe.z_over(), z_jobs_done % 2);

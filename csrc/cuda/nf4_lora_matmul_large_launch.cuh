@@ -61,8 +61,7 @@ inline void place_counters(Params& p, uint8_t* workspace) {
     p.ready = reinterpret_cast<uint32_t*>(workspace);
     p.done = p.ready + p.plan.waves * p.plan.chunks;
     p.z_ready = p.done + p.plan.waves * p.plan.chunks;
-    p.gradients.sums_ready = p.z_ready + p.plan.token_tiles;
-    p.gradients.finished = p.gradients.sums_ready + p.plan.token_tiles;
+    p.gradients.finished = p.z_ready + p.plan.token_tiles;
 }
 
 // Of [rows][columns], with boxes [box_rows][64].

@@ -122,11 +122,5 @@ __device__ __forceinline__ void release(const Pipeline& pipe, int thread) {
         barrier_arrive_remote(in_cta(pipe.empty(), thread));
 }
 
-// A stage that only the own producer fills: two arrivals stand for those of the other CTA.
-__device__ __forceinline__ void release_own(const Pipeline& pipe, int rank, int thread) {
-    if (thread < kCtas)
-        barrier_arrive_remote(in_cta(pipe.empty(), rank));
-}
-
 }  // namespace
 }  // namespace lowbit::cuda

@@ -81,14 +81,13 @@ struct Plan {
 
 // What is made beside dx from the tiles of dy that u is made from, and from x.
 struct FactorGradients {
-    const void* z;         // [M, rank], null: no d_lora_B
-    void* u_transposed;    // [16, 256 token_tiles], for d_lora_A
-    float* d_A_parts;      // [groups, strip_parts, strips, 4, 64, 16]
-    float* d_B_parts;      // [token tiles of the largest group, depth, 16]
-    uint32_t* sums_ready;  // [token_tiles] warpgroups that have written their part of d_B_parts
-    uint32_t* finished;    // CTAs whose d_A_parts are written
-    void* d_lora_A;        // [rank, rows]
-    void* d_lora_B;        // [depth, rank]
+    const void* z;       // [M, rank], null: no d_lora_B
+    void* u_transposed;  // [16, 256 token_tiles], for d_lora_A
+    float* d_A_parts;    // [groups, strip_parts, strips, 4, 64, 16]
+    float* d_B_parts;    // [token tiles of the largest group, depth, 16]
+    uint32_t* finished;  // CTAs whose d_A_parts are written
+    void* d_lora_A;      // [rank, rows]
+    void* d_lora_B;      // [depth, rank]
     bool d_A_is_float, d_B_is_float;
 };
 
@@ -177,7 +176,7 @@ __host__ __device__ inline int ring_line(const Plan& plan, int slot, int step) {
 
 // All that Params has, one after the other.
 __host__ __device__ inline int counters(const Plan& plan) {
-    return 2 * plan.waves * plan.chunks + 2 * plan.token_tiles + 1;
+    return 2 * plan.waves * plan.chunks + plan.token_tiles + 1;
 }
 
 __host__ __device__ inline int largest_group(const Plan& plan) {
@@ -304,7 +303,7 @@ inline Plan make_plan(int64_t M, int64_t rows, int64_t depth, int r, bool makes_
 // Gives d_lora_A to the tiles, if there are enough of them.
 inline void add_riders(Plan& plan, int strip_parts) {
     const int before = z_jobs(plan, largest_group(plan));
-    const int strips = plan.rows / kLine, shift = plan.clusters - before;
+    const int strips = plan.rows / kLine, shift = std::max(0, plan.clusters - before);
     const int riders = strip_parts * strips;
     const int most_steps = largest_group(plan) / (strip_parts * kCtas) + 1;
     if (int64_t{plan.group} * plan.panels - shift < riders || plan.steps < 2 * most_steps)
