@@ -158,7 +158,9 @@ def linear(
 
 HOST_COLUMNS = {
     "forward+backward wall": "one layer, wall",
+    "f+b wall, calling thread": "the same, backward in the calling thread",
     "forward+backward host": "per layer of a chain, host",
+    "f+b host, calling thread": "the same, backward in the calling thread",
 }
 
 

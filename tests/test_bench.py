@@ -391,11 +391,12 @@ def test_forward_and_backward(no_gpu_needed, monkeypatch, tmp_path, capsys):
     assert lowbit_row.vs_dense == len("dense") / len("lowbit")
     # y, dx and the gradients of A and B
     assert lowbit_row.extra_bytes == 2 * (5 * 40 + 5 * 128 + 4 * (40 + 128))
-    wall = [r for r in rows if r.op == linear_backward.WALL_OP]
-    assert {(r.layer, r.M) for r in wall} == {("64x64", 5), ("40x128", 5)}
-    host = [r for r in rows if r.op == linear_backward.HOST_OP]
-    assert {(r.layer, r.M) for r in host} == {("64x64", 5)}
-    assert {r.impl for r in host} == set(names)
+    for op in (linear_backward.WALL_OP, linear_backward.CALLER_WALL_OP):
+        assert {(r.layer, r.M) for r in rows if r.op == op} == {("64x64", 5), ("40x128", 5)}
+    for op in (linear_backward.HOST_OP, linear_backward.CALLER_HOST_OP):
+        host = [r for r in rows if r.op == op]
+        assert {(r.layer, r.M) for r in host} == {("64x64", 5)}
+        assert {r.impl for r in host} == set(names)
     assert "forward and backward, r 4" in capsys.readouterr().out
 
 

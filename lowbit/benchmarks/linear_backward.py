@@ -9,7 +9,8 @@ adapter and returns dx alone. What is counted, per layer:
 
 With --eager also, for M up to 256: the wall time of one layer between two synchronizations, and
 where N = K the time of the host per layer in a chain of layers that does not wait for the card.
-Everybody's backward pass runs in the calling thread, as in lowbit's training loop (capture.py).
+Both twice: as torch does it, with backward in a thread of autograd's own, and with backward in the
+calling thread, as in lowbit's training loop (capture.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from .shapes import Layer
 OP = "forward+backward"
 WALL_OP = "forward+backward wall"
 HOST_OP = "forward+backward host"
+CALLER_WALL_OP = "f+b wall, calling thread"
+CALLER_HOST_OP = "f+b host, calling thread"
 EAGER_MAX_TOKENS = 256
 WALL_ROUNDS, HOST_ROUNDS = 40, 7
 
@@ -70,8 +73,7 @@ class Backward(linear.Benchmark):
             y = contender.prepared.call(y, i)
             if contender.implementation.lora:
                 leaves += [contender.weights.A[i], contender.weights.B[i]]
-        with torch.autograd.set_multithreading_enabled(False):
-            return y.detach(), *torch.autograd.grad(y, leaves, self.dy)
+        return y.detach(), *torch.autograd.grad(y, leaves, self.dy)
 
     def errors(self, contender: Contender, x: torch.Tensor) -> tuple[float, float]:
         _, *gradients = self.step(contender, x, (0,))
@@ -91,14 +93,21 @@ class Backward(linear.Benchmark):
         if x.shape[0] > EAGER_MAX_TOKENS:
             return []
         single = {c.name: self.calls(c, x)[0] for c in contenders}
-        measured = _rows(rows, WALL_OP, "wall", timing.wall_times(single, rounds=WALL_ROUNDS))
-        if x.shape[1] == self.dy.shape[1]:
-            length = contenders[0].weights.copies
-            chain = tuple(range(length))
-            chains = {c.name: functools.partial(self.step, c, x, chain) for c in contenders}
-            times = timing.host_times(chains, calls=1, rounds=HOST_ROUNDS)
-            per_layer = {name: tuple(t / length for t in some) for name, some in times.items()}
-            measured += _rows(rows, HOST_OP, "host", per_layer)
+        chain = tuple(range(contenders[0].weights.copies))
+        chains = {c.name: functools.partial(self.step, c, x, chain) for c in contenders}
+        measured = []
+        for own_thread, wall, host in (
+            (True, WALL_OP, HOST_OP),
+            (False, CALLER_WALL_OP, CALLER_HOST_OP),
+        ):
+            with torch.autograd.set_multithreading_enabled(own_thread):
+                times = timing.wall_times(single, rounds=WALL_ROUNDS)
+                measured += _rows(rows, wall, "wall", times)
+                if x.shape[1] != self.dy.shape[1]:
+                    continue
+                times = timing.host_times(chains, calls=1, rounds=HOST_ROUNDS)
+                per_layer = {name: tuple(t / len(chain) for t in ts) for name, ts in times.items()}
+                measured += _rows(rows, host, "host", per_layer)
         return measured
 
 

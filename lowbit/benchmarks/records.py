@@ -56,7 +56,7 @@ class Row:
         tflops = self.flops / self.us / 1e6 if self.flops else None
         gbps = self.bytes / self.us / 1e3 if self.bytes else None
         extra = self.extra_bytes / 2**20 if self.extra_bytes is not None else None
-        cells = [f"{self.op:<22}", f"{self.M:>6}", f"{self.N:>6}", f"{self.K:>6}", f"{self.r:>3}"]
+        cells = [f"{self.op:<24}", f"{self.M:>6}", f"{self.N:>6}", f"{self.K:>6}", f"{self.r:>3}"]
         cells += [f"{self.dtype:>5}", f"{self.impl:<14}"]
         cells += [f"{value:>10.1f}" for value in (self.us, self.p20, self.p80)]
         cells += [_cell(value, 8, 2) for value in (tflops, gbps)]
@@ -66,7 +66,7 @@ class Row:
 
 
 COLUMNS = (
-    f"{'op':<22} {'M':>6} {'N':>6} {'K':>6} {'r':>3} {'dtype':>5} {'impl':<14} {'us':>10} "
+    f"{'op':<24} {'M':>6} {'N':>6} {'K':>6} {'r':>3} {'dtype':>5} {'impl':<14} {'us':>10} "
     f"{'p20':>10} {'p80':>10} {'TFLOP/s':>8} {'GB/s':>8} {'%peak':>6} {'vs dense':>8} "
     f"{'x floor':>8} {'MiB':>8}"
 )
