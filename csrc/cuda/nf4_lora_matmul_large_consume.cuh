@@ -162,7 +162,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         bool adds = false;
         RiderSteps riding(plan, static_cast<int>(note.x / 2));
         auto ride = [&](int k) {
-            if (Product::kIsForward || !riding.take(k))
+            if (Product::kIsForward || !riding.take(plan, k))
                 return;
             barrier_wait_asleep(pipe.full(), pipe.parity());
             wgmma_fence();

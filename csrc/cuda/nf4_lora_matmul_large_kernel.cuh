@@ -123,7 +123,7 @@ load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, 
                 if (last && plan.z_depth > 0)
                     known_z = load_acquire(p.z_ready + job.token_tile) >= kConsumers;
             }
-            if (!Product::kIsForward && riding.take(k)) {
+            if (!Product::kIsForward && riding.take(plan, k)) {
                 load_rider_step(p, maps, pipe, rider, rank, rider.steps - riding.left - 1);
                 pipe.step++;
             }

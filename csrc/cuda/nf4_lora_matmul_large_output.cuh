@@ -47,10 +47,8 @@ public:
                     bias[h] = to_float(__ldg(static_cast<const T*>(p.bias) + row));
             }
         }
-        const int first = first_token + thread_ / 8;
-        const int row = first_row + thread_ % 8 * 8;
-        y_ = static_cast<T*>(p.y) + first * rows + row;
-        tokens_left_ = row < rows ? p.plan.M - first : 0;  // rows: a multiple of 8
+        token_ = first_token + thread_ / 8;
+        row_ = first_row + thread_ % 8 * 8;
         auto pack = [&](uint32_t (&words)[8], const float* v) {
 #pragma unroll
             for (int i = 0; i < 8; i++)
@@ -105,21 +103,21 @@ private:
 #pragma unroll
         for (int i = 0; i < kOutTokens / 16; i++) {
             const uint4 line = load_shared(from_ + buffer + i * (16 * 128));
-            const int ahead = round * kOutTokens + i * 16;
-            if (ahead >= tokens_left_)
+            const int token = token_ + round * kOutTokens + i * 16;
+            if (token >= p.plan.M || row_ >= rows)  // rows: a multiple of 8
                 continue;
+            T* y = static_cast<T*>(p.y) + token * rows + row_;
             if (!Product::kIsForward && p.adds)
-                add_to_memory(y_ + ahead * rows, line, T{});
+                add_to_memory(y, line, T{});
             else
-                store_streaming(y_ + ahead * rows, line);
+                store_streaming(y, line);
         }
     }
 
     int group_, thread_;
-    uint32_t to_, from_;  // in the first buffer
-    T* y_ = nullptr;
-    int tokens_left_ = 0;
-    int held_ = 0;  // rounds
+    uint32_t to_, from_;       // in the first buffer
+    int token_ = 0, row_ = 0;  // of the thread's first 16 bytes
+    int held_ = 0;             // rounds
     uint32_t held_words_[kHeld][8] = {};
 };
 

@@ -75,7 +75,7 @@ struct Plan {
     int slot_panels;  // panels in a slot: at most so many occur in a wave
     // For d_lora_A, x in strips of 64 columns and parts of a group's tokens: see Rider.
     int strips, strip_parts;  // 0 strips: it is not made here
-    int rider_shift;
+    int rider_shift, rider_stride;
     int last_rider_wave;
 };
 
@@ -200,17 +200,17 @@ struct Rider {
 
 // Where a rider's steps are: evenly among those of the tile, and not the first.
 struct RiderSteps {
-    int left, stride, next;
+    int left, next;
 
     __host__ __device__ RiderSteps(const Plan& plan, int steps)
-        : left(steps), stride(steps > 0 ? plan.steps / steps : 0), next(stride / 2) {}
+        : left(steps), next(plan.rider_stride / 2) {}
 
     // Whether there is one before step k of the tile.
-    __host__ __device__ bool take(int k) {
+    __host__ __device__ bool take(const Plan& plan, int k) {
         if (left == 0 || k != next)
             return false;
         left--;
-        next += stride;
+        next += plan.rider_stride;
         return true;
     }
 };
@@ -305,12 +305,13 @@ inline void add_riders(Plan& plan, int strip_parts) {
     const int before = z_jobs(plan, largest_group(plan));
     const int strips = plan.rows / kLine, shift = std::max(0, plan.clusters - before);
     const int riders = strip_parts * strips;
-    const int most_steps = largest_group(plan) / (strip_parts * kCtas) + 1;
+    const int most_steps = (largest_group(plan) - 1) / (strip_parts * kCtas) + 1;
     if (int64_t{plan.group} * plan.panels - shift < riders || plan.steps < 2 * most_steps)
         return;
     plan.strips = strips;
     plan.strip_parts = strip_parts;
     plan.rider_shift = shift;
+    plan.rider_stride = plan.steps / most_steps;
     const int last_tile = (plan.token_tiles - plan.group) * plan.panels + shift + riders - 1;
     const int all_z_jobs = plan.larger_groups * z_jobs(plan, plan.group + 1) +
                            (groups(plan) - plan.larger_groups) * z_jobs(plan, plan.group);
