@@ -103,7 +103,7 @@ def _backward(kernel: str, least: int, serves: Callable[[Layer], bool], reason: 
 # Of lora_linear_backward; linear_dx is the product in them.
 BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 
-# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 3.03 TB/s and 798 TFLOP/s measured on
+# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 3.03 TB/s and 773 TFLOP/s measured on
 # the same H100 (bench/results/linear_h100.json, 2026-11-24). By ncu, cold and at its fixed clock,
 # same layer, busy of the peak: gemv, M = 1: DRAM 69 %, issue slots 65; small, M = 8: DRAM 59, issue
 # slots 63; M = 64: shared memory 62, tensor pipes 48, DRAM 47; mid, M = 256: tensor pipes 65
@@ -115,9 +115,12 @@ TABLE = (
     _fused("nf4_lora_matmul_small", (2, 64), "equal shares of W; 79 % of copy bandwidth at 8"),
     _fused("nf4_lora_matmul_mid", (65, 4095), "two CTAs share a decode; 87 % of peak at 1024"),
     # Beyond its last row, s z may not fit the workspace.
-    _fused("nf4_lora_matmul_large", (4096, 1 << 17), "W decoded once; 86 % of peak at 4096"),
+    _fused("nf4_lora_matmul_large", (4096, 1 << 17), "W decoded once; 88 % of peak at 4096"),
     _backward(
-        "nf4_lora_backward_large", 4096, Layer.narrow_lines, "W decoded once; up to 6 % faster"
+        "nf4_lora_backward_large",
+        4096,
+        Layer.narrow_lines,
+        "W decoded once; forward + backward 1.15 x dense at 4096 x 4096",
     ),
     _backward(
         "nf4_lora_backward", 1, Layer.whole_lines, "one call; dx up to twice as fast as by panels"
