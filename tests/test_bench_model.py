@@ -15,7 +15,7 @@ from lowbit.cli.app import app
 pytest.importorskip("transformers", reason="needs transformers")
 
 from lowbit.benchmarks import model as bench
-from lowbit.benchmarks import model_build, model_profile
+from lowbit.benchmarks import model_build, model_contenders, model_profile
 from lowbit.benchmarks.model_configs import CONFIGS
 from lowbit.fusing import unfuse
 from lowbit.nn import QLoRALinear
@@ -58,7 +58,14 @@ def test_without_a_gpu_it_says_so():
 def test_help_names_every_choice(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     text = run("--help").stdout
-    for name in (*CONFIGS, *bench.OPTIMIZERS, *bench.PEERS, "Examples:", "--graph", "--no-fuse"):
+    for name in (
+        *CONFIGS,
+        *model_contenders.OPTIMIZERS,
+        *bench.PEERS,
+        "Examples:",
+        "--graph",
+        "--no-fuse",
+    ):
         assert name in text
 
 
@@ -173,18 +180,18 @@ def test_run_writes_rows_and_record(on_the_cpu, tmp_path, capsys):
 def test_few_tokens_are_checkpointed_by_the_reentrant_kind(on_the_cpu, tokens, graph):
     """But not where a graph takes the host's time; without, no block is."""
     ids = torch.zeros(1, tokens, dtype=torch.int64)
-    contender = bench.build_lowbit(options(), ids)
+    contender = model_contenders.build_lowbit(options(), ids)
     contender.checkpoint(graph=graph)
     for block in contender.model.model.layers:
         assert block.gradient_checkpointing
         kind = block._gradient_checkpointing_func.keywords
         assert kind == {"use_reentrant": tokens == 16 and not graph, "preserve_rng_state": False}
-    contender = bench.build_lowbit(options(checkpointing=False), ids)
+    contender = model_contenders.build_lowbit(options(checkpointing=False), ids)
     assert not any(block.gradient_checkpointing for block in contender.model.model.layers)
 
 
 @NEEDS_PEFT
-@pytest.mark.parametrize("optimizer", list(bench.OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", list(model_contenders.OPTIMIZERS))
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_every_optimizer_and_the_peer(on_the_cpu, optimizer):
     o = options(optimizer=optimizer, compare=["peft-bnb"], checkpointing=False, fuse=False)
@@ -198,13 +205,13 @@ def test_every_optimizer_and_the_peer(on_the_cpu, optimizer):
 
 def test_a_model_that_does_not_train_is_not_timed(on_the_cpu, monkeypatch):
     frozen = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
-    monkeypatch.setitem(bench.OPTIMIZERS, "adamw", frozen)
+    monkeypatch.setitem(model_contenders.OPTIMIZERS, "adamw", frozen)
     with pytest.raises(bench.CheckError, match="lowbit does not train; losses on one batch: 6"):
         bench.run(options(optimizer="adamw"))
 
 
 def test_memory_adds_up(on_the_cpu):
-    contender = bench.build_lowbit(options(), torch.zeros(2, 16, dtype=torch.int64))
+    contender = model_contenders.build_lowbit(options(), torch.zeros(2, 16, dtype=torch.int64))
     parts = bench.memory(contender, peak=10_000_000, in_use=20_000_000)
     assert sum(parts.values()) == 20_000_000
     assert parts["base, 16-bit"] == 2 * (2 * 512 * 64 + 5 * 64)  # embeddings, head, norms
