@@ -3,6 +3,9 @@
 //
 //     d_lora_B[n, j] = s_j sum_m dy[m, n] z[m, j]      d_lora_A[j, k] = sum_m u[m, j] x[m, k]
 //
+// dy and x [M, N] and [M, K], z and u [M, r]. Few multiply-adds: what limits is reading x, and dy
+// in front of the first tiles. Half as long as passes of their own (bench/NOTES.md).
+//
 // The jobs that make u have dy in shared memory, 256 tokens by a depth of 64, and wgmma reads it
 // transposed as well: no other pass over dy. Each token tile of a group has sums of its own in
 // the workspace; the next group's tile adds to them when the one before is over.

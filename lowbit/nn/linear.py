@@ -202,29 +202,28 @@ class Linear4bit(StateDict, nn.Linear):
         It is built on every access (a few microseconds) and never kept, so it is right after
         `.to()`, `load_state_dict`, an FSDP swap of the parameter, deepcopy and pickle.
         """
-        buffers = self._buffers
-        weight = self._parameters.get("weight")
+        args = self.weight_args()
         return QuantizedWeight(
-            # FSDP1 replaces the parameter by a plain attribute; reading that costs more.
-            self.weight if weight is None else weight,
-            buffers["weight_absmax"],
-            buffers["weight_codebook"],
-            shape=(self.out_features, self.in_features),
-            blocksize=self.blocksize,
+            args.qweight,
+            args.absmax,
+            args.codebook,
+            shape=args.shape,
+            blocksize=args.blocksize,
             quant_type=self.quant_type,
             dtype=self.weight_dtype,
-            nested_absmax=buffers["weight_nested_absmax"],
-            nested_codebook=buffers["weight_nested_codebook"],
-            nested_offset=buffers["weight_nested_offset"],
-            nested_blocksize=self.nested_blocksize,
-            row_blocks=self.row_blocks,
+            nested_absmax=args.nested_absmax,
+            nested_codebook=args.nested_codebook,
+            nested_offset=args.nested_offset,
+            nested_blocksize=args.nested_blocksize,
+            row_blocks=args.row_blocks,
         )
 
     def weight_args(self) -> WeightArgs:
-        """`quantized_weight.args()` in less time."""
+        """`quantized_weight.args()`, without the object around it."""
         buffers = self._buffers
         weight = self._parameters.get("weight")
         return WeightArgs(
+            # FSDP1 replaces the parameter by a plain attribute; reading that costs more.
             self.weight if weight is None else weight,
             buffers["weight_absmax"],
             buffers["weight_codebook"],
