@@ -117,7 +117,6 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
     for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
         barrier_wait_asleep(pipe.full(), pipe.parity());
         const uint4 note = load_shared(pipe.note());  // JobNote
-        named_barrier(kGroupBarrier + group, 128);  // all have it, before one gives the stage back
         const int token_tile = static_cast<int>(note.y), limit = static_cast<int>(note.z);
         if (note.x % 2 != 0) {
             output.store_held(p);

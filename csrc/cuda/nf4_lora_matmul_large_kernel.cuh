@@ -67,10 +67,13 @@ load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, 
             pipe.x() + rank * (kXBytes / kCtas), map, column,
             token_tile * kTileTokens + rank * kCtaTokens, pipe.full(), kAll);
     };
-    // The first stage of a job tells the consumers what it is.
+    // The first stage of a job tells the consumers what it is. Its barrier counts the note like the
+    // tiles; with an ordinary store racecheck, which does not follow arrivals from the other CTA,
+    // reports a hazard.
     auto announce = [&](const JobNote& note) {
         barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
-        store_shared(pipe.note(), note.words());
+        barrier_expect(pipe.full(), sizeof(uint4));
+        store_remote_async(in_cta(pipe.note(), rank), note.words(), in_cta(pipe.full(), rank));
     };
     Job next{};
     Wave next_range{};

@@ -228,6 +228,15 @@ store_remote_async(uint32_t address, float value, uint32_t barrier) {
         : "memory");
 }
 
+// The same 16 bytes at a time, for a barrier that expects them.
+__device__ __forceinline__ void
+store_remote_async(uint32_t address, const uint4& v, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+                 "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+                 : "memory");
+}
+
 // ---- barriers -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -247,6 +256,13 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 // Arrives and adds `bytes` to what the phase still waits for.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+// Adds `bytes` to what the phase still waits for, without arriving.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier),
+                 "r"(bytes)
                  : "memory");
 }
 
