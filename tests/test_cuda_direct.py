@@ -23,8 +23,9 @@ def _left_over(*_, **__):
 def _prepare(operation, case, otherwise=_left_over, kernel="", for_backward=True):
     M, r = case.x.shape[0], 0 if operation == "linear" else case.lora_A.shape[0]
     N = case.dy.shape[1]
+    device = case.x.device if case.x.is_cuda else DEVICE
     return cuda_direct.prepare(
-        operation, kernel, DEVICE, case.dtype, M, N, r, for_backward, otherwise
+        operation, kernel, device, case.dtype, M, N, r, for_backward, otherwise
     )
 
 
@@ -171,11 +172,18 @@ def card():
         pytest.skip("the kernels are compiled for capability 9.0")
 
 
+not_current = pytest.param(
+    "cuda:1",
+    marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda:0", not_current])
 @pytest.mark.parametrize("masters", [False, True], ids=["bf16 adapters", "fp32 adapters"])
 @pytest.mark.parametrize("M", FORWARD)
-def test_direct_calls_give_the_bits_of_the_operators(card, M, masters):
-    case = LayerCase((M, 272, 1024, 16), BF16, "cuda", vector=M == 8, masters=masters)
+def test_direct_calls_give_the_bits_of_the_operators(card, M, masters, device):
+    case = LayerCase((M, 272, 1024, 16), BF16, device, vector=M == 8, masters=masters)
     operator = dispatch.select("lora_linear", _forward_args(case))
     _prepare("lora_linear", case, operator, FORWARD[M])(*_forward_args(case))  # accepts the weight
     y, z = operator(*_forward_args(case))

@@ -9,6 +9,8 @@
 // takes the operator, whose checks find the reason. A backward pass that fails later comes back as
 // 2: it may have added to dx already.
 
+#include <optional>
+
 #include "lora_calls.h"
 
 #define LOWBIT_C_API extern "C" __attribute__((visibility("default")))
@@ -68,15 +70,28 @@ WeightView view(const DirectWeight& weight) {
     return w;
 }
 
-// The current stream of the device, if the device is the thread's current one.
-cudaStream_t current_stream(int64_t device) {
-    int current = 0;
-    check_launch(cudaGetDevice(&current), "direct call");
-    STD_TORCH_CHECK(current == device, "the tensors are on another device than the current one");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(current, &stream));
-    return static_cast<cudaStream_t>(stream);
-}
+// The current stream of a device, which is the thread's current one as long as this lives.
+class OnDevice {
+public:
+    explicit OnDevice(int64_t device) {
+        int current = 0;
+        check_launch(cudaGetDevice(&current), "direct call");
+        if (current != device)  // a guard that changes nothing costs the host as much
+            guard_.emplace(static_cast<int32_t>(device));
+        void* stream = nullptr;
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch_get_current_cuda_stream(static_cast<int32_t>(device), &stream));
+        stream_ = static_cast<cudaStream_t>(stream);
+    }
+
+    cudaStream_t stream() const {
+        return stream_;
+    }
+
+private:
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+    cudaStream_t stream_;
+};
 
 void check_alignment(std::initializer_list<const void*> pointers) {
     for (const void* p : pointers)
@@ -84,7 +99,7 @@ void check_alignment(std::initializer_list<const void*> pointers) {
 }
 
 void product(const DirectWeight& weight, const DirectSizes& sizes, const DirectProduct& p, bool&) {
-    const cudaStream_t stream = current_stream(sizes.device);
+    const OnDevice on(sizes.device);
     check_alignment(
         {weight.qweight, weight.absmax, p.x, p.lora_A, p.lora_B, p.bias, p.z_in, p.z_out});
     LoraMatmulArgs a{};
@@ -97,12 +112,12 @@ void product(const DirectWeight& weight, const DirectSizes& sizes, const DirectP
     // A tensor whose storage was freed has a shape, but no memory.
     const bool adapter = p.lora_B != nullptr && (p.lora_A != nullptr) != (p.z_in != nullptr);
     STD_TORCH_CHECK(p.x != nullptr && (a.r == 0 || adapter), "an argument has no memory");
-    run_product(*kKernels[sizes.kernel], a, static_cast<int32_t>(sizes.device), stream);
+    run_product(*kKernels[sizes.kernel], a, static_cast<int32_t>(sizes.device), on.stream());
 }
 
 void backward(
     const DirectWeight& weight, const DirectSizes& sizes, const DirectBackward& p, bool& launched) {
-    const cudaStream_t stream = current_stream(sizes.device);
+    const OnDevice on(sizes.device);
     check_alignment({weight.qweight, p.dy, p.x, p.z, p.lora_A, p.lora_B, p.dx});
     STD_TORCH_CHECK(p.dy && p.lora_A && p.lora_B, "an argument has no memory");
     STD_TORCH_CHECK(p.d_lora_A == nullptr || p.x != nullptr, "the gradient of lora_A needs x");
@@ -128,7 +143,7 @@ void backward(
         b.M = a.M, b.r = a.r;
         STD_TORCH_CHECK(kernel.serves(b), "dx is not served");
     }
-    run_backward(kernel, a, b, static_cast<int32_t>(sizes.device), stream, &launched);
+    run_backward(kernel, a, b, static_cast<int32_t>(sizes.device), on.stream(), &launched);
 }
 
 // 0 if it ran, 1 if nothing was launched, 2 if it failed later.

@@ -29,6 +29,16 @@ inline CUtensorMapDataType tensor_map_type(Dtype dtype) {  // of the 16-bit ones
                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 }
 
+// A thread that has not called the runtime yet, such as one of autograd's, has no context, and the
+// encoder refuses it. Once a thread has one it keeps one.
+inline bool thread_has_context() {
+    static thread_local const bool has = [] {
+        int device = 0;
+        return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+    }();
+    return has;
+}
+
 struct TensorMapBox {
     int rows;
     int columns;  // 32, 64 or 128 bytes of them, which decides the swizzle
@@ -58,22 +68,12 @@ inline cudaError_t make_tensor_map(
     const auto swizzle = row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                          : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                            : CU_TENSOR_MAP_SWIZZLE_32B;
-    const auto encoded = [&] {
-        return encode(
-                   &map, type, 2, const_cast<void*>(data), sizes, strides, box_sizes,
-                   element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-    };
-    if (encoded())
-        return cudaSuccess;
-    // A thread that has not called the runtime yet, such as one of autograd's, has no context.
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaSetDevice(device);
-    if (error != cudaSuccess)
-        return error;
-    return encoded() ? cudaSuccess : cudaErrorInvalidValue;
+    if (!thread_has_context())
+        return cudaErrorDeviceUninitialized;
+    const CUresult result = encode(
+        &map, type, 2, const_cast<void*>(data), sizes, strides, box_sizes, element_strides,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 }  // namespace lowbit::cuda
