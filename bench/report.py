@@ -322,6 +322,32 @@ def loss_curve(name: str, record: dict) -> str:
     )
 
 
+def tests(name: str, record: dict) -> str:
+    """Counts, failures, and why tests were skipped."""
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in record["total"].items())
+    lines = [f"Tests on a GPU ({_at_commit(record)}; `{name}`): {counts}."]
+    lines += [f"- failed: {failure}" for failure in record["failures"]]
+    lines += [f"- skipped {n}: {reason}" for reason, n in record["skip_reasons"].items()]
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def sanitizers(name: str, record: dict) -> str:
+    """What compute-sanitizer said of the kernels, per tool."""
+    body = []
+    for tool in dict.fromkeys(row["tool"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["tool"] == tool]
+        body.append([tool, str(len(rows)), str(sum(row["clean"] for row in rows))])
+    missing = ", ".join(record["kernels_not_launched"]) or "none"
+    what = (
+        f"{len(record['kernels'])} kernels of csrc/cuda under compute-sanitizer, not run: {missing}"
+    )
+    return f"{what} ({_at_commit(record)}; `{name}`):\n\n{table(['tool', 'cases', 'clean'], body)}"
+
+
+def _at_commit(record: dict) -> str:
+    return f"{machine(record['environment'], card=True)}, commit {record['environment']['commit']}"
+
+
 WRITERS = {  # in the order of docs/measured.md
     "model": model,
     "linear": linear,
@@ -332,13 +358,16 @@ WRITERS = {  # in the order of docs/measured.md
     "quantize": quantize,
     "loss_curve": loss_curve,
     "optimizer_curves": optimizer_curves,
+    "tests": tests,
+    "sanitizers": sanitizers,
 }
 
 
-# What the README shows of a record. A llama-8b's gate and up projections stand for the layers.
+# The records that the README shows, and what of them. A llama-8b's gate and up projections stand
+# for the layers.
 HEADLINES = {
-    "model": lambda row: True,
-    "linear": lambda row: (row["N"], row["K"]) == (14336, 4096),
+    "model_h100.json": lambda row: True,
+    "linear_h100.json": lambda row: (row["N"], row["K"]) == (14336, 4096),
 }
 
 
@@ -351,8 +380,8 @@ def report(*, headlines: bool) -> str:
                 continue
             if not headlines:
                 parts.append(write(name, record))
-            elif benchmark in HEADLINES:
-                rows = [row for row in record["rows"] if HEADLINES[benchmark](row)]
+            elif name in HEADLINES:
+                rows = [row for row in record["rows"] if HEADLINES[name](row)]
                 parts.append(write(name, {**record, "rows": rows, "headline": True}))
     return "\n\n".join(parts) + "\n"
 

@@ -17,8 +17,12 @@ constexpr int kPackedRow = kTileColumns / 2;  // bytes
 // once per two columns of tiles.
 constexpr int kSlabTokens = 4096;
 
+// Even, so that warps which take steps in turn have stages of their own: racecheck does not follow
+// the hand-over between them. A fifth stage for 128 tokens gained nothing (H200, 2026-11).
+constexpr int kRingStages = 4;
+
 // Shared memory in this order: stages (dy, then W), two groups of packed weights, staged output, 16
-// codebook values, barriers. 230 560 bytes for 256 tokens, 214 192 for 128.
+// codebook values, barriers. 230 560 bytes for 256 tokens, 181 408 for 128.
 //
 // Decoded W of a stage: line 64 b + i has row i of the step, block b of the tile's two. A CTA that
 // shares W decodes 32 rows of both blocks for both CTAs.
@@ -28,7 +32,7 @@ struct Plan {
     static constexpr bool kSharesW = kSharesW_;
     static constexpr int kColumnTiles = kSharesW ? 1 : 2;  // of a cluster
     static constexpr int kTokenTiles = kCluster / kColumnTiles;
-    static constexpr int kStages = kTokens == 256 ? 4 : 5;
+    static constexpr int kStages = kRingStages;
     static constexpr int kProducerWarps = kTokens == 256 ? 4 : 8;
     static constexpr int kProducers = kProducerWarps * kWarpSize;
     static constexpr int kThreads = kProducers + kConsumers;

@@ -1,0 +1,258 @@
+"""Run the CUDA kernels under compute-sanitizer and record what it says for bench/results.
+
+    python bench/record_sanitizers.py bench/results/sanitizers_h200.json
+
+Each case runs once per tool (memcheck, racecheck with all its reports, synccheck), in a process of
+its own, several at a time; only lowbit's kernels are instrumented. A case compares its results with
+plain torch, so that clean means clean and right. The record holds what each tool reported and which
+of the kernels in csrc/cuda the cases launched. The exit code is 1 if a tool reported anything, a
+case failed, or a kernel was not launched.
+
+    python bench/record_sanitizers.py --case large      one case alone, for a tool of your choice
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import environment
+
+import lowbit
+
+TOOLS = {
+    "memcheck": [],
+    "racecheck": ["--racecheck-report", "all"],
+    "synccheck": [],
+}
+SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+LIMIT_S = 300  # for one case under one tool
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
+CLEAN = re.compile(r"SUMMARY: 0 (?:errors|hazards displayed \(0 errors, 0 warnings\))$")
+# Of the results against the same formulas in fp32; plain torch in 16 bits is off by 1 to 4e-3.
+MOST_ERROR = 1e-2
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def _randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(shape, device="cuda") / shape[-1] ** 0.5).to(dtype)
+
+
+def _check(results: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for name, (actual, expected) in results.items():
+        error = ((actual.float() - expected).norm() / expected.norm()).item()
+        if not error <= MOST_ERROR:
+            raise AssertionError(f"{name} is off by {error:.2g}, relative")
+
+
+# ---- cases ---------------------------------------------------------------------------------------
+
+
+def layer(
+    M: int,
+    N: int,
+    K: int,
+    r: int = 16,
+    dtype: torch.dtype = BF16,
+    *,
+    masters: bool = False,
+    double_quant: bool = True,
+    vector: bool = False,
+) -> None:
+    """Forward and backward of an adapted layer with bias; all gradients."""
+    q = lowbit.quantize(_randn(N, K, dtype=dtype), double_quant=double_quant)
+    adapter = torch.float32 if masters else dtype
+    x, dy, bias = _randn(M, K, dtype=dtype), _randn(M, N, dtype=dtype), _randn(N, dtype=dtype)
+    A, B = _randn(r, K, dtype=adapter), _randn(N, r, dtype=adapter)
+    s = torch.rand(r, device="cuda") + 0.5 if vector else torch.tensor(0.5, device="cuda")
+    leaves = [x, A, B, bias, s] if vector else [x, A, B, bias]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = lowbit.lora_matmul(x, q, A, B, s if vector else 0.5, bias=bias)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    with torch.no_grad():
+        fx, fdy, fA, fB, W = (t.float() for t in (x, dy, A, B, lowbit.dequantize(q)))
+        z, u = fx @ fA.T, fdy @ fB
+        expected = (
+            fdy @ W + u * s @ fA, (u * s).T @ fx, fdy.T @ (z * s), fdy.sum(0), (u * z).sum(0),
+        )  # fmt: skip
+        names = ("dx", "d_lora_A", "d_lora_B", "d_bias", "d_lora_scaling")
+        pairs = zip(gradients, expected[: len(leaves)], strict=True)
+        _check(
+            {
+                "y": (y, fx @ W.T + z * s @ fB.T + bias.float()),
+                **dict(zip(names, pairs, strict=False)),
+            }
+        )
+
+
+def group(M: int) -> None:
+    """q, k and v: members that share x, whose gradients add up in one dx."""
+    K, Ns, r = 512, (512, 128, 128), 16
+    qs = [lowbit.quantize(_randn(N, K, dtype=BF16)) for N in Ns]
+    x = _randn(M, K, dtype=BF16).requires_grad_()
+    As = [_randn(r, K, dtype=BF16).requires_grad_() for _ in Ns]
+    Bs = [_randn(N, r, dtype=BF16).requires_grad_() for N in Ns]
+    ys = lowbit.lora_matmul_group(x, qs, As, Bs, 0.5)
+    dys = [_randn(M, N, dtype=BF16) for N in Ns]
+    (dx,) = torch.autograd.grad(ys, x, dys)
+    with torch.no_grad():
+        expected = sum(
+            dy.float() @ (lowbit.dequantize(q).float() + 0.5 * B.float() @ A.float())
+            for dy, q, A, B in zip(dys, qs, As, Bs, strict=True)
+        )
+        _check({"dx": (dx, expected)})
+
+
+def quantization() -> None:
+    """Whole and ragged rows, with and without double quantization, both ways."""
+    for dtype in (BF16, FP16, torch.float32):
+        for shape, options in (
+            ((300, 1024), {}),
+            ((300, 1024), {"double_quant": False, "blocksize": 128}),
+            ((64, 1000), {}),
+            ((30, 1000), {"double_quant": False, "layout": "flat"}),
+        ):
+            w = _randn(*shape, dtype=dtype)
+            q, host = lowbit.quantize(w, **options), lowbit.quantize(w.cpu(), **options)
+            same = torch.equal(q.qweight.cpu(), host.qweight)
+            back = lowbit.dequantize(q).cpu()
+            if not (same and torch.equal(back, lowbit.dequantize(q.to("cpu")))):
+                raise AssertionError(f"{shape}, {options}: other bits than on the CPU")
+
+
+def optimizers() -> None:
+    """Each optimizer against itself on the CPU, with clipping."""
+    start = [torch.randn(700, 300), torch.randn(33)]
+    gradients = [torch.randn_like(t) for t in start]
+    for name in ("PagedAdamW", "PagedAdamW8bit", "AdamW8bit", "PagedLion", "PagedLion8bit"):
+        results = []
+        for device in ("cuda", "cpu"):
+            parameters = [torch.nn.Parameter(t.to(device)) for t in start]
+            optimizer = getattr(lowbit.optim, name)(parameters, lr=1e-2)
+            for _ in range(2):
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient.to(device)
+                lowbit.optim.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+            results.append([p.detach().cpu() for p in parameters])
+        for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+            _check({f"{name}: parameter {i}": (actual, expected)})
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "gemv": lambda: layer(1, 528, 704),
+    "small": lambda: layer(8, 272, 1024, 8, FP16),
+    "small 64": lambda: layer(64, 528, 704, 64, masters=True),
+    "mid": lambda: layer(300, 528, 704, double_quant=False),
+    "mid split": lambda: layer(128, 1024, 2048),
+    "mid shared": lambda: layer(1100, 272, 1024, 16, FP16, vector=True),
+    "large": lambda: layer(4096, 2048, 640, 64),
+    "large padded": lambda: layer(4100, 640, 512, 5),
+    "large with gradients": lambda: layer(4200, 640, 2048, masters=True),
+    "group": lambda: group(200),
+    "large group": lambda: group(4096),
+    "quantization": quantization,
+    "optimizers": optimizers,
+}
+
+
+# ---- running them --------------------------------------------------------------------------------
+
+
+def run_case(name: str) -> set[str]:
+    """Run a case; the names of the kernels it launched, of those in csrc/cuda."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.manual_seed(0)
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        CASES[name]()
+        torch.cuda.synchronize()
+    names = " ".join(event.key for event in trace.key_averages())
+    return {kernel for kernel in own_kernels() if re.search(rf"\b{kernel}\b", names)}
+
+
+def own_kernels() -> set[str]:
+    """The __global__ functions of csrc/cuda."""
+    kernel = re.compile(r"__global__[^;{]*?\b(\w+_kernel)\(", re.DOTALL)
+    text = "\n".join(p.read_text() for p in sorted(SOURCES.glob("*.cu*")))
+    return set(kernel.findall(text))
+
+
+def sanitize(tool: str, name: str) -> dict:
+    """One case under one tool."""
+    own = [sys.executable, __file__, "--case", name]
+    options = ["--tool", tool, "--kernel-name", "kns=lowbit", *TOOLS[tool]]
+    try:
+        done = subprocess.run(
+            [sanitizer(), *options, *own], capture_output=True, text=True, timeout=LIMIT_S
+        )
+        output, code = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired:
+        output, code = f"stopped after {LIMIT_S} s", None
+    found = SUMMARY.findall(output)
+    summary = found[-1].strip() if found else "no summary"
+    clean = code == 0 and bool(CLEAN.search(summary))
+    row = {"case": name, "tool": tool, "clean": clean, "summary": summary}
+    return row if clean else {**row, "exit_code": code, "output": output[:4000]}
+
+
+def sanitizer() -> str:
+    """The tool's path: from PATH, or where CUDA is usually installed."""
+    found = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if found is None:
+        raise SystemExit("compute-sanitizer was not found; it comes with the CUDA toolkit")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("record", nargs="?", type=Path, help="the JSON file to write")
+    parser.add_argument("--case", choices=CASES, help="run one case in this process and stop")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs an NVIDIA GPU")
+    if arguments.case:
+        CASES[arguments.case]()
+        torch.cuda.synchronize()
+        return 0
+    if arguments.record is None:
+        parser.error("name the record to write, or a --case")
+    sanitizer()  # before anything else takes time
+    launched = set().union(*(run_case(name) for name in CASES))
+    missing = sorted(own_kernels() - launched)
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        pairs = [(tool, name) for name in CASES for tool in TOOLS]
+        rows = list(pool.map(lambda pair: sanitize(*pair), pairs))
+    bad = [row for row in rows if not row["clean"]]
+    record = {
+        "benchmark": "sanitizers",
+        "environment": environment(),
+        "clean": len(rows) - len(bad),
+        "not_clean": len(bad),
+        "kernels": sorted(launched),
+        "kernels_not_launched": missing,
+        "rows": rows,
+    }
+    arguments.record.parent.mkdir(parents=True, exist_ok=True)
+    arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+    for row in bad:
+        print(f"{row['case']}, {row['tool']}: {row['summary']}\n{row['output']}")
+    print(f"{len(rows) - len(bad)} of {len(rows)} runs clean; kernels not launched: {missing}")
+    return int(bool(bad or missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
