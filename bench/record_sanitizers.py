@@ -120,6 +120,7 @@ def quantization() -> None:
             ((300, 1024), {}),
             ((300, 1024), {"double_quant": False, "blocksize": 128}),
             ((64, 1000), {}),
+            ((30, 1001), {}),
             ((30, 1000), {"double_quant": False, "layout": "flat"}),
         ):
             w = _randn(*shape, dtype=dtype)
@@ -156,10 +157,12 @@ CASES: dict[str, Callable[[], None]] = {
     "mid": lambda: layer(300, 528, 704, double_quant=False),
     "mid split": lambda: layer(128, 1024, 2048),
     "mid shared": lambda: layer(1100, 272, 1024, 16, FP16, vector=True),
+    "mid, all SMs": lambda: layer(3000, 1536, 512),
     "large": lambda: layer(4096, 2048, 640, 64),
     "large padded": lambda: layer(4100, 640, 512, 5),
     "large with gradients": lambda: layer(4200, 640, 2048, masters=True),
     "group": lambda: group(200),
+    "mid group": lambda: group(1200),
     "large group": lambda: group(4096),
     "quantization": quantization,
     "optimizers": optimizers,
@@ -174,7 +177,7 @@ def run_case(name: str) -> set[str]:
     from torch.profiler import ProfilerActivity, profile
 
     torch.manual_seed(0)
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
         CASES[name]()
         torch.cuda.synchronize()
     names = " ".join(event.key for event in trace.key_averages())

@@ -137,9 +137,10 @@ class _LoraLinear(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, vector, bias, args):
         y, z = dispatch.select("lora_linear", args, checked=True)(*args)
-        # Not the frozen weight: offloading what its module keeps would free nothing.
-        keeping.save(ctx, x, z, lora_A, lora_B, vector, args[18])
-        ctx.weight, ctx.numbers = args[1:12], args[15:18:2]
+        ctx.weight = weight = args[1:12]
+        ctx.numbers = args[15:18:2]
+        # Not a packed weight: offloading what its module keeps would free nothing.
+        keeping.save(ctx, x, z, lora_A, lora_B, vector, args[18], keeping.dense(weight))
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -150,7 +151,7 @@ class _LoraLinear(_SingleLevelFunction):
 
 
 def _gradients(ctx, dy):
-    x, z, lora_A, lora_B, vector, seed = keeping.saved(ctx)
+    x, z, lora_A, lora_B, vector, seed, _ = keeping.saved(ctx)
     scaling, dropout_p = ctx.numbers
     need_x, need_A, need_B, need_scaling, need_bias, _ = ctx.needs_input_grad
     args = (

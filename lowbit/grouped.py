@@ -44,13 +44,13 @@ def needs_of(flags: Sequence[bool]) -> list[Needs]:
 def save(ctx, members: list[Member], *others) -> None:
     """Save what a forward pass computed and what is trained, and keep the rest on the context.
 
-    The frozen weights belong to their modules, whatever hooks do to saved tensors: offloading them
+    Packed weights belong to their modules, whatever hooks do to saved tensors: offloading them
     would free nothing, and gradient checkpointing pays for every saved tensor in host time. The
     bias is not needed in backward, but for its dtype.
     """
     tensors = list(others)
     for m in members:
-        tensors += [m.lora_A, m.lora_B, m.lora_scaling, m.seed]
+        tensors += [m.lora_A, m.lora_B, m.lora_scaling, m.seed, keeping.dense(m.weight)]
     keeping.save(ctx, *tensors)
     ctx.set_materialize_grads(False)
     ctx.frozen = tuple((m.weight, m.scaling, m.dropout_p) for m in members)
@@ -62,9 +62,9 @@ def saved(ctx, others: int) -> tuple[tuple, list[Member]]:
     tensors = keeping.saved(ctx)
     members, at = [], others
     for weight, scaling, dropout_p in ctx.frozen:
-        lora_A, lora_B, lora_scaling, seed = tensors[at : at + 4]
+        lora_A, lora_B, lora_scaling, seed, _ = tensors[at : at + 5]
         members.append(Member(weight, lora_A, lora_B, lora_scaling, scaling, None, dropout_p, seed))
-        at += 4
+        at += 5
     return tensors[:others], members
 
 

@@ -19,6 +19,13 @@ def hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def dense(weight: tuple) -> torch.Tensor | None:
+    """What to save of a frozen weight (WeightArgs): one that is not packed may be changed in place
+    before the backward pass, and autograd then finds out.
+    """
+    return weight[0] if weight[1] is None else None
+
+
 def save(ctx, *tensors: torch.Tensor | None) -> None:
     """ctx.save_for_backward."""
     ctx.parameters = parameters = {}

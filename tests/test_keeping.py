@@ -95,3 +95,20 @@ def test_a_tensor_that_is_no_parameter_goes_to_the_hooks(device):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         lowbit.lora_matmul(torch.randn(TOKENS, K, device=device), q, A * 1.0, B, 2.0)
     assert (4, K) in {tuple(t.shape) for t in packed}
+
+
+@pytest.mark.parametrize("kind", ["layer", "group", "MLP"])
+def test_a_dense_weight_changed_in_place_before_backward_is_an_error(kind, device):
+    gate, up, down = (torch.randn(shape, device=device) / 8 for shape in ((H, K), (H, K), (K, H)))
+    As = [torch.randn(4, W.shape[1], device=device) / 8 for W in (gate, up, down)]
+    Bs = [torch.randn(W.shape[0], 4, device=device) for W in (gate, up, down)]
+    x = torch.randn(TOKENS, K, device=device, requires_grad=True)
+    if kind == "layer":
+        y = lowbit.lora_matmul(x, gate, As[0], Bs[0], 2.0)
+    elif kind == "group":
+        y = sum(lowbit.lora_matmul_group(x, [gate, up], As[:2], Bs[:2], 2.0))
+    else:
+        y = lowbit.lora_gated_mlp(x, [gate, up, down], As, Bs, 2.0)
+    gate.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
