@@ -52,7 +52,10 @@ def calls(monkeypatch):
         return lambda *structures: made.append((name, *structures)) or made.result
 
     monkeypatch.setattr(cuda_direct, "_c_function", c_function)
-    monkeypatch.setattr(cuda_direct, "_accepted", {})
+    monkeypatch.setattr(cuda_direct, "_accepted", set())
+    monkeypatch.setattr(cuda_direct, "_current_device", lambda: DEVICE.index)
+    on_cpu = torch._C._dynamo.guards._empty_strided_cpu
+    monkeypatch.setattr(cuda_direct, "_empty_on_current", on_cpu)
     return made
 
 
@@ -69,8 +72,9 @@ def test_a_weight_is_taken_once_its_operator_has_accepted_it(calls):
     (name, weight, sizes, pointers), q = calls[0], case.q
     assert name == "lowbit_product"
     addresses = (q.qweight, q.absmax, q.codebook, q.nested_absmax, q.nested_codebook)
-    assert struct.unpack("6Q5q", weight)[:5] == tuple(t.data_ptr() for t in addresses)
-    assert struct.unpack("6Q5q", weight)[6:] == (64, 128, 64, 256, 1)
+    assert struct.unpack("6Q7q", weight)[:5] == tuple(t.data_ptr() for t in addresses)
+    sizes_in_memory = q.qweight.numel(), q.absmax.numel()
+    assert struct.unpack("6Q7q", weight)[6:] == (64, 128, 64, 256, 1, *sizes_in_memory)
     assert struct.unpack("7q", sizes) == (8, 4, 1, 1, 1, 0, 1)
     given = (case.x, case.lora_A, case.lora_B, None, case.bias, None, z, y)
     expected = [0 if t is None else t.data_ptr() for t in given]
@@ -156,9 +160,25 @@ def test_a_weight_whose_parts_do_not_go_together_is_not_taken(calls):
     weight = list(case.weight())
     weight[1] = weight[1].float()  # beside the scales of 8-bit codes
     cuda_direct._accept(tuple(weight))
-    assert cuda_direct._accepted == {}
+    assert cuda_direct._accepted == set()
     cuda_direct._accept(case.weight())
     assert len(cuda_direct._accepted) == 1
+
+
+def test_results_lie_on_the_device_of_the_arguments(calls, monkeypatch):
+    empty, made = torch.empty_strided, []
+    monkeypatch.setattr(
+        torch, "empty_strided",
+        lambda *layout, dtype, device: made.append(device) or empty(*layout, dtype=dtype),
+    )  # fmt: skip
+    case = LayerCase((8, 64, 128, 4), BF16, "cpu")
+    cuda_direct._accept(case.weight())
+    run = _prepare("lora_linear", case, kernel="nf4_lora_matmul_small")
+    run(*_forward_args(case))
+    assert made == []
+    monkeypatch.setattr(cuda_direct, "_current_device", lambda: DEVICE.index + 1)
+    y, z = run(*_forward_args(case))
+    assert (y.shape, z.shape, made) == ((8, 64), (8, 4), [DEVICE, DEVICE])
 
 
 # ---- on a GPU

@@ -34,12 +34,16 @@ _MOST_WEIGHTS = 1 << 14
 _NOTHING_LAUNCHED = 1
 
 # The structures of direct.cpp.
-_pack_weight = struct.Struct("6Q5q").pack
+_pack_weight = struct.Struct("6Q7q").pack  # the library does not read the last two
 _pack_sizes = struct.Struct("7q").pack
 _pack_product = struct.Struct("8Qd").pack
 _pack_backward = struct.Struct("11Qqd").pack
 
-_accepted: dict[tuple, bytes] = {}  # weights, by `_key`
+_accepted: set[bytes] = set()  # weights, by `_packed`
+
+# As torch's compiled code allocates, on the current device and at half the cost of torch.empty.
+_empty_on_current = torch._C._dynamo.guards._empty_strided_cuda
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # not there in a torch without CUDA
 
 
 @functools.cache
@@ -50,18 +54,19 @@ def _c_function(name: str) -> Callable:
     return function
 
 
-def _key(weight) -> tuple:
-    """Addresses and numbers of a weight, and how much lies at the first two addresses."""
-    qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset = weight[:6]
-    sizes = qweight.numel(), absmax.numel()
-    if nested_absmax is None:
-        addresses = qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), 0, 0, 0
-    else:
-        addresses = (
-            qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), nested_absmax.data_ptr(),
-            nested_codebook.data_ptr(), nested_offset.data_ptr(),
-        )  # fmt: skip
-    return (*addresses, *weight[6:], *sizes)
+def _packed(weight) -> bytes:
+    """A weight for the library, and behind it how much lies at the first two addresses."""
+    (
+        qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K, blocksize,
+        nested_blocksize, row_blocks,
+    ) = weight  # fmt: skip
+    nested = 0, 0, 0
+    if nested_absmax is not None:
+        nested = nested_absmax.data_ptr(), nested_codebook.data_ptr(), nested_offset.data_ptr()
+    return _pack_weight(
+        qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), *nested, N, K, blocksize,
+        nested_blocksize, row_blocks, qweight.numel(), absmax.numel(),
+    )  # fmt: skip
 
 
 def _accept(weight) -> None:
@@ -74,8 +79,16 @@ def _accept(weight) -> None:
         return
     if len(_accepted) >= _MOST_WEIGHTS:
         _accepted.clear()
-    key = _key(weight)
-    _accepted[key] = _pack_weight(*key[:-2])
+    _accepted.add(_packed(weight))
+
+
+def _allocator(device: int) -> Callable:
+    """A function that makes an uninitialized tensor on a device, of sizes, strides and a dtype."""
+    if _current_device() == device:
+        return _empty_on_current
+    return lambda sizes, strides, dtype: torch.empty_strided(
+        sizes, strides, dtype=dtype, device=torch.device("cuda", device)
+    )
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
@@ -122,23 +135,21 @@ def prepare(
         return otherwise
     code = _DTYPES[dtype]
     sizes = _pack_sizes(tokens, r, code, code, code, device.index, _KERNELS[kernel])
-    y_layout = (tokens, N), (N, 1)
+    y_layout = (tokens, N), (N, 1), dtype
     if operation != "lora_linear":
-        return _prepare_product(sizes, dtype, y_layout, otherwise)
-    z_layout = ((tokens, r), (r, 1)) if for_backward else None
-    return _prepare_lora_linear(sizes, dtype, y_layout, z_layout, otherwise)
+        return _prepare_product(device.index, sizes, y_layout, otherwise)
+    z_layout = ((tokens, r), (r, 1), dtype) if for_backward else None
+    return _prepare_lora_linear(device.index, sizes, y_layout, z_layout, otherwise)
 
 
-# Tensors are made by new_empty_strided and empty_like, which cost less than new_empty.
-
-
-def _prepare_lora_linear(sizes, dtype, y_layout, z_layout, otherwise) -> Callable:
-    run = _c_function("lowbit_product")
+def _prepare_lora_linear(device: int, sizes, y_layout, z_layout, otherwise) -> Callable:
+    run, dtype = _c_function("lowbit_product"), y_layout[2]
 
     def lora_linear(*args):
-        x, *weight, lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, _ = args
-        packed = _accepted.get(_key(weight))
-        if packed is None:
+        x, weight = args[0], args[1:12]
+        lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, _ = args[12:]
+        packed = _packed(weight)
+        if packed not in _accepted:
             results = otherwise(*args)
             _accept(weight)
             return results
@@ -147,8 +158,9 @@ def _prepare_lora_linear(sizes, dtype, y_layout, z_layout, otherwise) -> Callabl
         if lora_A.dtype is not dtype or lora_B.dtype is not dtype:
             lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
         bias = cast(bias, dtype)
-        y = x.new_empty_strided(*y_layout)
-        z = None if z_layout is None else x.new_empty_strided(*z_layout)
+        empty = _allocator(device)
+        y = empty(*y_layout)
+        z = None if z_layout is None else empty(*z_layout)
         pointers = _pack_product(
             x.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), _pointer(lora_scaling),
             _pointer(bias), 0, _pointer(z), y.data_ptr(), scaling,
@@ -158,22 +170,22 @@ def _prepare_lora_linear(sizes, dtype, y_layout, z_layout, otherwise) -> Callabl
     return lora_linear
 
 
-def _prepare_product(sizes, dtype, y_layout, otherwise) -> Callable:
+def _prepare_product(device: int, sizes, y_layout, otherwise) -> Callable:
     """linear, which has no adapter, and linear_low_rank."""
-    run = _c_function("lowbit_product")
+    run, dtype = _c_function("lowbit_product"), y_layout[2]
 
     def product(*args):
         x, weight, bias = args[0], args[1:12], args[-1]
         z, lora_B, lora_scaling, scaling = args[12:-1] or (None, None, None, 1.0)
-        packed = _accepted.get(_key(weight))
-        if packed is None:
+        packed = _packed(weight)
+        if packed not in _accepted:
             y = otherwise(*args)
             _accept(weight)
             return y
         if not (bias is None or bias.is_contiguous()):
             return otherwise(*args)
         lora_B, bias = cast(lora_B, dtype), cast(bias, dtype)
-        y = x.new_empty_strided(*y_layout)
+        y = _allocator(device)(*y_layout)
         pointers = _pack_product(
             x.data_ptr(), 0, _pointer(lora_B), _pointer(lora_scaling), _pointer(bias), _pointer(z),
             0, y.data_ptr(), scaling,
@@ -192,35 +204,41 @@ def _prepare_backward(device: int, kernel: str, dtype, tokens: int, r: int, othe
     }
 
     def lora_linear_backward(*args, dx_sum=None):
-        dy, x, z, *weight, lora_A, lora_B, lora_scaling, scaling, dropout_p, _ = args[:20]
-        need_dx, need_d_lora_A, need_d_lora_B, need_d_bias, need_d_scaling = args[20:]
-        packed = _accepted.get(_key(weight))
+        dy, x, z = args[:3]
+        weight = args[3:14]
+        (
+            lora_A, lora_B, lora_scaling, scaling, dropout_p, _, need_dx, need_d_lora_A,
+            need_d_lora_B, need_d_bias, need_d_scaling,
+        ) = args[14:]  # fmt: skip
+        N, K = weight[6:8]
+        packed = _packed(weight)
         # The operator may not look at the weight; and hooks of saved tensors may have put anything
         # in their place.
         place = dy.get_device()
         direct = (
-            packed is not None
+            packed in _accepted
             and dropout_p == 0.0
             and (lora_A.dtype, lora_B.dtype) in sizes
-            and _is_plain(x, place, dtype, tokens * weight[7])
+            and _is_plain(x, place, dtype, tokens * K)
             and _is_plain(z, place, dtype, tokens * r)
-            and _is_plain(lora_A, place, lora_A.dtype, r * weight[7])
-            and _is_plain(lora_B, place, lora_B.dtype, r * weight[6])
+            and _is_plain(lora_A, place, lora_A.dtype, r * K)
+            and _is_plain(lora_B, place, lora_B.dtype, r * N)
             and (lora_scaling is None or _is_plain(lora_scaling, place, torch.float32, r))
         )
         if not direct:
             return otherwise(*args, dx_sum=dx_sum)
+        empty = _allocator(device)
         dx = d_lora_A = d_lora_B = d_bias = d_scaling = None
         if need_dx and dx_sum is None:
-            dx = dy.new_empty((tokens, weight[7])) if x is None else torch.empty_like(x)
+            dx = empty((tokens, K), (K, 1), dtype)
         if need_d_lora_A:
-            d_lora_A = torch.empty_like(lora_A)
+            d_lora_A = empty((r, K), (K, 1), lora_A.dtype)
         if need_d_lora_B:
-            d_lora_B = torch.empty_like(lora_B)
+            d_lora_B = empty((N, r), (r, 1), lora_B.dtype)
         if need_d_bias:
-            d_bias = dy.new_empty(weight[6])
+            d_bias = empty((N,), (1,), dtype)
         if need_d_scaling:
-            d_scaling = dy.new_empty(r, dtype=torch.float32)
+            d_scaling = empty((r,), (1,), torch.float32)
         pointers = _pack_backward(
             dy.data_ptr(), _pointer(x), _pointer(z), lora_A.data_ptr(), lora_B.data_ptr(),
             _pointer(lora_scaling), _pointer(dx if dx_sum is None else dx_sum), _pointer(d_lora_A),
