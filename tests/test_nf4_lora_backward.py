@@ -4,6 +4,7 @@ Weights, scales and adapters are those the kernels read, so quantization error p
 it needs a card the kernels are compiled for; a GPU they do not serve skips with the reason.
 """
 
+import concurrent.futures
 import functools
 
 import pytest
@@ -26,6 +27,10 @@ TOKENS = (1, 64, 65, 200, 257, 1030)
 # half full; more tiles than an H100 has clusters, so that some are split along N; many tiles of few
 # steps.
 LAYERS = [(8, 64), (400, 192), (1040, 1088), (1096, 9216), (72, 8704)]
+ALL = (True,) * 5
+# But for a scaling vector's: then one launch reads dy and x.
+ONE_LAUNCH = (True, True, True, True, False)
+both_ways = pytest.mark.parametrize("needs", [ALL, ONE_LAUNCH], ids=["all", "one-launch"])
 
 
 @functools.cache
@@ -60,24 +65,30 @@ def _z(case):
     return dropped @ case.lora_A.to(case.dtype).t()
 
 
-def _check(case, kernel, needs=(True,) * 5):
+def _check(case, kernel, *needs):
+    """Each of `needs`, or else ALL and ONE_LAUNCH."""
     z = _z(case)
-    actual = case.backward(z, needs, kernel=kernel)
     exact, low = case.formulas(torch.float64), case.formulas(case.dtype)
-    for name, need, a, e, plain in zip(GRADIENTS, needs, actual, exact[2:], low[2:], strict=True):
-        if need:
-            assert_close_to_float64(name, a, e, plain, 3.0)
-        else:
-            assert a is None
-    if needs[1]:
-        assert actual[1].dtype == case.lora_A.dtype
-    if needs[2]:
-        assert actual[2].dtype == case.lora_B.dtype
+    for needed in needs or (ALL, ONE_LAUNCH):
+        actual = case.backward(z, needed, kernel=kernel)
+        rows = zip(GRADIENTS, needed, actual, exact[2:], low[2:], strict=True)
+        for name, need, a, e, plain in rows:
+            if need:
+                assert_close_to_float64(name, a, e, plain, 3.0)
+            else:
+                assert a is None
+        if needed[1]:
+            assert actual[1].dtype == case.lora_A.dtype
+        if needed[2]:
+            assert actual[2].dtype == case.lora_B.dtype
 
 
 def _same(actual, expected, names=GRADIENTS):
     for name, a, e in zip(names, actual, expected, strict=True):
-        assert_bitwise_equal(a, e, name)
+        if e is None:
+            assert a is None, name
+        else:
+            assert_bitwise_equal(a, e, name)
 
 
 @pytest.mark.parametrize("M", TOKENS)
@@ -162,8 +173,8 @@ def test_gradients_beside_dx_options(r, options):
 )  # fmt: skip
 def test_gradients_beside_dx_of_several_groups(M, N, K, options):
     case = _case(M, N, K, **options)
-    for needs in (BESIDE_DX, (True, True, False, False, False), (True, False, True, False, False)):
-        _check(case, LARGE, needs)
+    alone = (True, True, False, False, False), (True, False, True, False, False)
+    _check(case, LARGE, BESIDE_DX, *alone)
     z = _z(case)
     expected = case.backward(z, BESIDE_DX, kernel=LARGE)
     for _ in range(5):
@@ -172,18 +183,21 @@ def test_gradients_beside_dx_of_several_groups(M, N, K, options):
         _same(case.backward(z, BESIDE_DX, kernel=LARGE)[:3], expected[:3], GRADIENTS[:3])
 
 
-def test_gradients_beside_dx_take_two_launches():
-    case = _case(4096, 1024, 4096)
+@pytest.mark.parametrize(
+    ("M", "of", "needs"), [(64, KERNEL, ONE_LAUNCH), (4096, LARGE, BESIDE_DX)], ids=["few", "many"]
+)
+def test_two_launches_make_all_gradients(M, of, needs):
+    case = _case(M, 1024, 4096)
     z = _z(case)
 
     def kernels(needs):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            case.backward(z, needs, kernel=LARGE)
+            case.backward(z, needs, kernel=of)
             torch.cuda.synchronize()
         return len([e for e in profile.events() if "kernel" in e.name])
 
-    assert kernels(BESIDE_DX) == 2
-    assert kernels((True,) * 5) > 2
+    assert kernels(needs) == 2
+    assert kernels(ALL) > 2
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -208,6 +222,17 @@ def test_one_hot_rows_read_the_weight(N, K, kernel):
         assert_bitwise_equal(dx, cuda.dequantize_4bit(*q.args(), BF16)[n], "dx")
 
 
+def test_a_weight_of_more_than_two_to_the_29_elements(kernel):
+    """The head of a model with a large vocabulary."""
+    N, K = 128256, 4608
+    q = lowbit.quantize(torch.randn(N, K, device="cuda", dtype=BF16))
+    n = torch.cat([torch.randint(N, (60,), device="cuda"), torch.arange(N - 10, N, device="cuda")])
+    dy = torch.zeros(70, N, device="cuda", dtype=BF16)
+    dy[torch.arange(70, device="cuda"), n] = 1
+    dx = cuda.linear_dx(dy, *q.args(), kernel=kernel)
+    assert_bitwise_equal(dx, cuda.dequantize_4bit(*q.args(), BF16)[n], "dx")
+
+
 @pytest.mark.parametrize("M", [40, 300, 1030])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_dx_is_added_to_a_sum(M, dropout_p, kernel):
@@ -229,40 +254,43 @@ def test_dx_is_added_to_a_sum(M, dropout_p, kernel):
         torch.testing.assert_close(total, start + dx, rtol=2**-6, atol=2**-6)
 
 
+@both_ways
 @pytest.mark.parametrize("M", TOKENS)
-def test_results_repeat_bit_for_bit(M, kernel):
+def test_results_repeat_bit_for_bit(M, needs, kernel):
     """Also on another stream, and after other work has used the same memory; inputs stay."""
     case = _case(M, 1040, 4096, 24, vector=True, masters=True)
     z = _z(case)
     inputs = [case.dy, case.x, z, case.lora_A, case.lora_B]
     before = [t.clone() for t in inputs]
-    expected = case.backward(z, kernel=kernel)
+    expected = case.backward(z, needs, kernel=kernel)
     for _ in range(5):
         scratch = torch.full((8 << 20,), 255, dtype=torch.uint8, device="cuda")
         del scratch
-        _same(case.backward(z, kernel=kernel), expected)
+        _same(case.backward(z, needs, kernel=kernel), expected)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        other = case.backward(z, kernel=kernel)
+        other = case.backward(z, needs, kernel=kernel)
     torch.cuda.current_stream().wait_stream(stream)
     _same(other, expected)
     _same(inputs, before, ("dy", "x", "z", "lora_A", "lora_B"))
 
 
-@pytest.mark.parametrize("M", [32, 300])
-def test_inputs_written_by_the_kernel_before(M, kernel):
+@both_ways
+@pytest.mark.parametrize("masters", [False, True], ids=["16-bit", "fp32-masters"])
+@pytest.mark.parametrize("M", [32, 256, 300])
+def test_inputs_written_by_the_kernel_before(M, masters, needs, kernel):
     """A chain of layers, each of which reads what the one before wrote, against the same chain with
     a synchronization after every step: no kernel may read too early.
     """
-    cases = [_case(M, 512, 512) for _ in range(6)]
+    cases = [_case(M, 512, 512, masters=masters) for _ in range(6)]
 
     def chain(wait):
         dy = cases[0].dy
         for _ in range(4):
             for case in cases:
                 case.dy = dy
-                dx, *_ = case.backward(_z(case), kernel=kernel)
+                dx, *_ = case.backward(_z(case), needs, kernel=kernel)
                 dy = dx * 0.5
                 if wait:
                     torch.cuda.synchronize()
@@ -275,19 +303,59 @@ def test_inputs_written_by_the_kernel_before(M, kernel):
         assert_bitwise_equal(chain(wait=False), expected, "dx")
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("M", [8, 200, 300])
+def test_a_weight_written_by_the_kernel_before(M, double_quant, kernel):
+    case = _case(M, 512, 1024, double_quant=double_quant)
+    z, written = _z(case), case.q
+    weights = [
+        lowbit.quantize(torch.randn(512, 1024), double_quant=double_quant).to("cuda")
+        for _ in range(2)
+    ]
+    expected = []
+    for case.q in weights:
+        expected.append(case.backward(z, ONE_LAUNCH, kernel=kernel))
+    case.q = written
+    for i in range(20):
+        torch.cuda.synchronize()
+        for to, source in zip(written.args(), weights[i % 2].args(), strict=True):
+            if isinstance(to, torch.Tensor):
+                to.copy_(source)
+        _same(case.backward(z, ONE_LAUNCH, kernel=kernel), expected[i % 2])
+
+
+@both_ways
 @pytest.mark.parametrize("M", [32, 1030])
-def test_two_streams_at_once(M, kernel):
+def test_two_streams_at_once(M, needs, kernel):
     cases = [_case(M, 2048, 2048) for _ in range(2)]
     zs = [_z(case) for case in cases]
-    expected = [case.backward(z, kernel=kernel) for case, z in zip(cases, zs, strict=True)]
+    expected = [case.backward(z, needs, kernel=kernel) for case, z in zip(cases, zs, strict=True)]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in cases]
     results = [[], []]
     for _ in range(10):
         for case, z, stream, out in zip(cases, zs, streams, results, strict=True):
             with torch.cuda.stream(stream):
-                out.append(case.backward(z, kernel=kernel))
+                out.append(case.backward(z, needs, kernel=kernel))
     torch.cuda.synchronize()
+    for out, exact in zip(results, expected, strict=True):
+        for result in out:
+            _same(result, exact)
+
+
+@both_ways
+def test_two_threads_on_one_stream(needs, kernel):
+    """Between two launches of a call there may be some of another."""
+    cases = [_case(32, 1024, 1024) for _ in range(2)]
+    zs = [_z(case) for case in cases]
+    expected = [case.backward(z, needs, kernel=kernel) for case, z in zip(cases, zs, strict=True)]
+    torch.cuda.synchronize()
+
+    def work(case, z):
+        return [case.backward(z, needs, kernel=kernel) for _ in range(50)]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(work, cases, zs))
     for out, exact in zip(results, expected, strict=True):
         for result in out:
             _same(result, exact)
@@ -372,7 +440,7 @@ def test_saved_tensors_may_wait_on_the_host():
 
 
 @pytest.mark.parametrize("M", [1, 256, 4096])
-@pytest.mark.parametrize("needs", [(True,) * 5, BESIDE_DX], ids=["all", "beside-dx"])
+@pytest.mark.parametrize("needs", [ALL, BESIDE_DX], ids=["all", "beside-dx"])
 def test_memory_of_a_call(M, needs, kernel):
     """Gradients and at most 32 MiB, whatever the weight."""
     N, K = 14336, 4096
@@ -427,7 +495,8 @@ def test_the_table_names_the_layers_that_are_served():
         assert dispatch.choose(operation, device, BF16, 4096, wide).kernel == KERNEL
         for other in (
             layer._replace(K=3420), layer._replace(N=4100), layer._replace(blocksize=32),
-            layer._replace(r=65), layer._replace(blocksize=0), layer._replace(N=1 << 20),
+            layer._replace(r=65), layer._replace(blocksize=0), layer._replace(N=(1 << 20) + 8),
+            layer._replace(K=(1 << 18) + 64),
         ):  # fmt: skip
             assert dispatch.choose(operation, device, BF16, 64, other).kernel == "panels"
         assert dispatch.choose(operation, device, torch.float32, 64, layer).kernel == "panels"

@@ -75,14 +75,9 @@ inline constexpr DxKernel kDxLarge{
     nf4_lora_backward_large_workspace_bytes,
     launch_nf4_lora_backward_large};
 
-inline void run_dy_pass(const LoraGradsArgs& a, cudaStream_t stream) {
+inline void run_grads(const LoraGradsArgs& a, cudaStream_t stream) {
     if (a.u || a.d_lora_B || a.d_bias || a.d_lora_scaling)
-        check_launch(launch_lora_grads_dy(a, stream), "lora_grads");
-}
-
-inline void run_x_pass(const LoraGradsArgs& a, cudaStream_t stream) {
-    if (a.d_lora_A != nullptr)
-        check_launch(launch_lora_grads_x(a, stream), "lora_grads");
+        check_launch(launch_lora_grads(a, stream), "lora_grads");
 }
 
 // Every gradient that has a pointer in a or b; u is made for both. `launched` is set before
@@ -94,7 +89,7 @@ inline void run_backward(
     int32_t device,
     cudaStream_t stream,
     bool* launched = nullptr) {
-    // One workspace for u and what the kernels, which run one after the other, need for themselves.
+    // One workspace for u and what the kernels need for themselves, which they use in turn.
     const bool need_dx = b.dx != nullptr, need_u = need_dx || a.d_lora_A != nullptr;
     const int64_t u_bytes = need_u ? ceil_div(a.M * lora_columns(a.r) * 2, 256) * 256 : 0;
     a.u = need_u ? const_cast<void*>(a.dy) : nullptr;  // until it is known where it lies
@@ -116,10 +111,11 @@ inline void run_backward(
         check_launch(kernel.launch_all(b, a, stream), kernel.name);
         return;
     }
-    run_dy_pass(a, stream);
-    if (need_dx)
-        check_launch(kernel.launch(b, stream), kernel.name);
-    run_x_pass(a, stream);
+    run_grads(a, stream);
+    if (!need_dx)
+        return;
+    b.follows_grads = true;
+    check_launch(kernel.launch(b, stream), kernel.name);
 }
 
 }  // namespace lowbit::cuda

@@ -41,13 +41,13 @@ struct LoraGradsArgs {
 // 16-bit dtype, 1 <= r <= 64, N % 8 == 0, K % 8 == 0, 16-byte aligned dy, x, z, lora_B and u.
 bool serves_lora_grads(const LoraGradsArgs& args);
 
-// At most 28 MiB but for extreme shapes; enough for each of the two launches.
+// At most 28 MiB but for extreme shapes.
 size_t lora_grads_workspace_bytes(const LoraGradsArgs& args);
 
-// One read of dy: u, d_lora_B, d_bias, d_lora_scaling.
-cudaError_t launch_lora_grads_dy(const LoraGradsArgs& args, cudaStream_t stream);
+// One read of dy, and for d_lora_A, with which u is wanted, one of x.
+cudaError_t launch_lora_grads(const LoraGradsArgs& args, cudaStream_t stream);
 
-// One read of x: d_lora_A, from u.
+// d_lora_A alone, from u.
 cudaError_t launch_lora_grads_x(const LoraGradsArgs& args, cudaStream_t stream);
 
 }  // namespace lowbit::cuda

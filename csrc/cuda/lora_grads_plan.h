@@ -23,6 +23,10 @@ struct Division {
     int passes;
     int64_t projection_floats, sum_floats, column_sum_floats;
 
+    int64_t ctas() const {  // of a pass
+        return column_parts * token_parts;
+    }
+
     int64_t bytes() const {
         return 4 * (projection_floats + sum_floats + column_sum_floats);
     }
@@ -31,10 +35,10 @@ struct Division {
 // Hundredths of microseconds on an H100, roughly: what CTAs read at the speed of one, or of the
 // memory, and partial sums written and read.
 int64_t estimate(const Division& d, int stage_columns, int processors) {
-    const int64_t ctas = d.column_parts * d.token_parts;
     const int64_t bytes = d.cta_columns * d.cta_tokens * 2;
-    const int64_t rate = std::min<int64_t>(600, 30000 / std::min<int64_t>(ctas, processors));
-    return ceil_div(ctas, processors) * bytes / rate + d.bytes() * 2 / 40000 + stage_columns / 256;
+    const int64_t rate = std::min<int64_t>(600, 30000 / std::min<int64_t>(d.ctas(), processors));
+    return ceil_div(d.ctas(), processors) * bytes / rate + d.bytes() * 2 / 40000 +
+           stage_columns / 256;
 }
 
 template <class P>

@@ -11,12 +11,14 @@
 // Sums in fp32 in an order fixed by the shapes and the number of SMs; each result is rounded once.
 // u is rounded before it enters d_lora_A and dx.
 //
-// One launch for dy and one for x: products over rectangles, at most one per SM, with partial sums
+// A pass over dy, then one over x: products over rectangles, at most one per SM, with partial sums
 // into the workspace (lora_grads_tile.cuh), and after a grid barrier a sum over the parts in order
-// (lora_grads_finish.cuh). With more rectangles than SMs the sums are a launch of their own.
-// d_lora_scaling needs no u: it is scaling * sum_n lora_B[n, j] (dy^T z)[n, j]. Where the workspace
-// would exceed its limit the tokens are cut into passes, which add to the sums of features before
-// them.
+// (lora_grads_finish.cuh). Where the workspace would exceed its limit the tokens are cut into
+// several passes over each, which add to the sums of features before them.
+// One launch for both, if there is one pass over each, neither has more rectangles than SMs, and
+// d_lora_scaling is not wanted. Else each pass is a launch, and with more rectangles than SMs the
+// sums over the parts are another. d_lora_scaling needs no u: it is scaling * sum_n lora_B[n, j]
+// (dy^T z)[n, j], whose terms are summed up by a last launch after the passes over dy.
 //
 // Bound by one read of dy and one of x; partial sums, which mostly stay in L2, are 5 to 20 % of it
 // at rank 16. Below about 1000 tokens bound by latency. Callers have checked serves_lora_grads.
@@ -31,141 +33,207 @@
 namespace lowbit::cuda {
 namespace {
 
+// ---- passes -------------------------------------------------------------------------------------
+
+// Pass `number` over an activation [M, C], without what it reads and makes.
+GradPass new_pass(const LoraGradsArgs& a, int64_t C, const Division& d, int number) {
+    const int64_t first = number * d.pass_tokens, end = std::min(a.M, first + d.pass_tokens);
+    GradPass pass{};
+    GradParams& g = pass.params;
+    g.C = static_cast<int>(C);
+    g.first_token = static_cast<int>(first), g.end_token = static_cast<int>(end);
+    g.cta_columns = static_cast<int>(d.cta_columns);
+    g.cta_tokens = static_cast<int>(d.cta_tokens);
+    g.column_parts = static_cast<int>(d.column_parts);
+    FinishParams& f = pass.finish;
+    f.columns = lora_columns(a.r), f.r = a.r;
+    f.tokens = end - first, f.first_token = first, f.end_token = end;
+    f.parts = static_cast<int>(ceil_div(f.tokens, d.cta_tokens));
+    f.C = C;
+    f.first_pass = number == 0, f.last_pass = number == d.passes - 1;
+    pass.ctas = g.column_parts * f.parts;
+    g.finishes = pass.ctas <= sm_count();
+    return pass;
+}
+
+bool wants_sums(const LoraGradsArgs& a) {
+    return a.z != nullptr && (a.d_lora_B != nullptr || a.d_lora_scaling != nullptr);
+}
+
+bool wants_scaling(const LoraGradsArgs& a) {
+    return a.z != nullptr && a.d_lora_scaling != nullptr;
+}
+
+// Factors that must be copied have been.
+template <class P>
+cudaError_t make_dy_pass(GradPass& pass, const LoraGradsArgs& a, const Division& d, int number) {
+    constexpr int kRank = P::kRank;
+    const Copies copies = copies_of(a);
+    const Workspace space = lay_out(d, a, a.N, copies);
+    float* base = static_cast<float*>(a.workspace);
+    pass = new_pass(a, a.N, d, number);
+    GradParams& g = pass.params;
+    g.wants_projection = a.u != nullptr;
+    g.wants_sums = wants_sums(a);
+    g.wants_column_sums = a.d_bias != nullptr;
+    g.projection = base + space.projection;
+    g.sums = base + space.sums;
+    g.column_sums = base + space.column_sums;
+    FinishParams& f = pass.finish;
+    f.lora_scaling = a.lora_scaling, f.scaling = a.scaling;
+    if (g.wants_projection) {
+        f.projection = g.projection;
+        f.projection_parts = g.column_parts;
+        f.projection_units = finish_units(f.tokens * kRank);
+    }
+    f.sums = g.wants_sums ? g.sums : nullptr;
+    f.running_sums = base + space.running_sums;
+    f.scales_sums = true;
+    f.stride_c = a.r, f.stride_j = 1;
+    f.column_sums = g.wants_column_sums ? g.column_sums : nullptr;
+    f.running_column_sums = base + space.running_column_sums;
+    f.scaling_parts = wants_scaling(a) ? base + space.scaling_parts : nullptr;
+    f.lora_B = a.lora_B;
+    f.lora_B_is_float = a.lora_B_dtype == Dtype::kFloat32;
+    f.u = a.u;
+    f.out = a.d_lora_B, f.out_is_float = a.lora_B_dtype == Dtype::kFloat32;
+    f.d_bias = a.d_bias;
+    const bool has_features = g.wants_sums || g.wants_column_sums;
+    f.units = f.projection_units + (has_features ? finish_units(f.C * kRank) : 0);
+
+    const CUtensorMapDataType type = tensor_map_type(a.dtype);
+    GradMaps& maps = pass.maps;
+    cudaError_t error = make_tensor_map(maps.g, type, a.dy, a.M, a.N, {kStageTokens, kBoxColumns});
+    if (error == cudaSuccess && g.wants_sums)
+        error = make_tensor_map(
+            maps.t, type, copies.z ? base + space.z : a.z, a.M, copies.z ? kRank : a.r,
+            {kStageTokens, kRank});
+    if (error == cudaSuccess && g.wants_projection)
+        error = make_tensor_map(
+            maps.f, type, copies.lora_B ? base + space.lora_B : a.lora_B, a.N,
+            copies.lora_B ? kRank : a.r, {P::kColumns, kRank});
+    return error;
+}
+
+template <class P>
+cudaError_t make_x_pass(GradPass& pass, const LoraGradsArgs& a, const Division& d, int number) {
+    const Workspace space = lay_out(d, a, a.K, {});
+    float* base = static_cast<float*>(a.workspace);
+    pass = new_pass(a, a.K, d, number);
+    pass.params.wants_sums = true;
+    pass.params.sums = base + space.sums;
+    FinishParams& f = pass.finish;
+    f.sums = pass.params.sums;
+    f.running_sums = base + space.running_sums;
+    f.stride_c = 1, f.stride_j = a.K;
+    f.out = a.d_lora_A, f.out_is_float = a.lora_A_dtype == Dtype::kFloat32;
+    f.units = finish_units(f.C * P::kRank);
+    const CUtensorMapDataType type = tensor_map_type(a.dtype);
+    const cudaError_t error =
+        make_tensor_map(pass.maps.g, type, a.x, a.M, a.K, {kStageTokens, kBoxColumns});
+    return error != cudaSuccess
+               ? error
+               : make_tensor_map(pass.maps.t, type, a.u, a.M, P::kRank, {kStageTokens, P::kRank});
+}
+
 // ---- launch -------------------------------------------------------------------------------------
 
-// One pass over the tokens of g: the product, and what is made of its sums.
 template <typename T, class P>
-cudaError_t launch_pass(
-    const GradMaps& maps, GradParams g, FinishParams f, const Division& d, cudaStream_t stream) {
+cudaError_t launch_pass(const GradPass& pass, cudaStream_t stream) {
     constexpr auto kKernel = lora_grads_kernel<T, P>;
     cudaError_t error = allow_shared_memory<kKernel>(P::kSmemBytes);
     if (error != cudaSuccess)
         return error;
-    const bool has_features = f.sums != nullptr || f.column_sums != nullptr;
-    f.units = f.projection_units + (has_features ? finish_units(f.C * f.columns) : 0);
-    const dim3 grid(
-        static_cast<unsigned>(d.column_parts),
-        static_cast<unsigned>(ceil_div(f.tokens, d.cta_tokens)));
-    g.finishes = grid.x * grid.y <= static_cast<unsigned>(sm_count());
-    LaunchConfig config(grid, kGradThreads, P::kSmemBytes, stream);
-    if (g.finishes)
+    LaunchConfig config(pass.ctas, kGradThreads, P::kSmemBytes, stream);
+    if (pass.params.finishes)
         config.cooperative();
-    error = cudaLaunchKernelEx(config.get(), kKernel, maps, g, f);
-    if (error != cudaSuccess || g.finishes)
+    error = cudaLaunchKernelEx(config.get(), kKernel, pass);
+    if (error != cudaSuccess || pass.params.finishes)
         return error;
-    LaunchConfig finish(static_cast<unsigned>(f.units), kFinishThreads, 0, stream);
-    return cudaLaunchKernelEx(finish.get(), finish_kernel<T>, f);
+    LaunchConfig finish(pass.finish.units, kFinishThreads, 0, stream);
+    return cudaLaunchKernelEx(finish.get(), finish_kernel<T>, pass.finish);
 }
 
-template <typename T, int kRank>
-cudaError_t launch_dy(const LoraGradsArgs& a, cudaStream_t stream) {
-    using P = GradPlan<kRank, true>;
-    const Copies copies = copies_of(a);
-    const Division d = divide<P>(a, a.N, a.u != nullptr, copies, sm_count());
-    const Workspace space = lay_out(d, a, a.N, copies);
-    float* base = static_cast<float*>(a.workspace);
-    const bool wants_sums =
-        a.z != nullptr && (a.d_lora_B != nullptr || a.d_lora_scaling != nullptr);
-
-    void *z = base + space.z, *lora_B = base + space.lora_B;
+template <typename T, class P>
+cudaError_t launch_passes(const LoraGradsArgs& a, const Division& d, cudaStream_t stream) {
     cudaError_t error = cudaSuccess;
-    if (copies.z || copies.lora_B)
-        error = copy_factors<T>(
-            {a.z, false, copies.z ? a.M : 0, a.r, kRank, z},
-            {a.lora_B, a.lora_B_dtype != a.dtype, copies.lora_B ? a.N : 0, a.r, kRank, lora_B},
-            stream);
-    const CUtensorMapDataType type = tensor_map_type(a.dtype);
-    GradMaps maps{};
-    if (error == cudaSuccess)
-        error = make_tensor_map(maps.g, type, a.dy, a.M, a.N, {kStageTokens, kBoxColumns});
-    if (error == cudaSuccess && wants_sums)
-        error = make_tensor_map(
-            maps.t, type, copies.z ? z : a.z, a.M, copies.z ? kRank : a.r, {kStageTokens, kRank});
-    if (error == cudaSuccess && a.u != nullptr)
-        error = make_tensor_map(
-            maps.f, type, copies.lora_B ? lora_B : a.lora_B, a.N, copies.lora_B ? kRank : a.r,
-            {P::kColumns, kRank});
-
-    for (int pass = 0; pass < d.passes && error == cudaSuccess; pass++) {
-        const int64_t first = pass * d.pass_tokens, end = std::min(a.M, first + d.pass_tokens);
-        GradParams g{};
-        g.C = static_cast<int>(a.N);
-        g.first_token = static_cast<int>(first), g.end_token = static_cast<int>(end);
-        g.cta_columns = static_cast<int>(d.cta_columns);
-        g.cta_tokens = static_cast<int>(d.cta_tokens);
-        g.wants_projection = a.u != nullptr;
-        g.wants_sums = wants_sums;
-        g.wants_column_sums = a.d_bias != nullptr;
-        g.projection = base + space.projection;
-        g.sums = base + space.sums;
-        g.column_sums = base + space.column_sums;
-        FinishParams f{};
-        f.columns = kRank, f.r = a.r;
-        f.lora_scaling = a.lora_scaling, f.scaling = a.scaling;
-        f.tokens = end - first, f.first_token = first, f.end_token = end;
-        if (a.u != nullptr) {
-            f.projection = g.projection;
-            f.projection_parts = static_cast<int>(d.column_parts);
-            f.projection_units = finish_units(f.tokens * kRank);
-        }
-        f.sums = wants_sums ? g.sums : nullptr;
-        f.parts = static_cast<int>(ceil_div(f.tokens, d.cta_tokens));
-        f.C = a.N;
-        f.running_sums = base + space.running_sums;
-        f.first_pass = pass == 0, f.last_pass = pass == d.passes - 1;
-        f.scales_sums = true;
-        f.stride_c = a.r, f.stride_j = 1;
-        f.column_sums = a.d_bias != nullptr ? g.column_sums : nullptr;
-        f.running_column_sums = base + space.running_column_sums;
-        f.scaling_parts = wants_sums && a.d_lora_scaling ? base + space.scaling_parts : nullptr;
-        f.lora_B = a.lora_B;
-        f.lora_B_is_float = a.lora_B_dtype == Dtype::kFloat32;
-        f.u = a.u;
-        f.out = a.d_lora_B, f.out_is_float = a.lora_B_dtype == Dtype::kFloat32;
-        f.d_bias = a.d_bias;
-        error = launch_pass<T, P>(maps, g, f, d, stream);
+    for (int number = 0; number < d.passes && error == cudaSuccess; number++) {
+        GradPass pass;
+        if constexpr (P::kProjects)
+            error = make_dy_pass<P>(pass, a, d, number);
+        else
+            error = make_x_pass<P>(pass, a, d, number);
+        if (error == cudaSuccess)
+            error = launch_pass<T, P>(pass, stream);
     }
-    if (error != cudaSuccess || !wants_sums || a.d_lora_scaling == nullptr)
-        return error;
+    return error;
+}
+
+template <int kRank>
+cudaError_t launch_scaling(const LoraGradsArgs& a, const Workspace& space, cudaStream_t stream) {
+    const float* parts = static_cast<const float*>(a.workspace) + space.scaling_parts;
     LaunchConfig config(1, kFinishThreads, 0, stream);
     return cudaLaunchKernelEx(
-        config.get(), finish_scaling_kernel, static_cast<const float*>(base + space.scaling_parts),
-        finish_units(a.N * kRank), kRank, a.r, a.scaling, a.d_lora_scaling);
+        config.get(), finish_scaling_kernel, parts, finish_units(a.N * kRank), kRank, a.r,
+        a.scaling, a.d_lora_scaling);
+}
+
+// Whether there is one pass, whose CTAs are all resident.
+bool is_one_wave(const Division& d) {
+    return d.passes == 1 && d.ctas() <= sm_count();
+}
+
+// One such pass over each.
+template <typename T, class Dy, class X>
+cudaError_t launch_both(
+    const LoraGradsArgs& a, const Division& of_dy, const Division& of_x, cudaStream_t stream) {
+    constexpr auto kKernel = lora_grads_both_kernel<T, Dy, X>;
+    GradPass dy, x;
+    cudaError_t error = make_dy_pass<Dy>(dy, a, of_dy, 0);
+    if (error == cudaSuccess)
+        error = make_x_pass<X>(x, a, of_x, 0);
+    if (error == cudaSuccess)
+        error = allow_shared_memory<kKernel>(Dy::kSmemBytes);
+    if (error != cudaSuccess)
+        return error;
+    LaunchConfig config(std::max(dy.ctas, x.ctas), kGradThreads, Dy::kSmemBytes, stream);
+    config.cooperative();
+    return cudaLaunchKernelEx(config.get(), kKernel, dy, x);
 }
 
 template <typename T, int kRank>
 cudaError_t launch_x(const LoraGradsArgs& a, cudaStream_t stream) {
-    using P = GradPlan<kRank, false>;
-    const Division d = divide<P>(a, a.K, false, {}, sm_count());
-    const Workspace space = lay_out(d, a, a.K, {});
-    float* base = static_cast<float*>(a.workspace);
-    const CUtensorMapDataType type = tensor_map_type(a.dtype);
-    GradMaps maps{};
-    cudaError_t error = make_tensor_map(maps.g, type, a.x, a.M, a.K, {kStageTokens, kBoxColumns});
-    if (error == cudaSuccess)
-        error = make_tensor_map(maps.t, type, a.u, a.M, kRank, {kStageTokens, kRank});
-    for (int pass = 0; pass < d.passes && error == cudaSuccess; pass++) {
-        const int64_t first = pass * d.pass_tokens, end = std::min(a.M, first + d.pass_tokens);
-        GradParams g{};
-        g.C = static_cast<int>(a.K);
-        g.first_token = static_cast<int>(first), g.end_token = static_cast<int>(end);
-        g.cta_columns = static_cast<int>(d.cta_columns);
-        g.cta_tokens = static_cast<int>(d.cta_tokens);
-        g.wants_sums = true;
-        g.sums = base + space.sums;
-        FinishParams f{};
-        f.columns = kRank, f.r = a.r;
-        f.tokens = end - first;
-        f.sums = g.sums;
-        f.parts = static_cast<int>(ceil_div(f.tokens, d.cta_tokens));
-        f.C = a.K;
-        f.running_sums = base + space.running_sums;
-        f.first_pass = pass == 0, f.last_pass = pass == d.passes - 1;
-        f.stride_c = 1, f.stride_j = a.K;
-        f.out = a.d_lora_A, f.out_is_float = a.lora_A_dtype == Dtype::kFloat32;
-        error = launch_pass<T, P>(maps, g, f, d, stream);
+    using X = GradPlan<kRank, false>;
+    return launch_passes<T, X>(a, divide<X>(a, a.K, false, {}, sm_count()), stream);
+}
+
+template <typename T, int kRank>
+cudaError_t launch(const LoraGradsArgs& a, cudaStream_t stream) {
+    using Dy = GradPlan<kRank, true>;
+    using X = GradPlan<kRank, false>;
+    const Copies copies = copies_of(a);
+    const Division of_dy = divide<Dy>(a, a.N, a.u != nullptr, copies, sm_count());
+    const Workspace space = lay_out(of_dy, a, a.N, copies);
+    cudaError_t error = cudaSuccess;
+    if (copies.z || copies.lora_B) {
+        float* base = static_cast<float*>(a.workspace);
+        error = copy_factors<T>(
+            {a.z, false, copies.z ? a.M : 0, a.r, kRank, base + space.z},
+            {a.lora_B, a.lora_B_dtype != a.dtype, copies.lora_B ? a.N : 0, a.r, kRank,
+             base + space.lora_B},
+            stream);
     }
-    return error;
+    const bool makes_A = a.d_lora_A != nullptr && a.K > 0;
+    if (error == cudaSuccess && makes_A && !wants_scaling(a)) {
+        const Division of_x = divide<X>(a, a.K, false, {}, sm_count());
+        if (is_one_wave(of_dy) && is_one_wave(of_x))
+            return launch_both<T, Dy, X>(a, of_dy, of_x, stream);
+    }
+    if (error == cudaSuccess)
+        error = launch_passes<T, Dy>(a, of_dy, stream);
+    if (error == cudaSuccess && wants_scaling(a))
+        error = launch_scaling<kRank>(a, space, stream);
+    return error == cudaSuccess && makes_A ? launch_x<T, kRank>(a, stream) : error;
 }
 
 template <int kRank>
@@ -217,10 +285,10 @@ size_t lora_grads_workspace_bytes(const LoraGradsArgs& a) {
                        : FUNCTION<__half, 64>(args, stream);                                       \
     }
 
-cudaError_t launch_lora_grads_dy(const LoraGradsArgs& args, cudaStream_t stream) {
+cudaError_t launch_lora_grads(const LoraGradsArgs& args, cudaStream_t stream) {
     if (args.M == 0 || args.N == 0)
         return cudaSuccess;
-    LOWBIT_LAUNCH(launch_dy)
+    LOWBIT_LAUNCH(launch)
 }
 
 cudaError_t launch_lora_grads_x(const LoraGradsArgs& args, cudaStream_t stream) {

@@ -1,4 +1,5 @@
-// The product kernel of lora_grads_sm90.cu: one pass over an activation [M, C], which is dy or x.
+// The product kernels of lora_grads_sm90.cu: a pass over an activation [M, C], which is dy or x, or
+// one over each.
 //
 //     sums[c, j] = sum_m g[m, c] t[m, j]           over the CTA's tokens
 //     projection[m, j] = sum_c g[m, c] f[c, j]     over the CTA's columns (dy only)
@@ -62,6 +63,7 @@ struct GradParams {
     int C;
     int first_token, end_token;  // of the pass
     int cta_columns, cta_tokens;
+    int column_parts;
     bool wants_projection, wants_sums, wants_column_sums;
     bool finishes;       // all CTAs are resident
     float* projection;   // [column parts, tokens of the pass, kRank]
@@ -69,21 +71,24 @@ struct GradParams {
     float* column_sums;  // [token parts, C]
 };
 
-// The rectangle of a CTA.
+// The rectangle of a CTA; where there are more CTAs than parts, the last have no chunks.
 struct Part {
+    int column_part, token_part;
     int column0, chunks;
     int token0, blocks;
 };
 
 template <class P>
 __device__ __forceinline__ Part own_part(const GradParams& p) {
-    const int column0 = blockIdx.x * p.cta_columns;
-    const int token0 = p.first_token + blockIdx.y * p.cta_tokens;
-    const int columns = min(p.cta_columns, p.C - column0);
-    const int tokens = min(p.cta_tokens, p.end_token - token0);
-    return {
-        column0, (columns + P::kColumns - 1) / P::kColumns, token0,
-        (tokens + kStageTokens - 1) / kStageTokens};
+    const int token_part = blockIdx.x / p.column_parts;
+    const int column_part = blockIdx.x - token_part * p.column_parts;
+    const int column0 = column_part * p.cta_columns;
+    const int token0 = p.first_token + token_part * p.cta_tokens;
+    const int tokens = max(0, min(p.cta_tokens, p.end_token - token0));
+    const int columns = tokens > 0 ? min(p.cta_columns, p.C - column0) : 0;
+    return {column_part, token_part,
+            column0,     (columns + P::kColumns - 1) / P::kColumns,
+            token0,      (tokens + kStageTokens - 1) / kStageTokens};
 }
 
 struct Ring {
@@ -157,7 +162,7 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
     const int lane = threadIdx.x % kWarpSize;
     const Part part = own_part<P>(p);
     const int64_t pass_tokens = p.end_token - p.first_token;
-    float* out = p.projection + blockIdx.x * pass_tokens * P::kRank;
+    float* out = p.projection + part.column_part * pass_tokens * P::kRank;
     Ring ring;
     for (int chunk = 0; chunk < part.chunks; chunk++) {
         const int buffer = chunk % 2;
@@ -231,8 +236,8 @@ template <typename T, class P>
 __device__ __forceinline__ void add_tokens(const GradParams& p, uint32_t smem, int warp) {
     const int lane = threadIdx.x % kWarpSize;
     const Part part = own_part<P>(p);
-    float* out = p.sums + static_cast<int64_t>(blockIdx.y) * p.C * P::kRank;
-    float* out_columns = p.column_sums + static_cast<int64_t>(blockIdx.y) * p.C;
+    float* out = p.sums + static_cast<int64_t>(part.token_part) * p.C * P::kRank;
+    float* out_columns = p.column_sums + static_cast<int64_t>(part.token_part) * p.C;
     const int own_column = warp * P::kTiles * 16;
     Ring ring;
     for (int chunk = 0; chunk < part.chunks; chunk++) {
@@ -295,12 +300,18 @@ __device__ __forceinline__ void add_tokens(const GradParams& p, uint32_t smem, i
     }
 }
 
+struct GradPass {
+    GradMaps maps;
+    GradParams params;
+    FinishParams finish;
+    int ctas;
+};
+
 template <typename T, class P>
-__global__ void __launch_bounds__(kGradThreads, 1) lora_grads_kernel(
-    const __grid_constant__ GradMaps maps,
-    const GradParams p,
-    const __grid_constant__ FinishParams f) {
-    extern __shared__ uint8_t smem_raw[];
+__device__ __forceinline__ void run_pass(const GradPass& pass, uint8_t* smem_raw) {
+    const GradMaps& maps = pass.maps;
+    const GradParams& p = pass.params;
+    const FinishParams& f = pass.finish;
     const uint32_t raw = shared_address(smem_raw);
     const uint32_t smem = (raw + 1023) / 1024 * 1024;
     const int warp = threadIdx.x / kWarpSize;
@@ -334,9 +345,33 @@ __global__ void __launch_bounds__(kGradThreads, 1) lora_grads_kernel(
     if (threadIdx.x >= kFinishThreads)
         return;
     float4* smem_products = reinterpret_cast<float4*>(smem_raw);  // stages nobody needs any more
-    const int ctas = gridDim.x * gridDim.y;
-    for (int unit = blockIdx.y * gridDim.x + blockIdx.x; unit < f.units; unit += ctas)
+    for (int unit = blockIdx.x; unit < f.units; unit += gridDim.x)
         finish_unit<T>(f, unit, smem_products);
+}
+
+template <typename T, class P>
+__global__ void __launch_bounds__(kGradThreads, 1)
+    lora_grads_kernel(const __grid_constant__ GradPass pass) {
+    extern __shared__ uint8_t smem[];
+    run_pass<T, P>(pass, smem);
+}
+
+// Both passes by the same CTAs, as many as the greater of the two has. What waits for other kernels
+// does so once; the second time it is over at once.
+template <typename T, class PassOverDy, class PassOverX>
+__global__ void __launch_bounds__(kGradThreads, 1) lora_grads_both_kernel(
+    const __grid_constant__ GradPass dy, const __grid_constant__ GradPass x) {
+    static_assert(PassOverX::kSmemBytes <= PassOverDy::kSmemBytes);
+    // Its barriers lie where there have been none.
+    static_assert(PassOverX::kProjection <= PassOverDy::kFull);
+    extern __shared__ uint8_t smem[];
+    run_pass<T, PassOverDy>(dy, smem);
+    // TMA reads u, which this kernel has written, and writes where its threads have read.
+    fence_async_proxy();
+    fence_async_proxy_global();
+    cooperative_groups::this_grid().sync();
+    fence_async_proxy_global();
+    run_pass<T, PassOverX>(x, smem);
 }
 
 }  // namespace

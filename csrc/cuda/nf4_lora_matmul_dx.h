@@ -17,20 +17,22 @@ struct LoraDxArgs {
     Dtype lora_A_dtype;  // dtype or kFloat32, then rounded
     void* dx;            // [M, K]
     bool adds;           // to what is in dx, in its own dtype
+    // launch_lora_grads is in front in the stream: it makes u and has waited for all else in here.
+    bool follows_grads;
     int64_t M;
     int r;
     void* workspace;  // nf4_lora_matmul_dx_workspace_bytes, uninitialized
 };
 
-// 16-bit dtype, flat weight, a workspace of at most 32 MiB, K % 64 == 0, N % 8 == 0, blocksize 64
-// to 4096, r <= 64, 16-byte aligned pointers. Dropout stays outside: with it, r = 0 here and the
-// caller adds the masked low-rank term.
+// 16-bit dtype, flat weight, K % 64 == 0, K <= 2^18 (a workspace of at most 32 MiB), N % 8 == 0, N
+// <= 2^20, blocksize 64 to 4096, r <= 64, M <= 2^19, 16-byte aligned pointers. Dropout stays
+// outside: with it, r = 0 here and the caller adds the masked low-rank term.
 bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
 
-// 4 bytes per 64 elements of W, and 2 per element of an fp32 lora_A.
+// 2 bytes per element of an fp32 lora_A.
 size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& args);
 
-// Two or three kernels, one after the other in the stream, as programmatic dependent launches.
+// One to three kernels, one after the other in the stream, as programmatic dependent launches.
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& args, cudaStream_t stream);
 
 }  // namespace lowbit::cuda

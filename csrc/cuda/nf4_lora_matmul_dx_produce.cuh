@@ -3,7 +3,7 @@
 //
 // A warp decodes 32 rows of one block column in one step, a lane one block of 64 codes; warps that
 // share them take steps in turn. Packed weights and scales come in groups of two turns, the former
-// into two buffers, the latter into registers a group ahead.
+// into two buffers, the latter into registers, as they are stored, a group ahead.
 #pragma once
 
 #include "block_decode.cuh"
@@ -43,9 +43,33 @@ struct PackedLoader {
     }
 };
 
-__device__ __forceinline__ float load_scale(const Params& p, int block, int row) {
-    const auto at = static_cast<uint32_t>(block) * p.scale_pitch + min(row, p.scale_pitch - 1);
-    return p.scales[at];
+// What a scale is made of: two loads that do not wait for each other.
+struct StoredScale {
+    float value;    // absmax, or nested_absmax
+    uint32_t code;  // of the nested codebook
+};
+
+// Of rows from N on, 0: they have codes of TMA's zeros, and dy has zeros for them.
+__device__ __forceinline__ StoredScale load_scale(const Params& p, int block, int row) {
+    StoredScale s{};
+    if (row < static_cast<int>(p.w.N)) {
+        const uint32_t own = static_cast<uint32_t>(row) * p.blocks + block;  // below 2^32
+        const uint32_t number = own >> (p.w.blocksize_log2 - 6);
+        s.value = __ldg(p.scales + (number >> p.scale_log2));
+        if (p.w.absmax_8bit != nullptr)
+            s.code = __ldg(p.w.absmax_8bit + number);
+    }
+    return s;
+}
+
+// The scale as block_scale gives it, with the nested codebook in shared memory.
+template <class P>
+__device__ __forceinline__ float scale_of(const Params& p, const StoredScale& s, uint32_t smem) {
+    if (p.w.absmax_8bit == nullptr)
+        return s.value;
+    const uint32_t value = load_shared_at<P::kNestedCodebook>(smem + s.code * 4);
+    const uint32_t offset = load_shared_at<P::kNestedOffset>(smem);
+    return __fadd_rn(__fmul_rn(__uint_as_float(value), s.value), __uint_as_float(offset));
 }
 
 // The tokens of a tile from dy or u, for this CTA alone.
@@ -76,9 +100,20 @@ load_dy(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t f
 
 // The low-rank term as one step: u against lora_A, whose rows are lines as they are. Every CTA has
 // its own. Or, where the peer has one step of a split N more, a step that nobody multiplies.
+//
+// Waiting here for the kernel that makes u keeps nobody from an SM: this one could not begin before
+// every CTA in front was running, or had ended (let_next_kernel_start). What is awaited is that
+// they end; there is no flag that an earlier call could have left.
 template <class P>
-__device__ __forceinline__ void
-load_last_step(const Maps& maps, const Tile& tile, bool low_rank, uint32_t stage, uint32_t full) {
+__device__ __forceinline__ void load_last_step(
+    const Maps& maps,
+    const Params& p,
+    const Tile& tile,
+    bool low_rank,
+    uint32_t stage,
+    uint32_t full) {
+    if (low_rank && p.waits_for_u)
+        wait_for_previous_kernel();
     barrier_arrive_expect(full, P::kDyBytes + (low_rank ? P::kWBytes : 0));
     load_tokens<P>(stage, low_rank ? maps.u : maps.dy, 0, tile.token0, full);
     if (low_rank) {
@@ -119,7 +154,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint3
     int step = warp / P::kUnits;
     Position<P> at{step, 1};
     Tile tile = tile_at<P>(p, 0);
-    float scale[2] = {load(tile, step), load(tile, step + P::kStride)};
+    StoredScale stored[2] = {load(tile, step), load(tile, step + P::kStride)};
 
     for (int index = 0; index < tiles; index++) {
         const Tile next = tile_at<P>(p, min(index + 1, tiles - 1));
@@ -139,15 +174,16 @@ __device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint3
             __syncwarp();
             if (lane == 0)
                 barrier_arrive(packed_empty);
-            const float second_scale = scale[1];
-            ScaledTable<true> table = table_of<T>(smem + P::kCodebook, scale[0]);
+            const float scale = scale_of<P>(p, stored[0], smem);
+            const float second_scale = scale_of<P>(p, stored[1], smem);
+            ScaledTable<true> table = table_of<T>(smem + P::kCodebook, scale);
             if (group + P::kGroupSteps < tile.weight_steps) {
-                scale[0] = load(tile, step + 2 * P::kStride);
-                scale[1] = load(tile, step + 3 * P::kStride);
+                stored[0] = load(tile, step + 2 * P::kStride);
+                stored[1] = load(tile, step + 3 * P::kStride);
             } else {  // at what step this warp begins the next tile
                 const int first = (step ^ tile.steps) & (P::kStride - 1);
-                scale[0] = load(next, first);
-                scale[1] = load(next, first + P::kStride);
+                stored[0] = load(next, first);
+                stored[1] = load(next, first + P::kStride);
             }
 #pragma unroll
             for (int turn = 0; turn < 2; turn++) {
@@ -186,8 +222,8 @@ __device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint3
             barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
             if (loads_dy)
                 load_last_step<P>(
-                    maps, tile, p.r > 0 && step == tile.steps - 1, smem + at.slot * P::kStageBytes,
-                    full);
+                    maps, p, tile, p.r > 0 && step == tile.steps - 1,
+                    smem + at.slot * P::kStageBytes, full);
             __syncwarp();
             if (lane == 0)
                 barrier_arrive(full);

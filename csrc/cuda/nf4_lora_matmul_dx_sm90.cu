@@ -12,9 +12,9 @@
 // wgmma) x 256 or 128 tokens in steps of 64 rows of W, through a ring of stages in shared memory. A
 // decoded block of 64 codes is a line of 128 bytes as there, but here the line runs along the
 // output and wgmma reads it transposed. Scales vary along the contraction, so they enter with the
-// decoding, and a lane needs another one each step, K / 64 blocks further on: a short kernel before
-// the product decodes and transposes them. Two consumer warpgroups own a block column each. The
-// low-rank term is one step more, lora_A as it is. Clusters are pairs of CTAs in one of two shapes:
+// decoding, and a lane needs another one each step, K / 64 blocks further on. Two consumer
+// warpgroups own a block column each. The low-rank term is one step more, lora_A as it is. Clusters
+// are pairs of CTAs in one of two shapes:
 //   shared dy  two column tiles, one token tile: each loads half of dy for both
 //   shared W   one column tile, two token tiles: each decodes half of W for both and copies it over
 // Grids are persistent. When the last tiles would leave half of the pairs idle, a pair with shared
@@ -38,45 +38,6 @@
 namespace lowbit::cuda {
 namespace {
 
-// ---- what the product reads ---------------------------------------------------------------------
-
-constexpr int kScaleTile = 32;
-constexpr int kPrepareThreads = 256;
-
-// scales[b, n] = absmax of block b of row n, as fp32; 0 for rows from N to pitch. A tile of 32 x 32
-// per CTA, turned in shared memory. CTAs with y from scale_tiles on round lora_A.
-template <typename T, bool kNested>
-__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(
-    const WeightView w,
-    const int blocks,  // K / 64
-    const int pitch,   // N rounded up to 64
-    float* scales,     // [blocks, pitch]
-    const int scale_tiles,
-    const __grid_constant__ FactorCopy lora_A) {
-    __shared__ float tile[kScaleTile][kScaleTile + 1];
-    const int x = threadIdx.x % kScaleTile, y = threadIdx.x / kScaleTile;
-    const int block0 = blockIdx.x * kScaleTile, row0 = blockIdx.y * kScaleTile;
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    if (blockIdx.y >= scale_tiles) {
-        const int64_t cta = (blockIdx.y - scale_tiles) * int64_t{gridDim.x} + blockIdx.x;
-        copy_element<T>(lora_A, cta * kPrepareThreads + threadIdx.x);
-        return;
-    }
-#pragma unroll
-    for (int i = y; i < kScaleTile; i += kPrepareThreads / kScaleTile) {
-        const int64_t own = (row0 + i) * static_cast<int64_t>(blocks) + block0 + x;
-        const bool inside = row0 + i < w.N && block0 + x < blocks;
-        tile[i][x] = inside ? block_scale<kNested>(w, own >> (w.blocksize_log2 - 6)) : 0.0f;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = y; i < kScaleTile; i += kPrepareThreads / kScaleTile) {
-        if (block0 + i < blocks)  // pitch is a multiple of the tile
-            scales[static_cast<int64_t>(block0 + i) * pitch + row0 + x] = tile[x][i];
-    }
-}
-
 // ---- product ------------------------------------------------------------------------------------
 
 // 384 threads with 168 registers (256 tokens) or 512 with 128.
@@ -98,16 +59,20 @@ __global__ void __launch_bounds__(P::kThreads, 1)
         }
         barrier_init_fence();
     }
-    // The first product of a call waits for all that it reads. Then a second one, which reads the
-    // same, fills the SMs that it leaves idle. A kernel that must wait would only keep its CTAs
-    // waiting on those few SMs.
-    if (p.is_first)
+    // The first product of a call waits for all that it reads, or for u alone when it comes to it
+    // (load_last_step). Then a second one, which reads the same, fills the SMs that it leaves idle.
+    // A kernel that must wait would only keep its CTAs waiting on those few SMs.
+    if (p.is_first && !p.waits_for_u)
         wait_for_previous_kernel();
     if (!p.is_last)
         let_next_kernel_start();
-    float* codebook = reinterpret_cast<float*>(smem_generic + P::kCodebook);
+    const auto floats = [&](int at) { return reinterpret_cast<float*>(smem_generic + at); };
     if (threadIdx.x < 16)
-        codebook[threadIdx.x] = __ldg(p.w.codebook + threadIdx.x);
+        floats(P::kCodebook)[threadIdx.x] = __ldg(p.w.codebook + threadIdx.x);
+    if (p.w.absmax_8bit != nullptr && threadIdx.x < 256)
+        floats(P::kNestedCodebook)[threadIdx.x] = __ldg(p.w.nested_codebook + threadIdx.x);
+    if (p.w.absmax_8bit != nullptr && threadIdx.x == 0)
+        *floats(P::kNestedOffset) = __ldg(p.w.nested_offset);
     __syncthreads();
     cluster_sync_unaligned();
     constexpr bool kMovesRegisters = P::kTokens == 256;
@@ -134,31 +99,13 @@ __global__ void __launch_bounds__(P::kThreads, 1)
 
 // ---- launch -------------------------------------------------------------------------------------
 
-int scale_pitch(const WeightView& w) {
-    return static_cast<int>(ceil_div(w.N, kStepN) * kStepN);
-}
-
-size_t table_bytes(const WeightView& w) {
-    return static_cast<size_t>(w.K / 64) * scale_pitch(w) * sizeof(float);
-}
+// Up to here the product begins beside the adapter's gradients: 27 instead of 44 us for both at
+// 4096 x 4096 and 16 tokens, 39.2 and 40.0 at 256 (H200, 2026-11). An earlier overlap, of the pass
+// over dy alone, cost up to 11 % from 1024 tokens on (H100, 2026-11).
+constexpr int64_t kOverlappingTokens = 256;
 
 bool rounds_lora_A(const LoraDxArgs& a) {
     return a.r > 0 && a.lora_A_dtype != a.dtype;
-}
-
-template <typename T>
-cudaError_t prepare(const LoraDxArgs& a, void* rounded_lora_A, cudaStream_t stream) {
-    const int blocks = static_cast<int>(a.w.K / 64), pitch = scale_pitch(a.w);
-    const int scale_tiles = pitch / kScaleTile;
-    const FactorCopy copy{a.lora_A, true, rounds_lora_A(a) ? a.r : 0, a.w.K, a.w.K, rounded_lora_A};
-    const int64_t columns = ceil_div(blocks, kScaleTile);
-    const int64_t copying = ceil_div(copy.rows * copy.columns, columns * kPrepareThreads);
-    const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(scale_tiles + copying));
-    LaunchConfig config(grid, kPrepareThreads, 0, stream);
-    const auto kernel = a.w.absmax == nullptr ? prepare_kernel<T, true> : prepare_kernel<T, false>;
-    return cudaLaunchKernelEx(
-        config.get(), kernel, a.w, blocks, pitch, static_cast<float*>(a.workspace), scale_tiles,
-        copy);
 }
 
 template <class P>
@@ -207,8 +154,9 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     const int64_t rest = splits<P>(a, tiles, clusters) ? tiles % clusters : 0;
     Params p{};
     p.w = a.w;
-    p.scales = static_cast<const float*>(a.workspace);
-    p.scale_pitch = scale_pitch(a.w);
+    const bool nested = a.w.absmax == nullptr;
+    p.scales = nested ? a.w.nested_absmax : a.w.absmax;
+    p.scale_log2 = nested ? a.w.nested_blocksize_log2 : 0;
     p.blocks = static_cast<int>(a.w.K / 64);
     p.r = a.r;
     p.steps = static_cast<int>(ceil_div(a.w.N, kStepN));
@@ -220,6 +168,7 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     p.split_tiles = static_cast<int>(rest * P::kColumnTiles);
     p.is_first = columns.first == 0;
     p.is_last = columns.first + columns.count == ceil_div(a.w.K, kTileColumns);
+    p.waits_for_u = a.follows_grads && a.r > 0 && a.M <= kOverlappingTokens;
     p.adds = a.adds;
 
     constexpr auto kKernel = nf4_lora_matmul_dx_kernel<T, P>;
@@ -277,31 +226,30 @@ cudaError_t launch_products(const LoraDxArgs& a, int clusters, cudaStream_t stre
 
 template <typename T>
 cudaError_t launch(LoraDxArgs a, cudaStream_t stream) {
-    void* rounded = static_cast<uint8_t*>(a.workspace) + table_bytes(a.w);
-    const cudaError_t error = prepare<T>(a, rounded, stream);
-    if (error != cudaSuccess)
-        return error;
-    if (rounds_lora_A(a))
-        a.lora_A = rounded;
+    if (rounds_lora_A(a)) {
+        const FactorCopy copy{a.lora_A, true, a.r, a.w.K, a.w.K, a.workspace};
+        const cudaError_t error = copy_factors<T>(copy, {}, stream);
+        if (error != cudaSuccess)
+            return error;
+        a.lora_A = a.workspace;
+    }
     return launch_products<T>(a, sm_count() / kCluster, stream);  // SMs come in pairs
 }
 
 }  // namespace
 
 bool serves_nf4_lora_matmul_dx(const LoraDxArgs& a) {
-    constexpr size_t kMaxWorkspaceBytes = 32 << 20;
     const WeightView& w = a.w;
     return a.dtype != Dtype::kFloat32 &&
            (a.lora_A_dtype == a.dtype || a.lora_A_dtype == Dtype::kFloat32) && w.flat &&
-           w.K % 64 == 0 && w.N % 8 == 0 && w.blocksize_log2 >= 6 && w.blocksize_log2 <= 12 &&
-           a.r <= 64 && w.N <= (1 << 20) &&
-           nf4_lora_matmul_dx_workspace_bytes(a) <= kMaxWorkspaceBytes && a.M <= (1 << 19) &&
+           w.K % 64 == 0 && w.K <= (1 << 18) && w.N % 8 == 0 && w.N <= (1 << 20) &&
+           w.blocksize_log2 >= 6 && w.blocksize_log2 <= 12 && a.r <= 64 && a.M <= (1 << 19) &&
            is_aligned(a.dy) && is_aligned(a.u) && is_aligned(a.lora_A) && is_aligned(a.dx) &&
            is_aligned(w.qweight) && device_is_sm90();
 }
 
 size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& a) {
-    return table_bytes(a.w) + (rounds_lora_A(a) ? size_t{2} * a.r * a.w.K : 0);
+    return rounds_lora_A(a) ? size_t{2} * a.r * a.w.K : 0;
 }
 
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& a, cudaStream_t stream) {

@@ -22,7 +22,8 @@ constexpr int kSlabTokens = 4096;
 constexpr int kRingStages = 4;
 
 // Shared memory in this order: stages (dy, then W), two groups of packed weights, staged output, 16
-// codebook values, barriers. 230 560 bytes for 256 tokens, 181 408 for 128.
+// codebook values, 256 of the nested one and its offset, barriers. 231 600 bytes for 256 tokens,
+// 182 448 for 128.
 //
 // Decoded W of a stage: line 64 b + i has row i of the step, block b of the tile's two. A CTA that
 // shares W decodes 32 rows of both blocks for both CTAs.
@@ -51,7 +52,9 @@ struct Plan {
     static constexpr int kPacked = kStages * kStageBytes;
     static constexpr int kOutput = kPacked + 2 * kPackedBytes;
     static constexpr int kCodebook = kOutput + 4 * kChunkBytes;
-    static constexpr int kFull = kCodebook + 16 * 4;
+    static constexpr int kNestedCodebook = kCodebook + 16 * 4;
+    static constexpr int kNestedOffset = kNestedCodebook + 256 * 4;
+    static constexpr int kFull = kNestedOffset + 16;
     static constexpr int kEmpty = kFull + kStages * 8;
     static constexpr int kPackedFull = kEmpty + kStages * 8;
     static constexpr int kPackedEmpty = kPackedFull + 2 * 8;
@@ -67,9 +70,9 @@ struct Maps {
 
 struct Params {
     WeightView w;
-    const float* scales;  // [K / 64, scale_pitch] absmax of block b of row n at b * scale_pitch + n
-    int scale_pitch;
-    int blocks;  // K / 64
+    const float* scales;  // absmax, or nested_absmax
+    int scale_log2;       // log2 of how many blocks share one of them
+    int blocks;           // K / 64
     int r;
     int steps;  // N / 64, rounded up
     int first_column;
@@ -80,7 +83,8 @@ struct Params {
     int split_tiles;  // after them, tiles of CTAs whose N a cluster splits: at most one each
     bool is_first;    // of the products of a call
     bool is_last;
-    bool adds;  // to dx
+    bool waits_for_u;  // behind its steps of W, and for nothing else
+    bool adds;         // to dx
 };
 
 // What one CTA does in one round. `steps` is the same in the whole cluster, whose CTAs free each

@@ -107,8 +107,7 @@ Gradients lora_grads(
     // Freed on return, here and below: the allocator hands it out again on this stream only.
     const Tensor workspace = new_tensor(dy, {bytes}, ScalarType::Byte);
     a.workspace = workspace.mutable_data_ptr();
-    run_dy_pass(a, call.stream());
-    run_x_pass(a, call.stream());
+    run_grads(a, call.stream());
     return gradients;
 }
 

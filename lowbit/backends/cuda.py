@@ -4,7 +4,7 @@ Quantize and dequantize are one launch each. A forward product is one operator o
 decodes the weight inside the product and adds the low-rank term there; dispatch.py says which.
 
 The backward pass is one operator, too: a pass over dy for u = s dy B, dB and the gradients of bias
-and scaling, the product that decodes the weight again and adds u A, a pass over x for dA. Two
+and scaling, a pass over x for dA, and the product that decodes the weight again and adds u A. Two
 operators differ in that product.
 
 Callers that have checked their arguments get both without the operators: cuda_direct.py.
