@@ -41,9 +41,10 @@ _pack_backward = struct.Struct("11Qqd").pack
 
 _accepted: set[bytes] = set()  # weights, by `_packed`
 
-# As torch's compiled code allocates, on the current device and at half the cost of torch.empty.
-_empty_on_current = torch._C._dynamo.guards._empty_strided_cuda
-_current_device = getattr(torch._C, "_cuda_getDevice", None)  # not there in a torch without CUDA
+# As torch's compiled code allocates, on the current device and at half the cost of torch.empty. It
+# is no public function, so it may be gone one day; the other is not there in a torch without CUDA.
+_empty_on_current = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
 
 
 @functools.cache
@@ -84,7 +85,7 @@ def _accept(weight) -> None:
 
 def _allocator(device: int) -> Callable:
     """A function that makes an uninitialized tensor on a device, of sizes, strides and a dtype."""
-    if _current_device() == device:
+    if _empty_on_current is not None and _current_device() == device:
         return _empty_on_current
     return lambda sizes, strides, dtype: torch.empty_strided(
         sizes, strides, dtype=dtype, device=torch.device("cuda", device)
