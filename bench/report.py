@@ -156,6 +156,30 @@ def linear(
     return f"{what} ({caption}; {rates}; `{name}`):\n\n{table(head, body)}"
 
 
+def linear_options(name: str, record: dict) -> str:
+    """What options cost: the layer's time, that with each over it, and what rank 64 may take."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in record["rows"]:
+        cases.setdefault((row["N"], row["K"], row["M"]), {})[row["impl"]] = row
+    ceilings = record["ceilings"]
+    body = []
+    for (N, K, M), impls in cases.items():
+        plain, bias, fp32, large = impls.values()
+        more_flops = 2 * M * (large["r"] - plain["r"]) * (N + K)
+        allowed = (
+            plain["us"]
+            + more_flops / ceilings["matmul_tflops"] / 1e6
+            + 2 * M * K / ceilings["copy_gbps"] / 1e3
+        )
+        ratios = [f"{row['us'] / plain['us']:.3f}" for row in (bias, fp32)]
+        times = [f"{us:.1f}" for us in (large["us"], allowed)]
+        body.append([f"{N} x {K}", str(M), f"{plain['us']:.1f}", *ratios, *times])
+    head = ["us", "M", "lowbit", "with bias", "with fp32 scales", "rank 64", "its allowance"]
+    caption = machine(record["environment"], card=True)
+    what = "Options of a layer, forward; rank 64 may take its multiply-adds and a read of x"
+    return f"{what} ({caption}; `{name}`):\n\n{table(head, body)}"
+
+
 HOST_COLUMNS = {
     "forward+backward wall": "one layer, wall",
     "f+b wall, calling thread": "the same, backward in the calling thread",
@@ -351,6 +375,7 @@ def _at_commit(record: dict) -> str:
 WRITERS = {  # in the order of docs/measured.md
     "model": model,
     "linear": linear,
+    "linear_options": linear_options,
     "linear_backward": linear_backward,
     "optimizer": optimizer,
     "cuda_quantize": cuda_quantize,
