@@ -137,6 +137,23 @@ def test_several_groups_of_tokens(adds):
         assert_bitwise_equal(total, expected, "dx_sum")
 
 
+# Tiles of 1, 2, 3 and 5 steps of 64, several for each cluster, which stores a part of one among the
+# steps of the next; a quarter of the last tile's columns.
+@pytest.mark.parametrize("r", [5, 16, 64])
+@pytest.mark.parametrize("N", [56, 72, 136, 264])
+def test_tiles_of_few_steps(N, r):
+    only_dx = (True, False, False, False, False)
+    case = _case(8500, N, 2112, r)
+    _check(case, LARGE, only_dx)
+    z, start = _z(case), torch.randn_like(case.x)
+    dx = case.backward(z, only_dx, kernel=LARGE)[0]
+    for _ in range(3):
+        assert_bitwise_equal(case.backward(z, only_dx, kernel=LARGE)[0], dx, "dx")
+        total = start.clone()
+        case.backward(z, only_dx, kernel=LARGE, dx_sum=total)
+        assert_bitwise_equal(total, start + dx, "dx_sum")
+
+
 # What the large kernel makes beside dx: no gradient of the bias or of a scaling vector.
 BESIDE_DX = (True, True, True, False, False)
 BESIDE = {

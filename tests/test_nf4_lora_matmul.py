@@ -116,6 +116,28 @@ def test_ranks_against_float64(kernel, M, r):
     _Case(M, 320, 768, r, vector=r > 8).check(kernel)
 
 
+# For the large kernel: tiles of 1, 2, 3, 5, 7 and 17 steps of 64, some in one wave, others several
+# for each cluster, which stores a part of one among the steps of the next; the last panel of 256
+# rows with 16, 144 or 208 of them, the last tile of tokens full or short.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r"),
+    [
+        (4096, 144, 64, 5), (4096, 272, 192, 16), (9000, 1168, 128, 64), (5000, 2064, 192, 0),
+        (4100, 4240, 320, 5), (4097, 4112, 448, 64), (8500, 2000, 64, 16), (2600, 2576, 1088, 0),
+    ],
+)  # fmt: skip
+def test_tiles_of_few_steps(M, N, K, r, dtype):
+    case = _Case(M, N, K, r, dtype)
+    case.check("nf4_lora_matmul_large")
+    y, z = case.run("nf4_lora_matmul_large")
+    for _ in range(3):
+        again, z_again = case.run("nf4_lora_matmul_large")
+        assert_bitwise_equal(again, y, "y")
+        if r:
+            assert_bitwise_equal(z_again, z, "z")
+
+
 OPTIONS = {
     "fp16": {"dtype": torch.float16},
     "fp32-absmax": {"double_quant": False},

@@ -106,7 +106,9 @@ template <typename T, class Product>
 __device__ __forceinline__ void
 multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
     const Plan& plan = p.plan;
-    const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
+    // The same in all lanes, as ptxas sees, so that descriptors are made in uniform registers.
+    const int group = __shfl_sync(kFullWarp, threadIdx.x / 128 - 1, 0);
+    const int thread = threadIdx.x % 128;
     const uint32_t out = smem + kOutOffset + group * (kOutBuffers * kOutBytes);
     Output<T, Product> output(out, group, thread);
     Pipeline pipe{smem, 0};
@@ -119,7 +121,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         const uint4 note = load_shared(pipe.note());  // JobNote
         const int token_tile = static_cast<int>(note.y), limit = static_cast<int>(note.z);
         if (note.x % 2 != 0) {
-            output.store_held(p);
+            output.store_held(p, 1);
             if (threadIdx.x == 128)
                 skip_chunks(p, wave);
             for (int i = 0; i < plan.z_depth; i++)
@@ -206,11 +208,11 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
             if (wave == plan.last_rider_wave)
                 named_barrier_arrive(kRiderBarrier, 256 + kWarpSize);
         }
-        output.store_held(p);  // of a tile before it, where steps are few
+        output.store_held(p, plan.steps);  // of a tile before it, where steps are few
         output.take(
             p, d, limit * kPanelRows + rank * kCtaRows + group * 64, token_tile * kTileTokens);
     }
-    output.store_held(p);
+    output.store_held(p, 1);
 }
 
 }  // namespace

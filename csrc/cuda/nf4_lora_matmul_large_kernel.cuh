@@ -6,7 +6,7 @@
 // Each CTA multiplies 128 rows by the pair's 256 tokens and loads half of the tokens for both. The
 // roles of a CTA's warps:
 //   warp 0      producer: TMA loads of a depth of 64 at a time into 4 stages
-//   warps 1, 2  decoders: turn the 4-bit weight into T, for all CTAs together
+//   warps 1, 2  decoder: they turn the 4-bit weight into T, for all CTAs together
 //   warp 3      with dx: last sums of d_lora_A and d_lora_B (nf4_lora_matmul_large_grads.cuh)
 //   warps 4-11  two warpgroups of consumers: 64 rows each, m64n256k16
 // Each panel is decoded once for the whole wave of tiles that the grid works on, chunk by chunk,
@@ -177,12 +177,10 @@ __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 1)
             if (threadIdx.x == 0)
                 load_operands<Product>(p, maps, smem_address, rank, cluster);
             __syncwarp();
-        } else if (warp <= kDecoders) {
-            // Neighbouring tasks on different SMs: the first chunk has fewer tasks than warps.
+        } else if (warp <= kDecoderWarps) {
             decode_weight<T, Product>(
-                p, maps.ring_store, smem + kTaskOffset + (warp - 1) * kTaskBytes,
-                reinterpret_cast<float*>(smem + kNestedOffset + (warp - 1) * kNestedBytes),
-                (warp - 1) * gridDim.x + blockIdx.x, kDecoders * gridDim.x);
+                p, maps.ring_store, smem + kTaskOffset,
+                reinterpret_cast<float*>(smem + kNestedOffset), threadIdx.x - kWarpSize);
         } else if (!Product::kIsForward) {
             finish_gradients<T>(p, blockIdx.x, gridDim.x);
         }

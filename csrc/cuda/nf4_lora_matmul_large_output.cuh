@@ -63,32 +63,29 @@ public:
 #pragma unroll
         for (int i = 0; i < kHeld; i++)
             pack(held_words_[i], d + 16 * (kOutRounds - kHeld + i));
-        held_ = kHeld;
+        holds_ = true;
     }
 
     // While products of the k-th step of the next tile are under way.
     __device__ __forceinline__ void store_between_steps(const Params& p, int k) {
-        if (held_ > 0 && k % kStepsPerHeldRound == 0)
-            store_held_round(p);
+        if (!holds_)
+            return;
+#pragma unroll
+        for (int i = 0; i < kHeld; i++)
+            if (k == (i + 1) * kStepsPerHeldRound)
+                store(p, kOutRounds - kHeld + i, held_words_[i]);
+        if (k == kHeld * kStepsPerHeldRound)
+            holds_ = false;
     }
 
-    __device__ __forceinline__ void store_held(const Params& p) {
-        while (held_ > 0)
-            store_held_round(p);
+    // At once what would be stored from the k-th step on.
+    __device__ __forceinline__ void store_held(const Params& p, int k) {
+        for (; holds_; k++)
+            store_between_steps(p, k);
     }
 
 private:
     static constexpr int kHeld = kHeldRounds<Product>;
-
-    __device__ __forceinline__ void store_held_round(const Params& p) {
-        store(p, kOutRounds - held_, held_words_[0]);
-        held_--;
-#pragma unroll
-        for (int i = 0; i + 1 < kHeld; i++)
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                held_words_[i][j] = held_words_[i + 1][j];
-    }
 
     __device__ __forceinline__ void
     store(const Params& p, int round, const uint32_t (&words)[8]) const {
@@ -117,7 +114,7 @@ private:
     int group_, thread_;
     uint32_t to_, from_;       // in the first buffer
     int token_ = 0, row_ = 0;  // of the thread's first 16 bytes
-    int held_ = 0;             // rounds
+    bool holds_ = false;       // the last rounds
     uint32_t held_words_[kHeld][8] = {};
 };
 

@@ -10,15 +10,15 @@
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kDecoders = 2;
+constexpr int kDecoderWarps = kTaskLanes / 32;
 constexpr uint32_t kReadyPollNs = 64;
 constexpr uint32_t kSlotPollNs = 500;  // a full ring lasts for tens of microseconds
 constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kRegistersAside = 120, kRegistersConsumer = 192;  // sum as at launch: 3 * 168
 
-// Shared memory, 226 KiB: stages of x [256][64] and W [128 lines], decoders' output, y on its way
-// out, and for each decoder the codebook of double-quantized scales: waiting for stores empties L1.
+// Shared memory, 225 KiB: stages of x [256][64] and W [128 lines], the decoder's output, y on its
+// way out, and the codebook of double-quantized scales: waiting for stores empties L1.
 constexpr int kXBytes = kTileTokens * kLineBytes;
 constexpr int kWBytes = kCtaRows * kLineBytes;
 constexpr int kTaskBytes = kTaskLanes * kTaskBlocks * kLineBytes;
@@ -28,9 +28,9 @@ constexpr int kOutBuffers = 2;
 constexpr int kOutBytes = kOutTokens * 128;
 constexpr int kWOffset = kStages * kXBytes;
 constexpr int kTaskOffset = kWOffset + kStages * kWBytes;
-constexpr int kOutOffset = kTaskOffset + kDecoders * kTaskBytes;
+constexpr int kOutOffset = kTaskOffset + kTaskBytes;
 constexpr int kNestedOffset = kOutOffset + kConsumers * kOutBuffers * kOutBytes;
-constexpr int kBarrierOffset = kNestedOffset + kDecoders * kNestedBytes;
+constexpr int kBarrierOffset = kNestedOffset + kNestedBytes;
 constexpr int kNoteOffset = kBarrierOffset + (2 * kStages + 2) * 8;
 constexpr int kSmemBytes = kNoteOffset + kStages * 16;
 
@@ -42,6 +42,7 @@ constexpr int kLead = 2;
 constexpr int kGroupBarrier = 1;  // and the next
 constexpr int kLeadBarrier = 3;
 constexpr int kRiderBarrier = 4;
+constexpr int kDecoderBarrier = 5;
 
 // All with rows of 128 swizzled bytes in shared memory; outside of a tensor they read zeros.
 struct TensorMaps {
@@ -52,7 +53,7 @@ struct TensorMaps {
     CUtensorMap layer_x;       // for d_lora_A; box [128 tokens][64]
     CUtensorMap u_transposed;  // box [16 ranks][64 tokens]
     CUtensorMap ring_load;     // box [128 lines]
-    CUtensorMap ring_store;    // box [32 lines]
+    CUtensorMap ring_store;    // box [64 lines]
 };
 
 // s_j, 0 in the padding.

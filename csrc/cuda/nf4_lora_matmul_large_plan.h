@@ -37,9 +37,9 @@ constexpr int kChunkDepth = kChunkSteps * kStepDepth;
 constexpr int kLine = 64;
 constexpr int kLineBytes = 128;
 
-// A decoder's task: 32 rows of W, one per lane, by two blocks of 64, whose decodes interleave: a
-// lone warp beside wgmma waits for latency, not for issue slots.
-constexpr int kTaskLanes = 32;
+// A decoder's task: 64 rows of W, one per lane of two warps, by two blocks of 64, whose decodes
+// interleave: a lone warp beside wgmma waits for latency, not for issue slots.
+constexpr int kTaskLanes = 64;
 constexpr int kTaskBlocks = 2;
 constexpr int kTasksPerPanel = kPanelRows * kChunkSteps / (kTaskLanes * kTaskBlocks);
 
