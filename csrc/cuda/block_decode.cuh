@@ -16,12 +16,12 @@ struct Codebook {
 };
 
 // From memory on purpose: constants would sit in uniform registers, copied back before each use (+1
-// instruction per weight).
+// instruction per weight). Not by __ldg: see wait_for_previous_kernel.
 __device__ __forceinline__ Codebook load_codebook(const float* codebook) {
     Codebook c;
 #pragma unroll
     for (int i = 0; i < 16; i++)
-        c.value[i] = __ldg(codebook + i);
+        c.value[i] = codebook[i];
     return c;
 }
 

@@ -38,12 +38,35 @@ __device__ __forceinline__ void copy_element(const FactorCopy& c, int64_t i) {
     static_cast<T*>(c.to)[i] = factor_element<T>(c, row, i - row * c.columns);
 }
 
-template <typename T>
-__device__ __forceinline__ void copy_element_transposed(const FactorCopy& c, int64_t i) {
-    if (i >= c.rows * c.columns)
-        return;
-    const int64_t column = i / c.rows;
-    static_cast<T*>(c.to)[i] = factor_element<T>(c, i - column * c.rows, column);
+// Into L2; short rows, a line each.
+__device__ __forceinline__ void prefetch_row(const FactorCopy& c, int64_t row) {
+    prefetch_l2(static_cast<const uint8_t*>(c.from) + row * c.from_columns * (c.is_float ? 4 : 2));
+}
+
+// All loads before the stores, so that they are in flight together.
+template <typename T, int kColumns, typename From>
+__device__ __forceinline__ void
+copy_row_transposed(const From* from, int columns, T* to, int64_t stride) {
+    T values[kColumns];
+#pragma unroll
+    for (int j = 0; j < kColumns; j++)
+        values[j] = from_float<T>(j < columns ? to_float(from[j]) : 0.0f);
+#pragma unroll
+    for (int j = 0; j < kColumns; j++)
+        to[j * stride] = values[j];
+}
+
+// A row of [rows, kColumns] to a column of [kColumns, rows].
+template <typename T, int kColumns>
+__device__ __forceinline__ void copy_row_transposed(const FactorCopy& c, int64_t row) {
+    const int columns = static_cast<int>(c.from_columns);
+    const int64_t at = row * c.from_columns;
+    T* to = static_cast<T*>(c.to) + row;
+    if (c.is_float)
+        copy_row_transposed<T, kColumns>(
+            static_cast<const float*>(c.from) + at, columns, to, c.rows);
+    else
+        copy_row_transposed<T, kColumns>(static_cast<const T*>(c.from) + at, columns, to, c.rows);
 }
 
 struct FactorCopies {

@@ -27,21 +27,28 @@
 namespace lowbit::cuda {
 namespace {
 
-// Before the main kernel: the ring's first chunks, a 16-bit copy of an fp32 lora_A, and lora_B
-// transposed.
+// Before the main kernel: _prepare.cuh, with a fp32 lora_A in 16 bits, and lora_B transposed.
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(
-    const Params p,
+    const __grid_constant__ Params p,
+    const Wave range,  // the first
+    const T* dy,       // [M, N]
     const __grid_constant__ FactorCopy lora_A,
     const __grid_constant__ FactorCopy lora_B,
     uint4* ring) {
-    const int first = blockIdx.x * kPrepareThreads + threadIdx.x;
-    const int stride = gridDim.x * kPrepareThreads;
-    start_ring<T, DxProduct>(p, ring, first, stride);
-    for (int64_t i = first; i < lora_A.rows * lora_A.columns; i += stride)
+    let_next_kernel_start();
+    if (starts_ring(p.plan)) {
+        start_ring<T, DxProduct>(p, range, dy, ring);
+        return;
+    }
+    const CopyShare share(p.plan);
+    if (share.first < lora_B.rows)
+        prefetch_row(lora_B, share.first);
+    wait_for_previous_kernel();
+    for (int64_t row = share.first; row < lora_B.rows; row += share.stride)
+        copy_row_transposed<T, kGradRanks>(lora_B, row);
+    for (int64_t i = share.first; i < lora_A.rows * lora_A.columns; i += share.stride)
         copy_element<T>(lora_A, i);
-    for (int64_t i = first; i < lora_B.rows * lora_B.columns; i += stride)
-        copy_element_transposed<T>(lora_B, i);
 }
 
 bool rounds_lora_A(const LoraDxArgs& a) {
@@ -144,9 +151,14 @@ launch(const LoraDxArgs& a, const LoraGradsArgs* grads, const Plan& plan, cudaSt
         return cudaErrorInvalidValue;
 
     const FactorCopy copy{a.lora_A, true, rounds ? a.r : 0, a.w.K, a.w.K, base + space.factor};
-    const LaunchConfig prepare(prepare_ctas(plan), kPrepareThreads, 0, stream);
-    const cudaError_t error = cudaLaunchKernelEx(
-        prepare.get(), prepare_kernel<T>, p, copy, lora_B,
+    const Wave range = locate_wave(plan, 0);
+    const dim3 grid = prepare_grid(plan, range, std::max(lora_B.rows, copy.rows * copy.columns));
+    cudaError_t error = allow_shared_memory<prepare_kernel<T>>(kPrepareSmemBytes);
+    if (error != cudaSuccess)
+        return error;
+    const LaunchConfig prepare(grid, kPrepareThreads, prepare_smem_bytes(plan, grid), stream);
+    error = cudaLaunchKernelEx(
+        prepare.get(), prepare_kernel<T>, p, range, static_cast<const T*>(a.dy), copy, lora_B,
         reinterpret_cast<uint4*>(base + space.ring));
     return error == cudaSuccess ? launch_main<T, DxProduct>(maps, p, stream) : error;
 }

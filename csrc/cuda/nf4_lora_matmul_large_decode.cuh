@@ -25,7 +25,7 @@ struct TaskCursor {
     int slot, index;  // of the chunk
     Wave range;
 
-    // start_ring has written the first chunks.
+    // The launch before has written the first chunks (_prepare.cuh).
     __device__ __forceinline__ TaskCursor(const Plan& plan, int cta)
         : wave(0), chunk(0), slot(0), index(0), range(locate_wave(plan, 0)) {
         tasks = range.panels * kTasksPerPanel;
@@ -85,10 +85,10 @@ load_packed(const Params& p, const Place& place, int lane, Packed& packed) {
         packed.codes[2 * b + 1] = load_streaming(codes + 1);
         const int64_t block = element >> p.w.blocksize_log2;
         if (p.w.absmax == nullptr) {
-            packed.absmax[b] = __ldg(p.w.absmax_8bit + block);
-            packed.nested[b] = __ldg(p.w.nested_absmax + (block >> p.w.nested_blocksize_log2));
+            packed.absmax[b] = p.w.absmax_8bit[block];
+            packed.nested[b] = p.w.nested_absmax[block >> p.w.nested_blocksize_log2];
         } else {
-            packed.absmax[b] = __float_as_uint(__ldg(p.w.absmax + block));
+            packed.absmax[b] = __float_as_uint(p.w.absmax[block]);
         }
     }
 }
@@ -128,10 +128,10 @@ __device__ __forceinline__ void decode_weight(
     const Codebook codebook = load_codebook(p.w.codebook);
     float offset = 0.0f;
     if (p.w.absmax == nullptr) {
-        offset = __ldg(p.w.nested_offset);
+        offset = *p.w.nested_offset;
 #pragma unroll
         for (int i = 0; i < 256; i += kTaskLanes)
-            nested_codebook[i + lane] = __ldg(p.w.nested_codebook + i + lane);
+            nested_codebook[i + lane] = p.w.nested_codebook[i + lane];
     }
     uint4* row = reinterpret_cast<uint4*>(staging) + lane * 8;
     const uint32_t staging_address = shared_address(staging);
@@ -173,32 +173,6 @@ __device__ __forceinline__ void decode_weight(
             increment_release(p.ready + index);
         }
     }
-}
-
-// Before the main kernel, by a grid of at least as many threads as the first chunks have words:
-// counters at zero, and those chunks decoded, as all wait for them.
-template <typename T, class Product>
-__device__ __forceinline__ void start_ring(const Params& p, uint4* ring, int thread, int threads) {
-    const Plan& plan = p.plan;
-    let_next_kernel_start();
-    const Wave range = locate_wave(plan, 0);
-    const bool decodes = thread < range.panels * (kPanelRows * kLine / 8) * first_steps(plan);
-    const Place place = Product::of_word(plan, range, thread);
-    const int64_t element = element_at(p.w, place.row, place.column, 8);
-    if (decodes)
-        prefetch_l2(p.w.qweight + element / 2);
-    wait_for_previous_kernel();
-    if (decodes) {
-        const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(p.w.qweight + element / 2));
-        const int64_t block = element >> p.w.blocksize_log2;
-        const float scale =
-            p.w.absmax == nullptr ? block_scale<true>(p.w, block) : block_scale<false>(p.w, block);
-        const Codebook codebook = load_codebook(p.w.codebook);
-        ring[place.line * (kLine / 8) + place.column / 8 % (kLine / 8)] =
-            decode_word(scale_codebook<T>(codebook, scale), word);
-    }
-    for (int i = thread; i < counters(plan); i += threads)
-        p.ready[i] = i < first_chunks(plan) ? range.panels * kTasksPerPanel : 0;
 }
 
 }  // namespace

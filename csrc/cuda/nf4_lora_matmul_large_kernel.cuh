@@ -1,10 +1,10 @@
 // Many tokens times a 4-bit weight, at the speed of a dense product: the kernel of
 // nf4_lora_matmul_large_sm90.cu (y) and nf4_lora_matmul_dx_large_sm90.cu (dx).
 //
-// One persistent launch after a short one (counters, first chunks): every SM holds one CTA, pairs
-// of CTAs (clusters) walk over tiles of 256 weight rows (a panel; for dx columns) x 256 tokens.
-// Each CTA multiplies 128 rows by the pair's 256 tokens and loads half of the tokens for both. The
-// roles of a CTA's warps:
+// One persistent launch after a short one (counters, first chunks; _prepare.cuh): every SM holds
+// one CTA, pairs of CTAs (clusters) walk over tiles of 256 weight rows (a panel; for dx columns) x
+// 256 tokens. Each CTA multiplies 128 rows by the pair's 256 tokens and loads half of the tokens
+// for both. The roles of a CTA's warps:
 //   warp 0      producer: TMA loads of a depth of 64 at a time into 4 stages
 //   warps 1, 2  decoder: they turn the 4-bit weight into T, for all CTAs together
 //   warp 3      with dx: last sums of d_lora_A and d_lora_B (nf4_lora_matmul_large_grads.cuh)
@@ -53,10 +53,23 @@ __device__ __forceinline__ void load_z_tile(
     }
 }
 
-// The producer, one thread. Each CTA loads its half of the tokens into both.
+// A cluster's job in a wave, and the wave.
+struct Upcoming {
+    Job job;
+    Wave range;
+
+    __device__ __forceinline__ void look_up(const Plan& plan, int cluster, int wave) {
+        if (wave == plan.waves)
+            return;
+        job = locate(plan, wave * plan.clusters + cluster - plan.idle);
+        range = locate_wave(plan, wave);
+    }
+};
+
+// The producer, one thread. Each CTA loads its half of the tokens into both. `next`: the first.
 template <class Product>
-__device__ __forceinline__ void
-load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, int cluster) {
+__device__ __forceinline__ void load_operands(
+    const Params& p, const TensorMaps& maps, uint32_t smem, int rank, int cluster, Upcoming next) {
     constexpr uint16_t kAll = (1 << kCtas) - 1;
     const Plan& plan = p.plan;
     Pipeline pipe{smem, 0};
@@ -75,26 +88,17 @@ load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, 
         barrier_expect(pipe.full(), sizeof(uint4));
         store_remote_async(in_cta(pipe.note(), rank), note.words(), in_cta(pipe.full(), rank));
     };
-    Job next{};
-    Wave next_range{};
-    auto look_up = [&](int wave) {
-        if (wave == plan.waves)
-            return;
-        next = locate(plan, wave * plan.clusters + cluster - plan.idle);
-        next_range = locate_wave(plan, wave);
-    };
-    look_up(first_wave(plan, cluster));
     int z_jobs_done = 0;
-    bool known_ready = false;
+    bool known_ready = first_wave(plan, cluster) == 0;  // made by the launch before
     for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
-        const Job job = next;
-        const Wave range = next_range;
+        const Job job = next.job;
+        const Wave range = next.range;
         if (job.z_job >= 0) {
             const int token_tile = z_tile(plan, job, rank);
             announce({true, token_tile, job.last_tile, job.token_tile, 0});
             for (int i = 0; i < plan.z_depth; i++)
                 load_z_tile(p, maps.x, Product::z_factor(maps), pipe, token_tile + i);
-            look_up(wave + 1);
+            next.look_up(plan, cluster, wave + 1);
             known_ready = false;
             barrier_wait_asleep(pipe.z_over(), z_jobs_done % 2);
             z_jobs_done++;
@@ -116,13 +120,13 @@ load_operands(const Params& p, const TensorMaps& maps, uint32_t smem, int rank, 
                 fence_async_proxy_global();
             }
             if (k == min(kLookAhead - 1, plan.steps - 1))
-                look_up(wave + 1);
+                next.look_up(plan, cluster, wave + 1);
             // A look ahead while stages are full, so that what is ready costs no wait.
             if (k % kChunkSteps == kLookAhead) {
                 const bool last = chunk == plan.chunks - 1;
                 if (!last || wave + 1 < plan.waves)
                     known_ready = load_acquire(p.ready + index + 1) >=
-                                  (last ? next_range.panels * kTasksPerPanel : tasks);
+                                  (last ? next.range.panels * kTasksPerPanel : tasks);
                 if (last && plan.z_depth > 0)
                     known_z = load_acquire(p.z_ready + job.token_tile) >= kConsumers;
             }
@@ -158,7 +162,9 @@ __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 1)
     const int rank = static_cast<int>(cluster_rank());
     const int cluster = blockIdx.x / kCtas;
     const int warp = threadIdx.x / kWarpSize;
-    if (threadIdx.x == 0) {
+    // Nothing multiplies before the first stages are full, so other warps make the barriers and
+    // fetch the maps, and the producer looks up its job while the CTAs meet.
+    if (threadIdx.x == 128) {
         for (uint32_t stage = 0; stage < kStages; stage++) {
             const Pipeline pipe{smem_address, stage};
             barrier_init(pipe.full(), 1);
@@ -167,15 +173,24 @@ __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 1)
         barrier_init(Pipeline{smem_address, 0}.z_over(), kCtas * kConsumers);
         barrier_init_fence();
     }
-    __syncthreads();
-    cluster_sync();
+    cluster_arrive_relaxed();  // a release would wait for all of memory
+    Upcoming first{};
+    if (warp == 0)
+        first.look_up(p.plan, cluster, first_wave(p.plan, cluster));
+    if (threadIdx.x == kWarpSize) {
+        prefetch_map(maps.x);
+        prefetch_map(maps.ring_load);
+        if (p.plan.z_depth > 0)
+            prefetch_map(Product::z_factor(maps));
+    }
+    cluster_wait();
     if (warp < 4) {
         shrink_registers<kRegistersAside>();
         if (warp == 0) {
             wait_for_previous_kernel();
             let_next_kernel_start();
             if (threadIdx.x == 0)
-                load_operands<Product>(p, maps, smem_address, rank, cluster);
+                load_operands<Product>(p, maps, smem_address, rank, cluster, first);
             __syncwarp();
         } else if (warp <= kDecoderWarps) {
             decode_weight<T, Product>(

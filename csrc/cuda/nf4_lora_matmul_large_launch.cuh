@@ -6,12 +6,11 @@
 
 #include "launch_config.h"
 #include "nf4_lora_matmul_large_kernel.cuh"
+#include "nf4_lora_matmul_large_prepare.cuh"
 #include "tensor_map.h"
 
 namespace lowbit::cuda {
 namespace {
-
-constexpr int kPrepareThreads = 256;
 
 // How many clusters the current device holds at once; 0 if it cannot run the kernel. Asked once.
 template <class Product>
@@ -75,12 +74,6 @@ inline bool make_ring_maps(TensorMaps& maps, Dtype dtype, const Plan& plan, cons
     const int64_t lines = ring_line(plan, plan.slots, 0);
     return make_map(maps.ring_load, dtype, ring, lines, kLine, kCtaRows) &&
            make_map(maps.ring_store, dtype, ring, lines, kLine, kTaskLanes);
-}
-
-// Of the kernel before the main one, which calls start_ring().
-inline unsigned prepare_ctas(const Plan& plan) {
-    return static_cast<unsigned>(
-        ring_line(plan, first_chunks(plan), 0) * (kLine / 8) / kPrepareThreads);
 }
 
 template <typename T, class Product>

@@ -57,6 +57,34 @@ constexpr int64_t kRingBytes = 24 << 20;  // at most, for a small M
 // Chunks decoded by prepare_kernel. With 1 all CTAs wait for the next one.
 constexpr int kFirstChunks = 2;  // at most the ring's chunks
 
+// Division by what only the host knows: a few instructions where `/` takes about 30, and both the
+// first tile and the ring's first chunks wait for some of them. Exact for 0 <= n < 2^31.
+struct Divisor {
+    uint32_t multiplier;  // 2^(31 + shift) / divisor, rounded up
+    int shift;
+};
+
+inline Divisor make_divisor(int divisor) {
+    int shift = 0;
+    while (int64_t{1} << shift < divisor)
+        shift++;
+    const uint64_t product = uint64_t{1} << (31 + shift);
+    return {static_cast<uint32_t>((product + divisor - 1) / divisor), shift};
+}
+
+__host__ __device__ inline int divide(int n, const Divisor& by) {
+    const uint64_t product = uint64_t{2 * static_cast<uint32_t>(n)} * by.multiplier;
+    return static_cast<int>(static_cast<uint32_t>(product >> 32) >> by.shift);
+}
+
+// What all groups of `tiles` token tiles have in common.
+struct GroupSize {
+    int tiles;
+    int z_jobs;  // in front of their tiles
+    int jobs;    // these and the tiles
+    Divisor by_tiles, by_jobs;
+};
+
 // Numbers that host and device share.
 struct Plan {
     int M, rows, depth, rank;
@@ -66,7 +94,8 @@ struct Plan {
     int token_tiles;   // in groups of `group` or, the first larger_groups of them, one more
     int group;
     int larger_groups;
-    int panels;  // ceil(rows / 256)
+    GroupSize smaller, larger;  // of `group` tiles, and of one more
+    int panels;                 // ceil(rows / 256)
     int clusters;
     int z_depth;  // token tiles per CTA in a job of z; 0: z is an input
     int waves;
@@ -107,12 +136,6 @@ struct Params {
     FactorGradients gradients;
 };
 
-// Jobs of z in front of a group of `size` token tiles.
-__host__ __device__ inline int z_jobs(const Plan& plan, int size) {
-    const int tiles = plan.z_depth * kCtas;
-    return tiles == 0 ? 0 : (size + tiles - 1) / tiles;
-}
-
 struct Job {
     int z_job;       // of the group, or negative: a tile of y
     int token_tile;  // of the tile, or the first of the group
@@ -123,27 +146,22 @@ struct Job {
 
 // A job of z has the panel and the sequence of the group's first tile.
 __host__ __device__ inline Job locate(const Plan& plan, int job) {
-    int size = plan.group + 1, first_token_tile = 0, first_sequence = 0;
-    const int in_larger = plan.larger_groups * (size * plan.panels + z_jobs(plan, size));
-    if (job >= in_larger) {
+    const int in_larger = plan.larger_groups * plan.larger.jobs;
+    const bool larger = job < in_larger;
+    const GroupSize& size = larger ? plan.larger : plan.smaller;
+    const int first_group = larger ? 0 : plan.larger_groups;
+    if (!larger)
         job -= in_larger;
-        first_token_tile = plan.larger_groups * size;
-        first_sequence = plan.larger_groups * plan.panels;
-        size--;
-    }
-    const int before = z_jobs(plan, size);
-    const int jobs = size * plan.panels + before;
-    const int group = job / jobs;
-    const int in_group = job - group * jobs;
-    first_token_tile += group * size;
-    first_sequence += group * plan.panels;
-    const int last_tile = first_token_tile + size - 1;
-    if (in_group < before)
-        return {in_group, first_token_tile, 0, first_sequence, last_tile};
-    const int panel = (in_group - before) / size;
+    const int group = divide(job, size.by_jobs);
+    const int tile = job - group * size.jobs - size.z_jobs;  // of the group; negative: z
+    const int first_token_tile = first_group * plan.larger.tiles + group * size.tiles;
+    const int first_sequence = (first_group + group) * plan.panels;
+    const int last_tile = first_token_tile + size.tiles - 1;
+    if (tile < 0)
+        return {tile + size.z_jobs, first_token_tile, 0, first_sequence, last_tile};
+    const int panel = divide(tile, size.by_tiles);
     return {
-        -1, first_token_tile + in_group - before - panel * size, panel, first_sequence + panel,
-        last_tile};
+        -1, first_token_tile + tile - panel * size.tiles, panel, first_sequence + panel, last_tile};
 }
 
 struct Wave {
@@ -275,10 +293,18 @@ inline Plan make_plan(int64_t M, int64_t rows, int64_t depth, int r, bool makes_
     plan.group = plan.token_tiles / groups;
     plan.larger_groups = plan.token_tiles % groups;
     plan.panels = static_cast<int>(ceil_div(rows, kPanelRows));
+    const auto size_groups = [&](int tiles) {
+        const int tiles_per_job = plan.z_depth * kCtas;
+        const int z_jobs = tiles_per_job == 0 ? 0 : (tiles - 1) / tiles_per_job + 1;
+        const int jobs = tiles * plan.panels + z_jobs;
+        return GroupSize{tiles, z_jobs, jobs, make_divisor(tiles), make_divisor(jobs)};
+    };
     const auto count_jobs = [&](int z_depth) {
         plan.z_depth = z_depth;
-        return plan.token_tiles * plan.panels + plan.larger_groups * z_jobs(plan, plan.group + 1) +
-               (groups - plan.larger_groups) * z_jobs(plan, plan.group);
+        plan.smaller = size_groups(plan.group);
+        plan.larger = size_groups(plan.group + 1);
+        return plan.larger_groups * plan.larger.jobs +
+               (groups - plan.larger_groups) * plan.smaller.jobs;
     };
     int jobs = count_jobs(makes_z ? 1 : 0);
     plan.clusters = std::min(clusters, jobs);
@@ -290,7 +316,7 @@ inline Plan make_plan(int64_t M, int64_t rows, int64_t depth, int r, bool makes_
         if (fewer_waves < plan.waves)
             jobs = fewer_jobs, plan.waves = fewer_waves;
         else
-            plan.z_depth = 1;
+            count_jobs(1);
     }
     plan.idle = plan.waves * plan.clusters - jobs;
     plan.slot_panels = (plan.clusters - 1) / plan.group + 2;
@@ -302,10 +328,10 @@ inline Plan make_plan(int64_t M, int64_t rows, int64_t depth, int r, bool makes_
 
 // Gives d_lora_A to the tiles, if there are enough of them.
 inline void add_riders(Plan& plan, int strip_parts) {
-    const int before = z_jobs(plan, largest_group(plan));
-    const int strips = plan.rows / kLine, shift = std::max(0, plan.clusters - before);
+    const GroupSize& largest = plan.larger_groups > 0 ? plan.larger : plan.smaller;
+    const int strips = plan.rows / kLine, shift = std::max(0, plan.clusters - largest.z_jobs);
     const int riders = strip_parts * strips;
-    const int most_steps = (largest_group(plan) - 1) / (strip_parts * kCtas) + 1;
+    const int most_steps = (largest.tiles - 1) / (strip_parts * kCtas) + 1;
     if (int64_t{plan.group} * plan.panels - shift < riders || plan.steps < 2 * most_steps)
         return;
     plan.strips = strips;
@@ -313,8 +339,8 @@ inline void add_riders(Plan& plan, int strip_parts) {
     plan.rider_shift = shift;
     plan.rider_stride = plan.steps / most_steps;
     const int last_tile = (plan.token_tiles - plan.group) * plan.panels + shift + riders - 1;
-    const int all_z_jobs = plan.larger_groups * z_jobs(plan, plan.group + 1) +
-                           (groups(plan) - plan.larger_groups) * z_jobs(plan, plan.group);
+    const int all_z_jobs = plan.larger_groups * plan.larger.z_jobs +
+                           (groups(plan) - plan.larger_groups) * plan.smaller.z_jobs;
     plan.last_rider_wave = (last_tile + all_z_jobs + plan.idle) / plan.clusters;
 }
 

@@ -14,7 +14,7 @@
 namespace lowbit::cuda {
 namespace {
 
-// The blocks of a task, or the 8 codes of a thread: where they lie in W, for lane 0 and the first
+// The blocks of a task, or the block of a line: where they lie in W, for lane 0 and the first
 // block, and in the ring. May be outside of W.
 struct Place {
     int row, column;
@@ -35,13 +35,12 @@ struct ForwardProduct {
             ring_line(plan, 0, 1)};
     }
 
-    // The i-th word of the first chunks, along rows; its place in the line is column / 8 % 8.
-    __device__ static __forceinline__ Place of_word(const Plan& plan, const Wave& wave, int i) {
-        const int words = first_steps(plan) * (kLine / 8);
-        const int row = i / words, word = i - row * words;
+    // The line-th of a step of the first chunks.
+    __device__ static __forceinline__ Place
+    of_line(const Plan& plan, const Wave& wave, int step, int line) {
         return {
-            panel_row(plan, wave, row / kPanelRows) + row % kPanelRows, word * 8,
-            ring_line(plan, 0, word / (kLine / 8)) + row, 0};
+            panel_row(plan, wave, line / kPanelRows) + line % kPanelRows, step * kStepDepth,
+            ring_line(plan, 0, step) + line, 0};
     }
 
     // What z is made with, [ranks][depth].
@@ -82,15 +81,12 @@ struct DxProduct {
             kStepDepth};
     }
 
-    __device__ static __forceinline__ Place of_word(const Plan& plan, const Wave& wave, int i) {
-        constexpr int kWords = kPanelRows / 8;
-        const int rows = first_steps(plan) * kStepDepth;
-        const int panel = i / (rows * kWords), row = i / kWords - panel * rows, word = i % kWords;
+    __device__ static __forceinline__ Place
+    of_line(const Plan& plan, const Wave& wave, int step, int line) {
         return {
-            row, panel_row(plan, wave, panel) + word * 8,
-            ring_line(plan, 0, row / kStepDepth) + panel * kPanelRows +
-                word / (kLine / 8) * kStepDepth + row % kStepDepth,
-            0};
+            step * kStepDepth + line % kStepDepth,
+            panel_row(plan, wave, line / kPanelRows) + line % kPanelRows / kStepDepth * kLine,
+            ring_line(plan, 0, step) + line, 0};
     }
 
     __device__ static __forceinline__ const CUtensorMap& z_factor(const TensorMaps& maps) {

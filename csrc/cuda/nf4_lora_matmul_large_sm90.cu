@@ -20,31 +20,36 @@
 namespace lowbit::cuda {
 namespace {
 
-// Before the main kernel: the ring's first chunks, and padded copies of operands that TMA cannot
-// take as they are.
+// Before the main kernel: _prepare.cuh, with z scaled and padded, and lora_B padded.
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(
-    const Params p,
+    const __grid_constant__ Params p,
+    const Wave range,  // the first
+    const T* x,        // [M, K]
     const T* z_in,     // [M, rank] or null
     const T* lora_B,   // [N, rank] or null: no copy
     T* lora_B_padded,  // [N, rank_columns]
     uint4* ring) {
     const Plan& plan = p.plan;
-    const int first = blockIdx.x * kPrepareThreads + threadIdx.x;
-    const int stride = gridDim.x * kPrepareThreads;
-    start_ring<T, ForwardProduct>(p, ring, first, stride);
+    let_next_kernel_start();
+    if (starts_ring(plan)) {
+        start_ring<T, ForwardProduct>(p, range, x, ring);
+        return;
+    }
+    wait_for_previous_kernel();
+    const CopyShare share(plan);
+    const int columns_log2 = plan.rank_columns == 16 ? 4 : 6;
     if (z_in != nullptr) {
         T* z_scaled = static_cast<T*>(p.z_scaled);
-        for (int64_t i = first; i < int64_t{plan.M} * plan.rank_columns; i += stride) {
-            const int64_t token = i / plan.rank_columns;
-            const int column = static_cast<int>(i % plan.rank_columns);
+        for (int i = share.first; i < plan.M << columns_log2; i += share.stride) {
+            const int token = i >> columns_log2, column = i % plan.rank_columns;
             const float z = column < plan.rank ? to_float(z_in[token * plan.rank + column]) : 0.0f;
             z_scaled[i] = from_float<T>(z * column_scale(p, column));
         }
     }
     if (lora_B != nullptr) {
-        for (int64_t i = first; i < int64_t{plan.rows} * plan.rank_columns; i += stride) {
-            const int64_t n = i / plan.rank_columns, column = i % plan.rank_columns;
+        for (int i = share.first; i < plan.rows << columns_log2; i += share.stride) {
+            const int n = i >> columns_log2, column = i % plan.rank_columns;
             lora_B_padded[i] =
                 column < plan.rank ? lora_B[n * plan.rank + column] : from_float<T>(0.0f);
         }
@@ -98,11 +103,18 @@ cudaError_t launch(const LoraMatmulArgs& args, const Plan& plan, cudaStream_t st
     if (!ok)
         return cudaErrorInvalidValue;
 
-    const LaunchConfig prepare(prepare_ctas(plan), kPrepareThreads, 0, stream);
-    const cudaError_t error = cudaLaunchKernelEx(
-        prepare.get(), prepare_kernel<T>, p,
-        static_cast<const T*>(args.r > 0 ? args.z_in : nullptr),
-        static_cast<const T*>(pads ? args.lora_B : nullptr),
+    const Wave range = locate_wave(plan, 0);
+    const void* z_in = args.r > 0 ? args.z_in : nullptr;
+    const int64_t copied_rows =
+        std::max<int64_t>(z_in != nullptr ? args.M : 0, pads ? plan.rows : 0);
+    const dim3 grid = prepare_grid(plan, range, copied_rows * plan.rank_columns);
+    cudaError_t error = allow_shared_memory<prepare_kernel<T>>(kPrepareSmemBytes);
+    if (error != cudaSuccess)
+        return error;
+    const LaunchConfig prepare(grid, kPrepareThreads, prepare_smem_bytes(plan, grid), stream);
+    error = cudaLaunchKernelEx(
+        prepare.get(), prepare_kernel<T>, p, range, static_cast<const T*>(args.x),
+        static_cast<const T*>(z_in), static_cast<const T*>(pads ? args.lora_B : nullptr),
         reinterpret_cast<T*>(base + space.factor), reinterpret_cast<uint4*>(base + space.ring));
     return error == cudaSuccess ? launch_main<T, ForwardProduct>(maps, p, stream) : error;
 }

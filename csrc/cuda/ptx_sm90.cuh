@@ -385,6 +385,11 @@ __device__ __forceinline__ void load_tile_multicast(
                  : "memory");
 }
 
+// The map itself, which lies in a kernel's parameters.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_tile_l2(const CUtensorMap& map, int column, int row) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map),
                  "r"(column), "r"(row)
@@ -438,7 +443,9 @@ __device__ __forceinline__ void grow_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// The kernels before this one in the stream are complete and their writes visible.
+// The kernels before this one in the stream are complete and their writes visible, but not to
+// __ldg: ptxas takes that for a load of what never changes, and moves it in front of the wait
+// unless a branch or a barrier is between (CUDA 13.0). Ordinary loads stay behind.
 __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
