@@ -116,6 +116,27 @@ def test_ranks_against_float64(kernel, M, r):
     _Case(M, 320, 768, r, vector=r > 8).check(kernel)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("r", [17, 24, 50, 64])
+@pytest.mark.parametrize("M", [1, 2, 16, 64])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (272, 18944), (16, 192)])
+def test_ranks_above_16_of_few_tokens(M, N, K, r, dtype, dropout_p):
+    """Several steps and slices of z; the columns a lower rank has are the same bits."""
+    kernel = "nf4_lora_gemv" if M == 1 else "nf4_lora_matmul_small"
+    case = _Case(M, N, K, r, dtype, vector=r != 24, dropout_p=dropout_p)
+    case.check(kernel)
+    y, z = case.run(kernel)
+    again, z_again = case.run(kernel)
+    assert_bitwise_equal(again, y, "y")
+    assert_bitwise_equal(z_again, z, "z")
+    if dropout_p:
+        return  # z is made by another kernel
+    case.vector = None
+    case.lora_A, case.lora_B = case.lora_A[:16].contiguous(), case.lora_B[:, :16].contiguous()
+    assert_bitwise_equal(case.run(kernel)[1], z[:, :16].contiguous(), "z of rank 16")
+
+
 # For the large kernel: tiles of 1, 2, 3, 5, 7 and 17 steps of 64, some in one wave, others several
 # for each cluster, which stores a part of one among the steps of the next; the last panel of 256
 # rows with 16, 144 or 208 of them, the last tile of tokens full or short.

@@ -18,8 +18,9 @@ __device__ __forceinline__ void prefetch_range(const void* begin, uint64_t bytes
 }
 
 // What this warp reads first, and small operands of the CTA. Single lanes with few requests: the
-// bulk engine takes about 30 ns for each, and a queue of weights would hold up lora_A.
-template <typename T, bool kNested>
+// bulk engine takes about 30 ns for each, and a queue of weights would hold up lora_A. With more
+// rows of lora_A than warps the clusters ask for 16 of them each, in turn.
+template <typename T, bool kNested, int kRankTiles>
 __device__ __forceinline__ void prefetch_inputs(
     const LoraMatmulArgs& args,
     const Plan& plan,
@@ -40,8 +41,10 @@ __device__ __forceinline__ void prefetch_inputs(
     if (plan.exchange) {
         const Columns columns = z_columns(static_cast<int>(w.K));
         const T* a = static_cast<const T*>(args.lora_A) + columns.begin;
-#pragma unroll 1
-        for (int j = warp; j < args.r; j += kWarps)
+        int j = warp;
+        if (kRankTiles > 1)
+            j += blockIdx.x / cluster_size() % ((args.r + 15) / 16) * 16;
+        if (j < args.r)
             prefetch_range(a + j * w.K, sizeof(T) * (columns.end - columns.begin));
     }
     if (kNested && warp == 0 && share.rows > 0) {
@@ -129,17 +132,18 @@ store_x(unsigned char* smem_x, const uint4 (&v)[2], uint32_t k, float scale) {
 
 // All that is read before the first product, loaded in one batch: a store between the loads would
 // wait for its own and hold up the rest.
+template <int kRankTiles>
 struct Operands {
     float first_value, second_value;  // of table entry threadIdx.x % 256
     float offset, absmax_value, nested_value, z_scale;
     uint32_t nested_first, nested_count;  // of nested_absmax, for the rows of the CTA
     uint4 x[kXUnits][2];
-    ZStep z[2];
+    ZStep<kRankTiles> z[kZSteps<kRankTiles>];
 };
 
-template <typename T, bool kNested>
-__device__ __forceinline__ void
-load_operands(Operands& o, const LoraMatmulArgs& args, const Plan& plan, const Share& share) {
+template <typename T, bool kNested, int kRankTiles>
+__device__ __forceinline__ void load_operands(
+    Operands<kRankTiles>& o, const LoraMatmulArgs& args, const Plan& plan, const Share& share) {
     const WeightView& w = args.w;
     const int tid = threadIdx.x, warp = tid / kWarpSize;
     o.first_value = w.codebook[tid / 16 % 16], o.second_value = w.codebook[tid % 16];
@@ -167,15 +171,15 @@ load_operands(Operands& o, const LoraMatmulArgs& args, const Plan& plan, const S
         return;
     const Columns columns = z_columns(static_cast<int>(w.K));
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-        load_z<T>(o.z[i], args, 0, columns.begin + (warp + i * kWarps) * 32, columns.end);
+    for (int i = 0; i < kZSteps<kRankTiles>; i++)
+        load_z<T>(o.z[i], args, columns.begin + (warp + i * kWarps) * 32, columns.end);
 }
 
 // Builds the table and everything else in shared memory. Returns the factor that undoes the powers
 // of two in it. Two CTA barriers.
-template <typename T, bool kNested>
+template <typename T, bool kNested, int kRankTiles>
 __device__ __forceinline__ float store_operands(
-    const Operands& o,
+    const Operands<kRankTiles>& o,
     const LoraMatmulArgs& args,
     const Plan& plan,
     unsigned char* table,

@@ -35,7 +35,7 @@
 namespace lowbit::cuda {
 namespace {
 
-template <typename T, bool kNested>
+template <typename T, bool kNested, int kRankTiles>
 __global__ void __launch_bounds__(kThreads, 1) nf4_lora_gemv_kernel(
     const __grid_constant__ LoraMatmulArgs args,  // M = 1
     const __grid_constant__ Plan plan) {
@@ -63,13 +63,14 @@ __global__ void __launch_bounds__(kThreads, 1) nf4_lora_gemv_kernel(
         __syncwarp();
         cluster_arrive_relaxed();  // thread 0 has fenced its barrier
     }
-    prefetch_inputs<T, kNested>(args, plan, share, share.row_of(group, N), step, unit < unit_end);
+    prefetch_inputs<T, kNested, kRankTiles>(
+        args, plan, share, share.row_of(group, N), step, unit < unit_end);
     if (plan.exchange)
         cluster_wait();
     wait_for_previous_kernel();
     let_next_kernel_start();
 
-    Operands operands;
+    Operands<kRankTiles> operands;
     load_operands<T, kNested>(operands, args, plan, share);
     // Lanes past the end of a row take its start, and meet zeros of x.
     const auto element_at = [&](uint32_t group, uint32_t step) {
@@ -166,9 +167,9 @@ size_t make_plan(const LoraMatmulArgs& args, int64_t ctas, Plan& plan) {
            sizeof(float) * ((most + kWarps) * kRows + nested);
 }
 
-template <typename T, bool kNested>
+template <typename T, bool kNested, int kRankTiles>
 cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
-    const auto kernel = nf4_lora_gemv_kernel<T, kNested>;
+    const auto kernel = nf4_lora_gemv_kernel<T, kNested, kRankTiles>;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {1, 1, 1};
@@ -222,6 +223,12 @@ cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
     config.gridDim = static_cast<unsigned>(ctas);
     attributes[0].val.clusterDim.x = cluster;
     return cudaLaunchKernelEx(&config, kernel, args, plan);
+}
+
+template <typename T, bool kNested>
+cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
+    return args.r <= 16 ? launch<T, kNested, 1>(args, stream)
+                        : launch<T, kNested, kMaxRank / 16>(args, stream);
 }
 
 template <typename T>

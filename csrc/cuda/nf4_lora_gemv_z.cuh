@@ -20,52 +20,75 @@ __device__ __forceinline__ Columns z_columns(int K) {
     return {begin, min(K, begin + width)};
 }
 
-// 32 columns of 16 rows of lora_A and of x: lane 4 g + t holds columns 8 t..8 t + 7 of rows g and
-// g + 8. That is the operand of two products if their k runs in this order in both factors.
+// 32 columns of x and of all rows of lora_A, 16 of them to a tile: lane 4 g + t holds columns 8
+// t..8 t + 7 of rows g and g + 8. That is the operand of two products if their k runs in this order
+// in both factors. Tiles behind the rank are zero.
+template <int kRankTiles>
 struct ZStep {
-    uint4 x, low, high;
+    uint4 x, low[kRankTiles], high[kRankTiles];
 };
 
-template <typename T>
+// That a warp loads at a time, as many as there are registers for.
+template <int kRankTiles>
+constexpr int kZSteps = kRankTiles == 1 ? 2 : 1;
+
+template <typename T, int kRankTiles>
 __device__ __forceinline__ void
-load_z(ZStep& s, const LoraMatmulArgs& args, int first_row, int k, int end) {
+load_z(ZStep<kRankTiles>& s, const LoraMatmulArgs& args, int k, int end) {
     const int g = threadIdx.x % kWarpSize / 4;
     k += threadIdx.x % 4 * 8;
-    s.x = s.low = s.high = make_uint4(0, 0, 0, 0);
+    s.x = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < kRankTiles; i++)
+        s.low[i] = s.high[i] = make_uint4(0, 0, 0, 0);
     if (k >= end)
         return;
     const T* a = static_cast<const T*>(args.lora_A) + k;
     s.x = *reinterpret_cast<const uint4*>(static_cast<const T*>(args.x) + k);
-    s.low = *reinterpret_cast<const uint4*>(a + min(first_row + g, args.r - 1) * args.w.K);
-    s.high = *reinterpret_cast<const uint4*>(a + min(first_row + g + 8, args.r - 1) * args.w.K);
+#pragma unroll
+    for (int i = 0; i < kRankTiles; i++) {
+        const int row = 16 * i + g, last = args.r - 1;
+        if (i > 0 && 16 * i > last)
+            continue;
+        s.low[i] = *reinterpret_cast<const uint4*>(a + min(row, last) * args.w.K);
+        s.high[i] = *reinterpret_cast<const uint4*>(a + min(row + 8, last) * args.w.K);
+    }
 }
 
-// Partial sums over this CTA's columns, to every CTA of the cluster. `loaded` holds the first two
+// Partial sums over this CTA's columns, to every CTA of the cluster. `loaded` holds the first
 // steps. All columns of the product are the same x; column 0 counts.
-template <typename T>
-__device__ __forceinline__ void
-send_z_parts(ZStep (&loaded)[2], const LoraMatmulArgs& args, Scratch& scratch) {
+template <typename T, int kRankTiles>
+__device__ __forceinline__ void send_z_parts(
+    ZStep<kRankTiles> (&loaded)[kZSteps<kRankTiles>],
+    const LoraMatmulArgs& args,
+    Scratch& scratch) {
+    constexpr int kSteps = kZSteps<kRankTiles>;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const Columns columns = z_columns(static_cast<int>(args.w.K));
     const int first_k = columns.begin + warp * 32;
+    float c[kRankTiles][4] = {};
 #pragma unroll 1
-    for (int row = 0; row < args.r; row += 16) {
-        float c[4] = {0, 0, 0, 0};
-#pragma unroll 1
-        for (int k = first_k; k < columns.end; k += kWarps * 64) {
-            if (row > 0 || k != first_k) {
-                load_z<T>(loaded[0], args, row, k, columns.end);
-                load_z<T>(loaded[1], args, row, k + kWarps * 32, columns.end);
-            }
+    for (int k = first_k; k < columns.end; k += kSteps * kWarps * 32) {
+        if (k != first_k) {
 #pragma unroll
-            for (const ZStep& s : loaded) {
-                mma_16x8x16(c, {s.low.x, s.high.x, s.low.y, s.high.y}, s.x.x, s.x.y, T{});
-                mma_16x8x16(c, {s.low.z, s.high.z, s.low.w, s.high.w}, s.x.z, s.x.w, T{});
+            for (int i = 0; i < kSteps; i++)
+                load_z<T>(loaded[i], args, k + i * kWarps * 32, columns.end);
+        }
+#pragma unroll
+        for (const ZStep<kRankTiles>& s : loaded) {
+#pragma unroll
+            for (int i = 0; i < kRankTiles; i++) {
+                const uint4 low = s.low[i], high = s.high[i];
+                mma_16x8x16(c[i], {low.x, high.x, low.y, high.y}, s.x.x, s.x.y, T{});
+                mma_16x8x16(c[i], {low.z, high.z, low.w, high.w}, s.x.z, s.x.w, T{});
             }
         }
-        if (lane % 4 == 0) {
-            scratch.z_warp[warp][row + lane / 4] = c[0];
-            scratch.z_warp[warp][row + lane / 4 + 8] = c[2];
+    }
+    if (lane % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < kRankTiles; i++) {
+            scratch.z_warp[warp][16 * i + lane / 4] = c[i][0];
+            scratch.z_warp[warp][16 * i + lane / 4 + 8] = c[i][2];
         }
     }
     if (warp != kWarps - 1) {  // the last warp has the least to do
@@ -74,16 +97,24 @@ send_z_parts(ZStep (&loaded)[2], const LoraMatmulArgs& args, Scratch& scratch) {
     }
     named_barrier(kZBarrier, kThreads);
     const uint32_t size = cluster_size(), rank = cluster_rank();
-#pragma unroll 1
-    for (int j = lane; j < args.r; j += kWarpSize) {
-        float sum = 0;
+    constexpr int kRounds = (16 * kRankTiles + kWarpSize - 1) / kWarpSize;
+    float sums[kRounds] = {};
+#pragma unroll
+    for (int round = 0; round < kRounds; round++) {
+        const int j = round * kWarpSize + lane;
 #pragma unroll
         for (int i = 0; i < kWarps; i++)
-            sum += scratch.z_warp[i][j];
+            sums[round] += j < args.r ? scratch.z_warp[i][j] : 0;
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; round++) {
+        const int j = round * kWarpSize + lane;
+        if (j >= args.r)
+            continue;
 #pragma unroll 1
         for (uint32_t peer = 0; peer < size; peer++)
             store_remote_async(
-                in_cta(shared_address(&scratch.z_parts[rank][j]), peer), sum,
+                in_cta(shared_address(&scratch.z_parts[rank][j]), peer), sums[round],
                 in_cta(shared_address(&scratch.z_arrived), peer));
     }
 }

@@ -28,14 +28,31 @@ add_low_rank(float (&sums)[Tile::kSums], const Problem& p, int row0, uint32_t z)
     const T* low = static_cast<const T*>(p.lora_B) + static_cast<int64_t>(min(row, last)) * p.r;
     const T* high =
         static_cast<const T*>(p.lora_B) + static_cast<int64_t>(min(row + 2, last)) * p.r;
-    for (int j = 0; j < p.r; j += 16) {
-        const uint32_t a[4] = {
-            load_lora_pair(low, j + 2 * t, p.r), load_lora_pair(high, j + 2 * t, p.r),
-            load_lora_pair(low, j + 8 + 2 * t, p.r), load_lora_pair(high, j + 8 + 2 * t, p.r)};
+    uint32_t a[kMaxRank / 16][4];
+    const auto load = [&](int i) {
+        const int j = 16 * i + 2 * t;
+        a[i][0] = load_lora_pair(low, j, p.r), a[i][1] = load_lora_pair(high, j, p.r);
+        a[i][2] = load_lora_pair(low, j + 8, p.r), a[i][3] = load_lora_pair(high, j + 8, p.r);
+    };
+    const auto multiply = [&](int i) {
         wgmma_fence();
-        wgmma(sums, a, own_operand_descriptor(z + 2 * j), true, T{});
+        wgmma(sums, a[i], own_operand_descriptor(z + 32 * i), true, T{});
         wgmma_commit();
         wgmma_wait<0>();
+    };
+    load(0);
+    if (p.r <= 16) {
+        multiply(0);
+        return;
+    }
+#pragma unroll
+    for (int i = 1; i < kMaxRank / 16; i++)
+        load(i);
+    multiply(0);
+#pragma unroll
+    for (int i = 1; i < kMaxRank / 16; i++) {
+        if (16 * i < p.r)
+            multiply(i);
     }
 }
 

@@ -39,10 +39,12 @@ __device__ __forceinline__ void load_row(uint32_t (&words)[8], const void* row, 
 // A warp takes one block of K for 8 tokens, a cluster 64 of them; grid (8 slices of K, tokens / 8).
 // The sums for z of 8 warps, and then those of 8 CTAs, each adding an eighth of them, are added in
 // order; what is left, one value per slice, the next kernel adds. Shared memory: [8 warps +
-// 1][padded rank][8 tokens] f32. All loads of a warp are in flight together: what limits it is
-// their latency.
-template <typename T>
-__global__ void __launch_bounds__(kPackThreads) pack_tokens_kernel(const PackProblem p) {
+// 1][padded rank][8 tokens] f32. All loads of a warp, those of kRankTiles times 16 rows of lora_A
+// included, are in flight together: what limits it is their latency. For several tiles ptxas
+// would spill to fit three CTAs into an SM, were it not told that one is enough.
+template <typename T, int kRankTiles>
+__global__ void __launch_bounds__(kPackThreads, kRankTiles > 1 ? 1 : 0)
+    pack_tokens_kernel(const PackProblem p) {
     const LoraMatmulArgs& a = p.a;
     extern __shared__ float smem_z[];
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -66,16 +68,25 @@ __global__ void __launch_bounds__(kPackThreads) pack_tokens_kernel(const PackPro
     uint32_t x[8];
     load_row(
         x, static_cast<const T*>(a.x) + token * a.w.K + column + 16 * t, inside && token < a.M);
-    for (int i = 0; i < rank_tiles; i++) {
-        uint32_t low[8], high[8];
+    uint32_t low[kRankTiles][8], high[kRankTiles][8];
+#pragma unroll
+    for (int i = 0; i < kRankTiles; i++) {
+        if (i >= rank_tiles)
+            break;
         const int row = 16 * i + g;
         const T* lora_A = static_cast<const T*>(a.lora_A) + row * a.w.K + column + 16 * t;
-        load_row(low, lora_A, inside && row < a.r);
-        load_row(high, lora_A + 8 * a.w.K, inside && row + 8 < a.r);
+        load_row(low[i], lora_A, inside && row < a.r);
+        load_row(high[i], lora_A + 8 * a.w.K, inside && row + 8 < a.r);
+    }
+#pragma unroll
+    for (int i = 0; i < kRankTiles; i++) {
+        if (i >= rank_tiles)
+            break;
+        const int row = 16 * i + g;
         float sums[4] = {};
 #pragma unroll
         for (int s = 0; s < 8; s += 2) {
-            const uint32_t rows[4] = {low[s], high[s], low[s + 1], high[s + 1]};
+            const uint32_t rows[4] = {low[i][s], high[i][s], low[i][s + 1], high[i][s + 1]};
             mma_16x8x16(sums, rows, x[s], x[s + 1], T{});
         }
 #pragma unroll
@@ -95,13 +106,21 @@ __global__ void __launch_bounds__(kPackThreads) pack_tokens_kernel(const PackPro
     const uint32_t rank = cluster_rank();
     const int share = values / kPackCluster;
     float* const smem_ctas = smem_z + kPackWarps * values;  // [8 CTAs][share]
-    for (int i = threadIdx.x; i < values; i += kPackThreads) {
-        float sum = 0.0f;
+    constexpr int kRounds = (16 * kRankTiles * kPackTokens + kPackThreads - 1) / kPackThreads;
+    float sums[kRounds] = {};
+#pragma unroll
+    for (int round = 0; round < kRounds; round++) {
+        const int i = round * kPackThreads + threadIdx.x;
 #pragma unroll
         for (int j = 0; j < kPackWarps; j++)
-            sum += smem_z[j * values + i];
+            sums[round] += i < values ? smem_z[j * values + i] : 0.0f;
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; round++) {
+        const int i = round * kPackThreads + threadIdx.x;
         const uint32_t place = shared_address(smem_ctas + rank * share + i % share);
-        store_remote(in_cta(place, i / share), sum);
+        if (i < values)
+            store_remote(in_cta(place, i / share), sums[round]);
     }
     cluster_arrive();
     cluster_wait();

@@ -291,7 +291,10 @@ cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t strea
         dim3(kPackCluster * slices_of(a), plan.tokens / kPackTokens), kPackThreads, z_bytes,
         stream);
     packing.cluster(kPackCluster);
-    cudaError_t error = cudaLaunchKernelEx(packing.get(), pack_tokens_kernel<T>, pack);
+    constexpr int kMostTiles = kMaxRank / 16;
+    cudaError_t error = cudaLaunchKernelEx(
+        packing.get(),
+        rank_tiles <= 1 ? pack_tokens_kernel<T, 1> : pack_tokens_kernel<T, kMostTiles>, pack);
     if (error != cudaSuccess)
         return error;
 
