@@ -137,6 +137,39 @@ def test_ranks_above_16_of_few_tokens(M, N, K, r, dtype, dropout_p):
     assert_bitwise_equal(case.run(kernel)[1], z[:, :16].contiguous(), "z of rank 16")
 
 
+# For the kernel of some hundred tokens, as an H100 divides them: the projection beside the product
+# with 32 tokens at a time, with 64, with 64 in several passes, with one step of K, on eight SMs; in
+# front with 16 tokens to a cluster, with 64 in clusters of eight, four and two.
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r"),
+    [
+        (100, 4096, 2048, 50), (127, 272, 1024, 33), (200, 1040, 4096, 50), (257, 8208, 128, 24),
+        (700, 4096, 2048, 48), (1500, 272, 64, 64), (1500, 4096, 2048, 50), (300, 8208, 1024, 64),
+        (180, 272, 4096, 50), (513, 5392, 4096, 64), (700, 2576, 2048, 50), (1300, 1296, 4096, 48),
+        (4095, 1024, 1024, 64),
+    ],
+)  # fmt: skip
+def test_projections_of_large_ranks(M, N, K, r):
+    case = _Case(M, N, K, r, vector=True)
+    case.check("nf4_lora_matmul_mid")
+    y, z = case.run("nf4_lora_matmul_mid")
+    for _ in range(3):
+        again, z_again = case.run("nf4_lora_matmul_mid")
+        assert_bitwise_equal(again, y, "y")
+        assert_bitwise_equal(z_again, z, "z")
+
+
+@pytest.mark.parametrize(("M", "r"), [(100, 64), (300, 16), (300, 64), (1000, 8)])
+def test_lora_B_that_is_not_16_byte_aligned(M, r):
+    """Single elements of lora_B are read instead of vectors, to the same bits."""
+    case = _Case(M, 272, 768, r)
+    y, _ = case.run("nf4_lora_matmul_mid")
+    shifted = torch.empty(case.lora_B.numel() + 1, dtype=case.lora_B.dtype, device="cuda")[1:]
+    case.lora_B = shifted.view_as(case.lora_B).copy_(case.lora_B)
+    again, _ = case.run("nf4_lora_matmul_mid")
+    assert_bitwise_equal(again, y, "y")
+
+
 # For the large kernel: tiles of 1, 2, 3, 5, 7 and 17 steps of 64, some in one wave, others several
 # for each cluster, which stores a part of one among the steps of the next; the last panel of 256
 # rows with 16, 144 or 208 of them, the last tile of tokens full or short.

@@ -19,10 +19,12 @@ def test_a_figure_of_other_records_is_noticed(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCH))
     import figures
 
-    monkeypatch.setattr(figures, "LAYERS", tmp_path / "layers.svg")
-    assert not figures.up_to_date()
-    (tmp_path / "layers.svg").write_text("<desc>records 0123456789abcdef</desc>")
-    assert not figures.up_to_date()
+    monkeypatch.setattr(figures, "DOCS", tmp_path)
+    assert not figures.up_to_date("h100")
+    figures.figure("h100").write_text("<desc>records 0123456789abcdef</desc>")
+    assert not figures.up_to_date("h100")
+    figures.figure("h100").write_text(f"<desc>records {figures.digest('h100')}</desc>")
+    assert figures.up_to_date("h100")
 
 
 def test_ratios_are_to_the_dense_layer_of_the_same_size(monkeypatch):

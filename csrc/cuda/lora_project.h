@@ -12,8 +12,15 @@ inline int padded_rank(int r) {
 }
 
 // Tokens that a CTA of the projection on spare SMs takes at a time.
-inline int projection_tokens(int r) {
-    return r <= 16 ? 64 : r <= 32 ? 32 : 16;
+inline int spare_sm_tokens(int r) {
+    return r > 16 ? 32 : 64;
+}
+
+// Tokens of a cluster on the whole card. Each reads lora_A once more, which above 16 columns soon
+// costs more than x; but 64 tokens keep the card busy only if there are many (at 1024 tokens, 4096
+// x 4096 and rank 64 they took 8 us longer than 16, from 2048 on 5 to 15 less; H200, 2026-11).
+inline int projection_tokens(int64_t M, int r) {
+    return r > 16 && M > 1536 ? 64 : 16;
 }
 
 struct Projection {

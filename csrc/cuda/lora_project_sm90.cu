@@ -6,8 +6,8 @@
 // x [M, K], lora_A [r, K], z_out [M, r], z_scaled [M, r rounded up to 16, zeros behind r]: one
 // 16-bit dtype, row-major, x and lora_A 16-byte aligned, K % 64 == 0, r <= 64. Sums in fp32 in an
 // order fixed by the shapes. Warps take runs of 64 elements of K in turn. On the whole card a
-// cluster owns 16 tokens: the CTA and then the cluster add up. On spare SMs a CTA owns 16 to 64
-// tokens at a time, and clusters of four only keep its SMs together.
+// cluster owns 16 or 64 tokens: the CTA and then the cluster add up. On spare SMs a CTA owns 32 or
+// 64 tokens at a time, and clusters of four only keep its SMs together.
 //
 // Bound by reading x, and below a few MiB of it by latency, which is what the cluster is for:
 // 4.0 us at M 256, K 4096, 5.5 at 1024 x 4096, 11.4 at 1024 x 14336 (H100, 2026-11, r 16). Spare
@@ -27,10 +27,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kTokens = 16;
 constexpr int kRun = 64;
 constexpr int kMaxRanks = 8;  // the portable cluster size
-constexpr int kWantedCtas = 2 * 132;
+constexpr int kSms = 132;
 
 // s_j of the formula.
 __device__ __forceinline__ float column_scale(const float* lora_scaling, float scaling, int j) {
@@ -61,23 +60,29 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
     for (int t = 0; t < kColumns / 8; t++)
         a_row[t] = min(t * 8 + row, r - 1) * K;
+    // Both halves in flight would not fit 255 registers with the largest tile.
+    constexpr int kHalvesInFlight = kTiles * kColumns > 192 ? 1 : 2;
     constexpr int kRunsInFlight = kTiles > 1 ? 1 : kColumns == 16 ? 4 : 2;
 #pragma unroll kRunsInFlight
     for (int k = first_run * kRun; k < K; k += stride * kRun) {
-#pragma unroll
-        for (int half = k; half < k + kRun; half += kRun / 2) {
+#pragma unroll kHalvesInFlight
+        for (int h = 0; h < 2; h++) {
+            const int half = k + h * (kRun / 2);
             uint4 v[2 * kTiles];
 #pragma unroll
             for (int i = 0; i < 2 * kTiles; i++)
                 v[i] = __ldg(reinterpret_cast<const uint4*>(x_base + x_row[i] + half));
+            uint4 a[kColumns / 8];
+#pragma unroll
+            for (int t = 0; t < kColumns / 8; t++)
+                a[t] = __ldg(reinterpret_cast<const uint4*>(a_base + a_row[t] + half));
 #pragma unroll
             for (int t = 0; t < kColumns / 8; t++) {
-                const uint4 a = __ldg(reinterpret_cast<const uint4*>(a_base + a_row[t] + half));
 #pragma unroll
                 for (int i = 0; i < kTiles; i++) {
                     const uint4 low = v[2 * i], high = v[2 * i + 1];
-                    mma_16x8x16(d[i][t], {low.x, high.x, low.y, high.y}, a.x, a.y, T{});
-                    mma_16x8x16(d[i][t], {low.z, high.z, low.w, high.w}, a.z, a.w, T{});
+                    mma_16x8x16(d[i][t], {low.x, high.x, low.y, high.y}, a[t].x, a[t].y, T{});
+                    mma_16x8x16(d[i][t], {low.z, high.z, low.w, high.w}, a[t].z, a[t].w, T{});
                 }
             }
         }
@@ -110,7 +115,42 @@ __device__ __forceinline__ void clear_flags(uint32_t* flags, int count) {
         flags[i] = 0;
 }
 
-template <typename T, int kColumns>
+// Dynamic shared memory of the projections: [warps][tokens][kColumns + 1] f32.
+constexpr int partial_bytes(int warps, int tokens, int columns) {
+    return warps * tokens * (columns + 1) * 4;
+}
+
+// A warp's sums, [tokens][kColumns + 1].
+template <int kColumns, int kTiles>
+__device__ __forceinline__ void
+store_partial(float* partial, const float (&d)[kTiles][kColumns / 8][4]) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile++) {
+#pragma unroll
+        for (int t = 0; t < kColumns / 8; t++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int row = tile * 16 + lane / 4 + i / 2 * 8;
+                const int column = t * 8 + lane % 4 * 2 + i % 2;
+                partial[row * (kColumns + 1) + column] = d[tile][t][i];
+            }
+        }
+    }
+}
+
+// Sum i of [kTokens][kColumns] over the warps of a CTA.
+template <int kColumns, int kTokens, int kPartials>
+__device__ __forceinline__ float sum_of_warps(const float* partial, int i) {
+    const float* first = partial + i / kColumns * (kColumns + 1) + i % kColumns;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kPartials; w++)
+        sum += first[w * kTokens * (kColumns + 1)];
+    return sum;
+}
+
+template <typename T, int kColumns, int kTiles>
 __global__ void __launch_bounds__(kThreads) project_kernel(
     const T* x,                 // [M, K]
     const T* lora_A,            // [r, K]
@@ -123,31 +163,23 @@ __global__ void __launch_bounds__(kThreads) project_kernel(
     T* z_scaled,  // [M, kColumns]
     uint32_t* flags,
     const int flag_count) {
-    __shared__ float partial[kWarps][kTokens][kColumns + 1];
+    constexpr int kTokens = 16 * kTiles;
+    extern __shared__ float partial[];
     __shared__ float sums[kTokens * kColumns];
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int warp = threadIdx.x / kWarpSize;
     const int ranks = gridDim.x, rank = blockIdx.x;  // the cluster spans x
     const int token0 = blockIdx.y * kTokens;
     wait_for_previous_kernel();
     let_next_kernel_start();
     clear_flags(flags, flag_count);
 
-    float d[1][kColumns / 8][4] = {};
-    accumulate<T, kColumns, 1>(d, x, lora_A, M, K, r, token0, rank * kWarps + warp, ranks * kWarps);
-#pragma unroll
-    for (int t = 0; t < kColumns / 8; t++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            partial[warp][lane / 4 + i / 2 * 8][t * 8 + lane % 4 * 2 + i % 2] = d[0][t][i];
-    }
+    float d[kTiles][kColumns / 8][4] = {};
+    accumulate<T, kColumns, kTiles>(
+        d, x, lora_A, M, K, r, token0, rank * kWarps + warp, ranks * kWarps);
+    store_partial<kColumns, kTiles>(partial + warp * kTokens * (kColumns + 1), d);
     __syncthreads();
-    for (int i = threadIdx.x; i < kTokens * kColumns; i += kThreads) {
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < kWarps; w++)
-            sum += partial[w][i / kColumns][i % kColumns];
-        sums[i] = sum;
-    }
+    for (int i = threadIdx.x; i < kTokens * kColumns; i += kThreads)
+        sums[i] = sum_of_warps<kColumns, kTokens, kWarps>(partial, i);
     cluster_sync_unaligned();
     for (int i = threadIdx.x * ranks + rank; i < kTokens * kColumns; i += kThreads * ranks) {
         float z = 0;
@@ -160,22 +192,16 @@ __global__ void __launch_bounds__(kThreads) project_kernel(
     cluster_sync_unaligned();  // nobody leaves while its sums are being read
 }
 
-// On spare SMs: as many registers and loads in flight as a whole SM has. Shared memory: [warps][16
-// kTiles tokens][kColumns + 1] f32, 69 632 bytes at most.
-constexpr int kBesideThreads = 512;
-constexpr int kBesideWarps = kBesideThreads / kWarpSize;
+// On spare SMs: as many registers and loads in flight as a whole SM has. Many tokens at a time, as
+// each time reads all of lora_A: above 16 columns 32, whose sums leave registers for twice the
+// loads in flight (rank 64, K = 4096: 10 us, 64 tokens 25; H200, 2026-11).
 constexpr int kBesideCluster = 4;
 
 template <int kColumns>
-constexpr int kBesideTiles = kColumns == 16   ? 4
-                             : kColumns == 32 ? 2
-                                              : 1;
+constexpr int kBesideThreads = kColumns == 16 ? 512 : 256;
 
-template <int kColumns>
-constexpr int kBesideBytes = kBesideWarps * 16 * kBesideTiles<kColumns> * (kColumns + 1) * 4;
-
-template <typename T, int kColumns>
-__global__ void __launch_bounds__(kBesideThreads, 1) project_beside_kernel(
+template <typename T, int kColumns, int kTiles>
+__global__ void __launch_bounds__(kBesideThreads<kColumns>, 1) project_beside_kernel(
     const T* x,                 // [M, K]
     const T* lora_A,            // [r, K]
     const float* lora_scaling,  // [r] or null
@@ -187,38 +213,23 @@ __global__ void __launch_bounds__(kBesideThreads, 1) project_beside_kernel(
     T* z_scaled,  // [M, kColumns]
     uint32_t* flags,
     const int flag_count) {
-    constexpr int kTiles = kBesideTiles<kColumns>, kGroup = 16 * kTiles;
-    extern __shared__ float partial_of_warp[];
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    constexpr int kGroup = 16 * kTiles;
+    constexpr int kBesideWarps = kBesideThreads<kColumns> / kWarpSize;
+    extern __shared__ float partial[];
+    const int warp = threadIdx.x / kWarpSize;
     wait_for_previous_kernel();
     let_next_kernel_start();
     clear_flags(flags, flag_count);
     for (int token0 = blockIdx.x * kGroup; token0 < M; token0 += gridDim.x * kGroup) {
         float d[kTiles][kColumns / 8][4] = {};
         accumulate<T, kColumns, kTiles>(d, x, lora_A, M, K, r, token0, warp, kBesideWarps);
-#pragma unroll
-        for (int tile = 0; tile < kTiles; tile++) {
-#pragma unroll
-            for (int t = 0; t < kColumns / 8; t++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int row = tile * 16 + lane / 4 + i / 2 * 8;
-                    const int column = t * 8 + lane % 4 * 2 + i % 2;
-                    partial_of_warp[(warp * kGroup + row) * (kColumns + 1) + column] =
-                        d[tile][t][i];
-                }
-            }
-        }
+        store_partial<kColumns, kTiles>(partial + warp * kGroup * (kColumns + 1), d);
         __syncthreads();
-        for (int i = threadIdx.x; i < kGroup * kColumns; i += kBesideThreads) {
-            const int row = i / kColumns, column = i % kColumns;
-            float z = 0;
-#pragma unroll
-            for (int w = 0; w < kBesideWarps; w++)
-                z += partial_of_warp[(w * kGroup + row) * (kColumns + 1) + column];
-            if (token0 + row < M)
-                store_z<T, kColumns>(
-                    z, token0 + row, column, r, lora_scaling, scaling, z_out, z_scaled);
+        for (int i = threadIdx.x; i < kGroup * kColumns; i += kBesideThreads<kColumns>) {
+            const float z = sum_of_warps<kColumns, kGroup, kBesideWarps>(partial, i);
+            const int m = token0 + i / kColumns;
+            if (m < M)
+                store_z<T, kColumns>(z, m, i % kColumns, r, lora_scaling, scaling, z_out, z_scaled);
         }
         __syncthreads();
     }
@@ -252,38 +263,59 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(
 
 // ---- launch -------------------------------------------------------------------------------------
 
-template <typename T, int kColumns>
-cudaError_t launch_project(const LoraMatmulArgs& a, const Projection& p, cudaStream_t stream) {
+template <typename T, int kColumns, int kTiles>
+cudaError_t
+launch_on_whole_card(const LoraMatmulArgs& a, const Projection& p, cudaStream_t stream) {
     const auto M = static_cast<int>(a.M), K = static_cast<int>(a.w.K);
-    const T* x = static_cast<const T*>(a.x);
-    const T* lora_A = static_cast<const T*>(a.lora_A);
-    T* z_out = static_cast<T*>(a.z_out);
-    T* z_scaled = static_cast<T*>(p.z_scaled);
-    if (p.spare_sms > 0) {
-        constexpr auto kernel = project_beside_kernel<T, kColumns>;
-        constexpr int kBytes = kBesideBytes<kColumns>;
-        const cudaError_t error = allow_shared_memory<kernel>(kBytes);
-        if (error != cudaSuccess)
-            return error;
-        const auto groups = static_cast<int>(ceil_div(M, 16 * kBesideTiles<kColumns>));
-        const int clusters =
-            std::min(p.spare_sms / kBesideCluster, (groups + kBesideCluster - 1) / kBesideCluster);
-        LaunchConfig config(kBesideCluster * clusters, kBesideThreads, kBytes, stream);
-        config.cluster(kBesideCluster);
-        return cudaLaunchKernelEx(
-            config.get(), kernel, x, lora_A, a.lora_scaling, a.scaling, M, K, a.r, z_out, z_scaled,
-            p.flags, p.flag_count);
-    }
-    const auto tiles = static_cast<int>(ceil_div(M, kTokens));
+    constexpr auto kernel = project_kernel<T, kColumns, kTiles>;
+    constexpr int kBytes = partial_bytes(kWarps, 16 * kTiles, kColumns);
+    constexpr int kWantedCtas = kTiles > 1 ? kSms : 2 * kSms;
+    const cudaError_t error = allow_shared_memory<kernel>(kBytes);
+    if (error != cudaSuccess)
+        return error;
+    const auto groups = static_cast<int>(ceil_div(M, 16 * kTiles));
     const int runs = K / kRun;
     int ranks = 1;
-    while (ranks < kMaxRanks && tiles * ranks * 2 <= kWantedCtas && runs >= ranks * 2 * kWarps)
+    while (ranks < kMaxRanks && groups * ranks * 2 <= kWantedCtas && runs >= ranks * 2 * kWarps)
         ranks *= 2;
-    LaunchConfig config(dim3(ranks, tiles), kThreads, 0, stream);
+    LaunchConfig config(dim3(ranks, groups), kThreads, kBytes, stream);
     config.cluster(ranks);
     return cudaLaunchKernelEx(
-        config.get(), project_kernel<T, kColumns>, x, lora_A, a.lora_scaling, a.scaling, M, K, a.r,
-        z_out, z_scaled, p.flags, p.flag_count);
+        config.get(), kernel, static_cast<const T*>(a.x), static_cast<const T*>(a.lora_A),
+        a.lora_scaling, a.scaling, M, K, a.r, static_cast<T*>(a.z_out), static_cast<T*>(p.z_scaled),
+        p.flags, p.flag_count);
+}
+
+template <typename T, int kColumns, int kTiles>
+cudaError_t launch_on_spare_sms(const LoraMatmulArgs& a, const Projection& p, cudaStream_t stream) {
+    const auto M = static_cast<int>(a.M), K = static_cast<int>(a.w.K);
+    constexpr auto kernel = project_beside_kernel<T, kColumns, kTiles>;
+    constexpr int kBesideWarps = kBesideThreads<kColumns> / kWarpSize;
+    constexpr int kBytes = partial_bytes(kBesideWarps, 16 * kTiles, kColumns);
+    const cudaError_t error = allow_shared_memory<kernel>(kBytes);
+    if (error != cudaSuccess)
+        return error;
+    const auto groups = static_cast<int>(ceil_div(M, 16 * kTiles));
+    const int clusters =
+        std::min(p.spare_sms / kBesideCluster, (groups + kBesideCluster - 1) / kBesideCluster);
+    LaunchConfig config(kBesideCluster * clusters, kBesideThreads<kColumns>, kBytes, stream);
+    config.cluster(kBesideCluster);
+    return cudaLaunchKernelEx(
+        config.get(), kernel, static_cast<const T*>(a.x), static_cast<const T*>(a.lora_A),
+        a.lora_scaling, a.scaling, M, K, a.r, static_cast<T*>(a.z_out), static_cast<T*>(p.z_scaled),
+        p.flags, p.flag_count);
+}
+
+template <typename T, int kColumns>
+cudaError_t launch_project(const LoraMatmulArgs& a, const Projection& p, cudaStream_t stream) {
+    constexpr int kSpareTiles = kColumns > 16 ? 2 : 4;  // spare_sm_tokens
+    if (p.spare_sms > 0)
+        return launch_on_spare_sms<T, kColumns, kSpareTiles>(a, p, stream);
+    if constexpr (kColumns > 16) {
+        if (projection_tokens(a.M, a.r) == 64)
+            return launch_on_whole_card<T, kColumns, 4>(a, p, stream);
+    }
+    return launch_on_whole_card<T, kColumns, 1>(a, p, stream);
 }
 
 template <typename T>

@@ -40,18 +40,25 @@ inline Rates rates_of(PlanKind plan) {
 
 constexpr int64_t kMostParts = 8;  // of a tile, level
 
-// Clusters of four SMs: two pairs, so that no pair loses one.
+// Clusters of four SMs: two pairs, so that no pair loses one. More than one only for more than 16
+// columns.
 constexpr int kSpareSms = 4;
 
 // Until z is there, projected on the spare SMs or on all.
 inline int64_t projection_time(const LoraMatmulArgs& a, int spare_sms) {
     if (a.lora_A == nullptr)
         return 200;
-    if (spare_sms == 0)
-        return 400 + a.M * a.w.K * 2 / 25000;  // 2.5 TB/s
-    const int64_t tokens = projection_tokens(a.r);
-    const int64_t passes = ceil_div(ceil_div(a.M, tokens), spare_sms);
-    return 200 + passes * a.w.K * (2 * tokens + 2 * padded_rank(a.r)) / 1000;  // 0.1 TB/s per SM
+    const int64_t bytes_of_a = 2 * padded_rank(a.r) * a.w.K;
+    if (spare_sms == 0) {
+        // 2.5 TB/s; more of lora_A than 16 rows comes from L2 again and again, with 4 TB/s.
+        const int64_t groups = ceil_div(a.M, projection_tokens(a.M, a.r));
+        return 400 + a.M * a.w.K * 2 / 25000 + (a.r > 16 ? groups * bytes_of_a / 40000 : 0);
+    }
+    const int64_t passes = ceil_div(ceil_div(a.M, spare_sm_tokens(a.r)), spare_sms);
+    // With K = 4096 and rank 64 10 us; the next ones, beside the product, 20 each (H200, 2026-11).
+    if (a.r > 16)
+        return 200 + a.w.K / 4 + (passes - 1) * a.w.K / 2;
+    return 200 + passes * (2 * spare_sm_tokens(a.r) * a.w.K + bytes_of_a) / 1000;  // 0.1 TB/s each
 }
 
 // The best division of a plan's tiles: whole rounds, then what is left.
@@ -98,8 +105,10 @@ inline Division divide(const LoraMatmulArgs& a, int sms) {
     const int64_t row_tiles = ceil_div(a.w.N, kTileRows);
     const int64_t row_pairs = ceil_div(row_tiles, 2);
     Division best{};
-    for (const int spare_sms : {0, kSpareSms}) {
-        if (spare_sms > 0 && (a.lora_A == nullptr || a.r == 0 || sms <= 2 * kSpareSms))
+    for (const int spare_sms : {0, kSpareSms, 2 * kSpareSms, 4 * kSpareSms}) {
+        if (spare_sms > 0 && (a.lora_A == nullptr || a.r == 0 || sms <= 2 * spare_sms))
+            continue;
+        if (spare_sms > kSpareSms && a.r <= 16)
             continue;
         for (const PlanKind plan : {kSharedX256, kSharedX128, kSharedW256}) {
             const int64_t tiles = plan == kSharedX256   ? row_pairs * ceil_div(a.M, 256)

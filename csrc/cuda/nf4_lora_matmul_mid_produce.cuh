@@ -90,9 +90,17 @@ table_of(uint32_t smem_codebook, const float (&scales)[4], int step) {
     return table_of<T>(smem_codebook, step & 2 ? high : low);
 }
 
-// r elements of lora_B as a row of a stage, with zeros behind them. Once per tile: plain is enough.
+// r elements of lora_B as a row of a stage, with zeros behind them. Lanes have rows of their own,
+// so a load of single elements costs as much as one of 16 bytes.
 template <typename T>
 __device__ __forceinline__ void store_lora_row(uint32_t row, const T* lora_B, int r) {
+    if (r % 8 == 0 && reinterpret_cast<uintptr_t>(lora_B) % 16 == 0) {
+        const uint4* vectors = reinterpret_cast<const uint4*>(lora_B);
+#pragma unroll 4
+        for (int c = 0; c < 8; c++)
+            store_shared(row ^ (c << 4), c * 8 < r ? __ldg(vectors + c) : uint4{});
+        return;
+    }
 #pragma unroll 1
     for (int c = 0; c < 8; c++) {
         uint32_t pair[4];
