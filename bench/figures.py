@@ -16,10 +16,11 @@ from lowbit.benchmarks.plots import STYLES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-LAYERS = ROOT / "docs" / "layers_h100.svg"
-PANELS = {  # record: the operation to show, the panel's title
-    "linear_h100.json": ("lora_linear", "forward"),
-    "linear_backward_h100.json": ("forward+backward", "forward and backward"),
+DOCS = ROOT / "docs"
+CARDS = ("h200", "h100")  # the README shows the first
+PANELS = {  # record of a card: the operation to show, the panel's title
+    "linear": ("lora_linear", "forward"),
+    "linear_backward": ("forward+backward", "forward and backward"),
 }
 SHOWN = ("dense", "dense+lora", "bitsandbytes", "unsloth-style", "lowbit")
 TITLES = {
@@ -31,14 +32,23 @@ TITLES = {
 }
 
 
-def digest() -> str:
+def figure(card: str) -> Path:
+    """Where the figure of a card's layers is."""
+    return DOCS / f"layers_{card}.svg"
+
+
+def _record(name: str, card: str) -> Path:
+    return RESULTS / f"{name}_{card}.json"
+
+
+def digest(card: str) -> str:
     """Of the records that the figure shows."""
-    content = b"".join((RESULTS / name).read_bytes() for name in PANELS)
+    content = b"".join(_record(name, card).read_bytes() for name in PANELS)
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def up_to_date() -> bool:
-    return LAYERS.exists() and digest() in LAYERS.read_text()
+def up_to_date(card: str) -> bool:
+    return figure(card).exists() and digest(card) in figure(card).read_text()
 
 
 def ratios(record: dict, op: str) -> dict[str, dict[int, list[float]]]:
@@ -52,7 +62,7 @@ def ratios(record: dict, op: str) -> dict[str, dict[int, list[float]]]:
     return found
 
 
-def draw() -> None:
+def draw(card: str) -> None:
     """One panel per record: the geometric mean over the layers, and the range as a band."""
     import matplotlib
 
@@ -61,15 +71,16 @@ def draw() -> None:
 
     options = {"svg.hashsalt": "lowbit", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(options):
-        figure, panels = pyplot.subplots(1, len(PANELS), figsize=(10, 4), layout="constrained")
+        drawn, panels = pyplot.subplots(1, len(PANELS), figsize=(10, 4), layout="constrained")
         for axes, (name, (op, title)) in zip(panels, PANELS.items(), strict=True):
-            record = json.loads((RESULTS / name).read_text())
+            record = json.loads(_record(name, card).read_text())
             _draw_panel(axes, ratios(record, op), f"{title} ({record['environment']['card']})")
         panels[0].set_ylabel("time / 16-bit layer without LoRA")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-        figure.savefig(LAYERS, metadata={"Date": None, "Description": f"records {digest()}"})
-        pyplot.close(figure)
+        drawn.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        about = {"Date": None, "Description": f"records {digest(card)}"}
+        drawn.savefig(figure(card), metadata=about)
+        pyplot.close(drawn)
 
 
 def _draw_panel(axes, by_impl: dict[str, dict[int, list[float]]], title: str) -> None:

@@ -1,6 +1,6 @@
 """Run tests and record their outcome for bench/results.
 
-    python bench/record_tests.py bench/results/tests_h100.json -m "gpu or not gpu" tests -n 4
+    python bench/record_tests.py bench/results/tests_h200.json -m "gpu or not gpu" tests -n 4
 
 The first argument is the record, the rest goes to pytest. With workers (-n), tests marked
 `exclusive`, which measure the whole card, run afterwards, in a pass of their own without workers.
