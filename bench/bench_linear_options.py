@@ -44,7 +44,7 @@ OP = "lora_linear options"
 RANK, LARGE_RANK = 16, 64
 DTYPE = torch.bfloat16
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
-SECONDS, ROUNDS = 1.0, 20  # of timed replays of a case, and at most
+SECONDS, ROUNDS = 0.6, 20  # of timed replays of a case, and at most
 
 
 def variants(layer: shapes.Layer) -> dict[str, tuple[Weights, torch.Tensor | None]]:
