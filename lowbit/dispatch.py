@@ -109,7 +109,8 @@ BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 # same layer, busy of the peak: gemv, M = 1: DRAM 69 %, issue slots 65; small, M = 8: DRAM 59, issue
 # slots 63; M = 64: shared memory 62, tensor pipes 48, DRAM 47; mid, M = 256: tensor pipes 65
 # (cuBLAS 78), shared memory 68; M = 1024: 89 (94) and 71. Large, 14336 x 4096: tensor pipes 87 at
-# M = 4096 and 90 at 16384 (93 and 95).
+# M = 4096 and 90 at 16384 (93 and 95). Large and backward have gained since (bench/NOTES.md): on an
+# H200, of its 828 TFLOP/s, 82 % (linear_h200.json, linear_backward_h200.json, 2026-11-29).
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
     _fused("nf4_lora_gemv", (1, 1), "one launch; 88 % of copy bandwidth"),
@@ -121,7 +122,7 @@ TABLE = (
         "nf4_lora_backward_large",
         4096,
         Layer.narrow_lines,
-        "W decoded once; forward + backward 1.15 x dense at 4096 x 4096",
+        "W decoded once; forward + backward 1.07 x dense at 4096 x 4096",
     ),
     _backward(
         "nf4_lora_backward", 1, Layer.whole_lines, "one call; dx up to twice as fast as by panels"
