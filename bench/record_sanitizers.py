@@ -168,6 +168,7 @@ CASES: dict[str, Callable[[], None]] = {
     "large": lambda: layer(4096, 2048, 640, 64),
     "large padded": lambda: layer(4100, 640, 512, 5),
     "large with gradients": lambda: layer(4200, 640, 2048, masters=True),
+    "many parts": lambda: layer(51200, 144, 64, 64),
     "members": lambda: members(200),
     "members, mid": lambda: members(1200),
     "members, large": lambda: members(4096),
