@@ -1,5 +1,6 @@
 """The CUDA sources compile, spill nothing, and register the operators' schemas: no GPU needed."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sass
 import torch
 from torch.utils.cpp_extension import include_paths
 
@@ -123,3 +125,71 @@ def test_schemas_equal_those_of_the_public_operations(library):
     weight = ops.SCHEMAS["dequantize_4bit"].split(", ScalarType")[0]
     tail = ", int row0, Tensor(a!) out, int column0=0) -> ()"
     assert window == f"lowbit_cuda::dequantize_4bit_out{weight}{tail}"
+
+
+def _cuobjdump() -> str | None:
+    """From PATH or the toolkit, else the one that triton brings."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    spec = None if found else importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return found
+    return shutil.which(
+        "cuobjdump", path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    )
+
+
+# Kernels that wait only if they come first in a call, where what they read is there already, and
+# optimizer steps, which follow one another: they wait at their end.
+WAITS_UNDER_A_CONDITION = (
+    "nf4_lora_matmul_mid_kernel", "nf4_lora_matmul_dx_kernel", "optimizer_step_kernel",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(_cuobjdump() is None, reason="there is no cuobjdump")
+def test_nothing_is_read_before_the_wait_for_the_kernel_in_front(build):
+    """ptxas moves __ldg in front of griddepcontrol.wait where no branch or barrier is between."""
+    folder, _ = build
+    waiting, problems = set(), []
+    for source in SOURCES:
+        if source.suffix != ".cu":
+            continue
+        listing = _run(_cuobjdump(), "-sass", folder / f"{source.stem}.o")
+        for name, instructions in sass.functions(listing).items():
+            if not any(sass.WAIT in text for text in instructions.values()):
+                continue
+            waiting.add(name)
+            if any(kernel in name for kernel in WAITS_UNDER_A_CONDITION):
+                continue
+            problems += [f"{name}: {hit}" for hit in sass.accesses_before_wait(instructions)]
+    assert len(waiting) > 50, "the kernels' waits were not found"
+    assert not problems, "\n".join(problems[:20])
+
+
+def test_the_scan_finds_a_load_before_a_wait():
+    listing = """
+        Function : early
+        /*0000*/  LDG.E.CONSTANT R2, [R4] ;
+        /*0010*/  ACQBULK ;
+        /*0020*/  LDG.E R3, [R4] ;
+        /*0030*/  EXIT ;
+        Function : behind_a_branch
+        /*0000*/  @P0 BRA 0x30 ;
+        /*0010*/  ACQBULK ;
+        /*0020*/  EXIT ;
+        /*0030*/  STG.E [R4], R2 ;
+        /*0040*/  EXIT ;
+        Function : late
+        /*0000*/  BRA `(.L_1) 0x20 ;
+        /*0010*/  LDG.E R3, [R4] ;
+        /*0020*/  ACQBULK ;
+        /*0030*/  LDG.E R3, [R4] ;
+        /*0040*/  BRA 0x10 ;
+    """
+    found = {
+        name: sass.accesses_before_wait(code) for name, code in sass.functions(listing).items()
+    }
+    assert found == {
+        "early": ["0x0: LDG.E.CONSTANT R2, [R4]"],
+        "behind_a_branch": ["0x30: STG.E [R4], R2"],
+        "late": [],
+    }
