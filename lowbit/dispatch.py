@@ -55,6 +55,13 @@ class Layer(NamedTuple):
             and self.r <= 64
         )
 
+    def short_factor(self) -> bool:
+        """The same, and where rows of lora_B must be padded (to 16 or 64), as its rank is no
+        multiple of 8, the copy fits the workspace beside s z of 2^17 tokens.
+        """
+        padded = 16 if self.r <= 16 else 64
+        return self.whole_blocks() and (self.r % 8 == 0 or self.N * padded <= 1 << 21)
+
     def whole_lines(self) -> bool:
         """Whether the kernels of the backward pass, which read W by columns, serve the layer."""
         return (
@@ -87,11 +94,13 @@ class Row:
     serves: Callable[[Layer], bool] | None = None
 
 
-def _fused(kernel: str, tokens: tuple[int, int | None], reason: str) -> Row:
-    return Row(
-        _FORWARD, "cuda", "cuda", reason, kernel, (9, 0), (9, 0), _HALVES, tokens,
-        Layer.whole_blocks,
-    )  # fmt: skip
+def _fused(
+    kernel: str,
+    tokens: tuple[int, int | None],
+    reason: str,
+    serves: Callable[[Layer], bool] = Layer.whole_blocks,
+) -> Row:
+    return Row(_FORWARD, "cuda", "cuda", reason, kernel, (9, 0), (9, 0), _HALVES, tokens, serves)
 
 
 def _backward(kernel: str, least: int, serves: Callable[[Layer], bool], reason: str) -> Row:
@@ -115,9 +124,14 @@ TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
     _fused("nf4_lora_gemv", (1, 1), "one launch; 88 % of copy bandwidth"),
     _fused("nf4_lora_matmul_small", (2, 64), "equal shares of W; 79 % of copy bandwidth at 8"),
-    _fused("nf4_lora_matmul_mid", (65, 4095), "two CTAs share a decode; 87 % of peak at 1024"),
-    # Beyond its last row, s z may not fit the workspace.
-    _fused("nf4_lora_matmul_large", (4096, 1 << 17), "W decoded once; 88 % of peak at 4096"),
+    # Beyond their last M, s z may not fit the workspace.
+    _fused(
+        "nf4_lora_matmul_large",
+        (4096, 1 << 17),
+        "W decoded once; 88 % of peak at 4096",
+        Layer.short_factor,
+    ),
+    _fused("nf4_lora_matmul_mid", (65, 1 << 16), "two CTAs share a decode; 87 % of peak at 1024"),
     _backward(
         "nf4_lora_backward_large",
         4096,

@@ -119,6 +119,24 @@ def test_the_reference_serves_every_operation_and_float64():
         dispatch.choose("linear", torch.device("cpu"), torch.int8)
 
 
+@pytest.mark.parametrize(
+    ("N", "r", "kernel"),
+    [
+        (128256, 50, "mid"), (128256, 12, "large"), (128256, 48, "large"), (4096, 50, "large"),
+        (1 << 18, 12, "mid"),
+    ],
+)  # fmt: skip
+def test_many_tokens_leave_the_large_kernel_where_a_padded_factor_does_not_fit(N, r, kernel):
+    layer = dispatch.Layer(N, 4096, 64, True, r)
+    rows = [
+        row.kernel
+        for row in dispatch.TABLE
+        if "lora_linear" in row.operations and row.serves is not None and row.serves(layer)
+        and row.tokens[0] <= 60000 <= row.tokens[1]
+    ]  # fmt: skip
+    assert rows[0] == f"nf4_lora_matmul_{kernel}"
+
+
 def test_every_row_of_the_table_names_known_things():
     for row in dispatch.TABLE:
         assert set(row.operations) <= set(dispatch.OPERATIONS)
