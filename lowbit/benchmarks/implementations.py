@@ -253,7 +253,8 @@ def _torchao(weights: Weights) -> Prepared:
     """linear_nf4 on torchao's own double-quantized NF4 weight, then PEFT's formula."""
     module = _first_module(_TORCHAO_HOMES)
     A, B = weights.A, weights.B
-    stored = [module.to_nf4(weights.original, BLOCKSIZE, 256) for _ in range(weights.copies)]
+    first = module.to_nf4(weights.original, BLOCKSIZE, 256)
+    stored = [first, *(first.clone() for _ in range(weights.copies - 1))]
 
     def call(x, i):
         return peft_formula(module.linear_nf4(x, stored[i]), x, A[i], B[i])
