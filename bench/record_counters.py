@@ -51,6 +51,7 @@ LIMIT_S = 300
 
 def run_cases() -> None:
     """Every case once, each call in a range of its own that ncu sees."""
+    torch.autograd.set_multithreading_enabled(False)  # a range holds what its own thread launches
     for wanted, backward in ((FORWARD, False), (BACKWARD, True)):
         for name, tokens in wanted.items():
             weights = Weights(LAYERS[name].N, LAYERS[name].K, RANK, DTYPE, "cuda", 1)
@@ -99,10 +100,12 @@ def read(table: str) -> list[dict]:
     for values in kernels:
         case = RANGE.search(" ".join(values))
         if case is None:
-            raise SystemExit(f"ncu named no case for {values[at['Kernel Name']]}")
+            raise SystemExit(f"ncu named no case: {dict(zip(header, values, strict=False))}")
         layer, M, contender, direction = case[1].split()
         row = {"layer": layer, "M": int(M), "impl": contender, "pass": direction}
-        row["kernel"] = re.sub(r"[(<].*", "", values[at["Kernel Name"]])
+        kernel = values[at["Kernel Name"]]
+        own = re.search(r"\w+_kernel\b", kernel)
+        row["kernel"] = own[0] if own else kernel
         for name, (metric, factor) in METRICS.items():
             value = float(values[at[metric]].replace(",", ""))
             row[name] = round(value * factor * _base(units[at[metric]]), 2)

@@ -371,6 +371,29 @@ def sanitizers(name: str, record: dict) -> str:
     return f"{what} ({_at_commit(record)}; `{name}`):\n\n{table(['tool', 'cases', 'clean'], body)}"
 
 
+def counters(name: str, record: dict) -> str:
+    """How busy the longest kernel of each call kept the card, lowbit's and cuBLAS's."""
+    longest: dict[tuple, dict[str, dict]] = {}
+    for row in record["rows"]:
+        calls = longest.setdefault((row["layer"], row["M"], row["pass"]), {})
+        if row["us"] > calls.get(row["impl"], {"us": 0})["us"]:
+            calls[row["impl"]] = row
+    parts = ("tensor", "dram", "l2", "l1", "issue")
+    body = []
+    for (layer, M, direction), calls in longest.items():
+        own, dense = calls["lowbit"], calls["dense"]
+        cells = [f"{own[f'{p}_percent']:.0f} ({dense[f'{p}_percent']:.0f})" for p in parts]
+        read = [f"{row['dram_read_bytes'] / 1e9:.2f}" for row in (own, dense)]
+        kernel = own["kernel"].removesuffix("_kernel")
+        body.append([f"{layer}, {direction}", str(M), kernel, *cells, f"{read[0]} ({read[1]})"])
+    head = ["layer", "M", "kernel", "tensor pipes", "DRAM", "L2", "L1", "issue slots", "GB read"]
+    what = (
+        "Counters by ncu, cold caches, of lowbit's longest kernel and in brackets of cuBLAS's with "
+        "a 16-bit weight, % of the peak"
+    )
+    return f"{what} ({_at_commit(record)}; `{name}`):\n\n{table(head, body)}"
+
+
 def _at_commit(record: dict) -> str:
     return f"{machine(record['environment'], card=True)}, commit {record['environment']['commit']}"
 
@@ -388,6 +411,7 @@ WRITERS = {  # in the order of docs/measured.md
     "optimizer_curves": optimizer_curves,
     "tests": tests,
     "sanitizers": sanitizers,
+    "counters": counters,
 }
 
 

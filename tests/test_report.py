@@ -39,3 +39,36 @@ def test_ratios_are_to_the_dense_layer_of_the_same_size(monkeypatch):
     rows.append({"op": "lora_linear host", "layer": "a", "impl": "lowbit", "M": 8, "us": 99.0})
     found = figures.ratios({"rows": rows}, "lora_linear")
     assert found["lowbit"] == {8: [pytest.approx(0.5), pytest.approx(1.5)]}
+
+
+def test_counters_are_read_from_what_ncu_prints(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import record_counters
+
+    metrics = [metric for metric, _ in record_counters.METRICS.values()]
+    units = ["usecond", "cycle", "%", "%", "%", "%", "%", "Mbyte", "Kbyte"]
+    values = ["41.5", "81,622", "1", "2", "3", "4", "5", "122.4", "2.5"]
+
+    def line(*cells):
+        return ",".join(f'"{cell}"' for cell in cells)
+
+    case = "<default domain>:case gate70b 16 lowbit forward end:none"
+    kernel = "void lowbit::cuda::<unnamed>::nf4_lora_gemv_kernel<__half, 1>(Args, Plan)"
+    table = [
+        "==PROF== Connected to process 1",
+        line("ID", "Kernel Name", "Push/Pop_Range", *metrics),
+        line("", "", "", *units),
+        line(0, kernel, case, *values),
+    ]
+    (row,) = record_counters.read("\n".join(table))
+    assert (row["layer"], row["M"], row["impl"], row["pass"]) == (
+        "gate70b",
+        16,
+        "lowbit",
+        "forward",
+    )
+    assert (row["kernel"], row["us"], row["cycles"]) == ("nf4_lora_gemv_kernel", 41.5, 81622)
+    assert (row["dram_read_bytes"], row["dram_written_bytes"]) == (122.4e6, 2500)
+    table[-1] = line(0, kernel, "", *values)
+    with pytest.raises(SystemExit, match="named no case"):
+        record_counters.read("\n".join(table))
