@@ -165,6 +165,8 @@ CASES: dict[str, Callable[[], None]] = {
     "mid split": lambda: layer(128, 1024, 2048),
     "mid shared": lambda: layer(1100, 272, 1024, 16, FP16, vector=True),
     "mid, all SMs": lambda: layer(3000, 1536, 512),
+    "mid 64": lambda: layer(300, 528, 704, 64),
+    "mid, projection in passes": lambda: layer(1030, 4096, 2048),
     "large": lambda: layer(4096, 2048, 640, 64),
     "large padded": lambda: layer(4100, 640, 512, 5),
     "large with gradients": lambda: layer(4200, 640, 2048, masters=True),

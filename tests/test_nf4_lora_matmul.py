@@ -137,20 +137,24 @@ def test_ranks_above_16_of_few_tokens(M, N, K, r, dtype, dropout_p):
     assert_bitwise_equal(case.run(kernel)[1], z[:, :16].contiguous(), "z of rank 16")
 
 
-# For the kernel of some hundred tokens, as an H100 divides them: the projection beside the product
-# with 32 tokens at a time, with 64, with 64 in several passes, with one step of K, on eight SMs; in
-# front with 16 tokens to a cluster, with 64 in clusters of eight, four and two.
+# For the kernel of some hundred tokens, as an H100 divides them. First z beside the product, by
+# groups of 64, 128, 192 and 256 tokens; four, two CTAs and one to a group, then one for two groups;
+# a CTA without a step of K. Then in front: eight, four, two CTAs, one for two groups; CTAs without
+# a step; a single token in the last group.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("M", "N", "K", "r"),
     [
-        (100, 4096, 2048, 50), (127, 272, 1024, 33), (200, 1040, 4096, 50), (257, 8208, 128, 24),
-        (700, 4096, 2048, 48), (1500, 272, 64, 64), (1500, 4096, 2048, 50), (300, 8208, 1024, 64),
-        (180, 272, 4096, 50), (513, 5392, 4096, 64), (700, 2576, 2048, 50), (1300, 1296, 4096, 48),
-        (4095, 1024, 1024, 64),
+        (100, 4096, 2048, 50), (66, 4096, 4096, 17), (250, 4096, 4096, 64), (250, 8192, 192, 64),
+        (500, 4096, 4096, 1), (700, 4096, 2048, 48), (1000, 4096, 4096, 16), (1100, 4096, 2048, 8),
+        (1030, 4096, 4096, 64),
+        (257, 8208, 128, 24), (600, 8192, 192, 64), (513, 5392, 4096, 64), (1500, 272, 64, 64),
+        (1500, 4096, 4096, 33), (2048, 4096, 64, 64), (4095, 1024, 1024, 64), (8000, 1536, 512, 24),
+        (31000, 272, 128, 8),
     ],
 )  # fmt: skip
-def test_projections_of_large_ranks(M, N, K, r):
-    case = _Case(M, N, K, r, vector=True)
+def test_projections(M, N, K, r, dtype):
+    case = _Case(M, N, K, r, dtype, vector=True)
     case.check("nf4_lora_matmul_mid")
     y, z = case.run("nf4_lora_matmul_mid")
     for _ in range(3):

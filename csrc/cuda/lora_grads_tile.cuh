@@ -91,18 +91,6 @@ __device__ __forceinline__ Part own_part(const GradParams& p) {
             token0,      (tokens + kStageTokens - 1) / kStageTokens};
 }
 
-struct Ring {
-    int slot = 0;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ void advance(int stages) {
-        if (++slot == stages) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // Byte of 16-byte chunk `chunk` of row `row` in a box with rows of kRowBytes, as TMA swizzles it.
 template <int kRowBytes>
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {

@@ -2,6 +2,8 @@
 // second product.
 #pragma once
 
+#include <algorithm>
+
 #include "nf4_lora_matmul.h"
 
 namespace lowbit::cuda {
@@ -11,16 +13,33 @@ inline int padded_rank(int r) {
     return (r + 15) / 16 * 16;
 }
 
-// Tokens that a CTA of the projection on spare SMs takes at a time.
-inline int spare_sm_tokens(int r) {
-    return r > 16 ? 32 : 64;
-}
+// Clusters take tokens by groups; some of their CTAs divide K for one group.
+struct ProjectionTiling {
+    int tokens;   // of a group, 64 to 256
+    int parts;    // of K, each of a CTA
+    int cluster;  // CTAs of a cluster, a multiple of parts
+    int clusters;
+    int passes;  // groups of a CTA, at most
+};
 
-// Tokens of a cluster on the whole card. Each reads lora_A once more, which above 16 columns soon
-// costs more than x; but 64 tokens keep the card busy only if there are many (at 1024 tokens, 4096
-// x 4096 and rank 64 they took 8 us longer than 16, from 2048 on 5 to 15 less; H200, 2026-11).
-inline int projection_tokens(int64_t M, int r) {
-    return r > 16 && M > 1536 ? 64 : 16;
+// K is divided as far as one pass allows: every pass reads lora_A again and adds up. Beside a
+// product, whose CTAs come in pairs, clusters of four SMs leave no pair broken. Alone, clusters of
+// eight find room on 10 of 11 SMs of an H100.
+inline ProjectionTiling tile_projection(int64_t M, int sms, bool beside) {
+    constexpr int64_t kBox = 64, kMostTokens = 256;
+    const int cluster = beside ? 4 : 8;
+    const int64_t most_clusters = std::max((beside ? sms : sms * 10 / 11) / cluster, 1);
+    M = std::max<int64_t>(M, 1);
+    int parts = cluster;
+    while (parts > 1 && M > most_clusters * (cluster / parts) * kMostTokens)
+        parts /= 2;
+    const int64_t groups = most_clusters * (cluster / parts);  // at the same time
+    const int64_t passes = ceil_div(M, groups * kMostTokens);
+    const int64_t tokens = kBox * ceil_div(M, groups * passes * kBox);
+    const int64_t clusters = std::min(most_clusters, ceil_div(M, tokens * (cluster / parts)));
+    return {
+        static_cast<int>(tokens), parts, cluster, static_cast<int>(clusters),
+        static_cast<int>(passes)};
 }
 
 struct Projection {

@@ -25,9 +25,8 @@
 //   level      parts of equal length, which end together: each adds up a quarter of the tokens
 // Level parts wait for each other. A grid is never larger than what the card holds at once; where
 // it has to share the card, its CTAs start in order and the parts of a tile are neighbours, so that
-// one tile's, 7 clusters at most, wait for SMs while all others end. Up to about 1000 tokens four
-// SMs stay out of the grid and project meanwhile, which hides 5 us; with more than 16 columns so
-// many that they need one or two passes over lora_A.
+// one tile's, 7 clusters at most, wait for SMs while all others end. Up to some 1000 tokens, 2000
+// at ranks up to 16, four SMs stay out of the grid and project meanwhile, which hides 7 us.
 //
 // Bound by decoding beside wgmma and by shared memory: per step wgmma reads 80 KB (96 with shared
 // x, see Plan), x takes 32, decoded weights 16. A step of 128 x 256 takes 0.70 us with shared W,

@@ -202,10 +202,13 @@ __device__ __forceinline__ void cluster_sync_unaligned() {
 }
 
 // Remote addresses come from in_cta().
-__device__ __forceinline__ float load_remote(uint32_t address) {
-    float value;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
+__device__ __forceinline__ float4 load_remote(uint32_t address) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
 }
 
 __device__ __forceinline__ void store_remote(uint32_t address, float value) {
@@ -238,6 +241,19 @@ store_remote_async(uint32_t address, const uint4& v, uint32_t barrier) {
 }
 
 // ---- barriers -----------------------------------------------------------------------------------
+
+// A stage of a ring of barriers and the parity of its use.
+struct Ring {
+    int slot = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance(int stages) {
+        if (++slot == stages) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
