@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -42,6 +43,7 @@ CLEAN = re.compile(r"SUMMARY: 0 (?:errors|hazards displayed \(0 errors, 0 warnin
 # Of the results against the same formulas in fp32; plain torch in 16 bits is off by 1 to 4e-3.
 MOST_ERROR = 1e-2
 BF16, FP16 = torch.bfloat16, torch.float16
+PORTABLE = "nf4_lora_matmul_portable"  # which cards that have others do not choose
 
 
 def _randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -68,8 +70,9 @@ def layer(
     masters: bool = False,
     double_quant: bool = True,
     vector: bool = False,
+    kernel: str = "",
 ) -> None:
-    """Forward and backward of an adapted layer with bias; all gradients."""
+    """Forward and backward of an adapted layer with bias; all gradients. kernel: forward's."""
     q = lowbit.quantize(_randn(N, K, dtype=dtype), double_quant=double_quant)
     adapter = torch.float32 if masters else dtype
     x, dy, bias = _randn(M, K, dtype=dtype), _randn(M, N, dtype=dtype), _randn(N, dtype=dtype)
@@ -78,7 +81,8 @@ def layer(
     leaves = [x, A, B, bias, s] if vector else [x, A, B, bias]
     for leaf in leaves:
         leaf.requires_grad_()
-    y = lowbit.lora_matmul(x, q, A, B, s if vector else 0.5, bias=bias)
+    with dispatch.force(f"cuda:{kernel}") if kernel else contextlib.nullcontext():
+        y = lowbit.lora_matmul(x, q, A, B, s if vector else 0.5, bias=bias)
     gradients = torch.autograd.grad(y, leaves, dy)
     with torch.no_grad():
         fx, fdy, fA, fB, W = (t.float() for t in (x, dy, A, B, lowbit.dequantize(q)))
@@ -171,6 +175,9 @@ CASES: dict[str, Callable[[], None]] = {
     "large padded": lambda: layer(4100, 640, 512, 5),
     "large with gradients": lambda: layer(4200, 640, 2048, masters=True),
     "many parts": lambda: layer(51200, 144, 64, 64),
+    "portable": lambda: layer(8, 272, 1024, 8, FP16, kernel=PORTABLE),
+    "portable 16": lambda: layer(16, 528, 704, double_quant=False, vector=True, kernel=PORTABLE),
+    "portable 40": lambda: layer(40, 528, 704, 64, masters=True, kernel=PORTABLE),
     "members": lambda: members(200),
     "members, mid": lambda: members(1200),
     "members, large": lambda: members(4096),

@@ -1,6 +1,12 @@
-"""Comparisons that say what differs and where, and the error rule of the numerical tests."""
+"""Comparisons that say what differs and where, the error rule of the numerical tests, and which
+kernels run here.
+"""
+
+import functools
 
 import torch
+
+from lowbit import dispatch
 
 # One rounding step of the output: half a unit in the last place, relative.
 ROUNDING = {
@@ -81,3 +87,15 @@ def assert_close_to_float64(
     )
     assert rms <= factor * rms_low + step, message
     assert worst <= factor * worst_low + step * top, message
+
+
+@functools.cache
+def kernel_unavailable(kernel: str) -> str | None:
+    """Why a kernel of the CUDA library cannot run here, or None if it can."""
+    if (why := dispatch.unavailable("cuda")) is not None:
+        return f"the compiled CUDA backend is not there: {why}"
+    capability = torch.cuda.get_device_capability()
+    row = next(row for row in dispatch.TABLE if row.kernel == kernel)
+    if capability < row.capability or row.newest not in (None, capability):
+        return f"{kernel} is compiled for {row.newest or row.capability}, this card is {capability}"
+    return None

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 import torch
-from helpers import assert_bitwise_equal
+from helpers import assert_bitwise_equal, kernel_unavailable
 from layer_case import GRADIENTS, LayerCase
 
 from lowbit import dispatch
@@ -12,8 +12,9 @@ from lowbit.backends import cuda, cuda_direct
 
 BF16 = torch.bfloat16
 DEVICE = torch.device("cuda", 0)
-FORWARD = {1: "nf4_lora_gemv", 8: "nf4_lora_matmul_small", 100: "nf4_lora_matmul_mid",
-           4096: "nf4_lora_matmul_large"}  # fmt: skip
+# With an M of each.
+FORWARD = {"nf4_lora_gemv": 1, "nf4_lora_matmul_small": 8, "nf4_lora_matmul_mid": 100,
+           "nf4_lora_matmul_large": 4096, "nf4_lora_matmul_portable": 40}  # fmt: skip
 
 
 def _left_over(*_, **__):
@@ -184,12 +185,9 @@ def test_results_lie_on_the_device_of_the_arguments(calls, monkeypatch):
 # ---- on a GPU
 
 
-@pytest.fixture
-def card():
-    if (why := dispatch.unavailable("cuda")) is not None:
-        pytest.skip(f"the compiled CUDA backend is not there: {why}")
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernels are compiled for capability 9.0")
+def _skip_without(kernel):
+    if (why := kernel_unavailable(kernel)) is not None:
+        pytest.skip(why)
 
 
 not_current = pytest.param(
@@ -201,34 +199,48 @@ not_current = pytest.param(
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda:0", not_current])
 @pytest.mark.parametrize("masters", [False, True], ids=["bf16 adapters", "fp32 adapters"])
-@pytest.mark.parametrize("M", FORWARD)
-def test_direct_calls_give_the_bits_of_the_operators(card, M, masters, device):
+@pytest.mark.parametrize(("kernel", "M"), FORWARD.items())
+def test_direct_calls_give_the_bits_of_the_operators(kernel, M, masters, device):
+    _skip_without(kernel)
     case = LayerCase((M, 272, 1024, 16), BF16, device, vector=M == 8, masters=masters)
-    operator = dispatch.select("lora_linear", _forward_args(case))
-    _prepare("lora_linear", case, operator, FORWARD[M])(*_forward_args(case))  # accepts the weight
+    with dispatch.force(f"cuda:{kernel}"):
+        operator = dispatch.select("lora_linear", _forward_args(case))
+    _prepare("lora_linear", case, operator, kernel)(*_forward_args(case))  # accepts the weight
     y, z = operator(*_forward_args(case))
-    direct = _prepare("lora_linear", case, kernel=FORWARD[M])
+    direct = _prepare("lora_linear", case, kernel=kernel)
     for actual, expected, name in zip(direct(*_forward_args(case)), (y, z), "yz", strict=True):
         assert_bitwise_equal(actual, expected, name)
-    plain = _prepare("linear", case, kernel=FORWARD[M])
+    plain = _prepare("linear", case, kernel=kernel)
     args = (case.x, *case.weight(), case.bias)
-    assert_bitwise_equal(plain(*args), cuda.linear(*args, kernel=FORWARD[M]), "linear")
+    assert_bitwise_equal(plain(*args), cuda.linear(*args, kernel=kernel), "linear")
     args = (case.x, *case.weight(), z, case.lora_B, case.vector, case.scaling, None)
-    expected = cuda.linear_low_rank(*args, kernel=FORWARD[M])
-    actual = _prepare("linear_low_rank", case, kernel=FORWARD[M])(*args)
+    expected = cuda.linear_low_rank(*args, kernel=kernel)
+    actual = _prepare("linear_low_rank", case, kernel=kernel)(*args)
     assert_bitwise_equal(actual, expected, "linear_low_rank")
-    args = case.backward_args(z)
-    for kernel in dispatch.BACKWARD_KERNELS:
-        expected = cuda.lora_linear_backward(*args, kernel=kernel)
-        actual = _prepare("lora_linear_backward", case, kernel=kernel)(*args)
-        for name, a, b in zip(GRADIENTS, actual, expected, strict=True):
-            assert_bitwise_equal(a, b, f"{kernel}: {name}")
 
 
 @pytest.mark.gpu
-def test_a_view_that_no_kernel_can_read_goes_to_the_operator(card):
+@pytest.mark.parametrize("device", ["cuda:0", not_current])
+@pytest.mark.parametrize("masters", [False, True], ids=["bf16 adapters", "fp32 adapters"])
+@pytest.mark.parametrize("M", FORWARD.values())
+@pytest.mark.parametrize("kernel", dispatch.BACKWARD_KERNELS)
+def test_direct_calls_of_backward_give_the_bits_of_the_operators(kernel, M, masters, device):
+    _skip_without(kernel)
+    case = LayerCase((M, 272, 1024, 16), BF16, device, vector=M == 8, masters=masters)
+    cuda_direct._accept(case.weight())
+    args = case.backward_args(torch.randn(M, 16, device=device).to(BF16))
+    expected = cuda.lora_linear_backward(*args, kernel=kernel)
+    actual = _prepare("lora_linear_backward", case, kernel=kernel)(*args)
+    for name, a, b in zip(GRADIENTS, actual, expected, strict=True):
+        assert_bitwise_equal(a, b, name)
+
+
+@pytest.mark.gpu
+def test_a_view_that_no_kernel_can_read_goes_to_the_operator():
+    kernel = "nf4_lora_matmul_portable"
+    _skip_without(kernel)
     case = LayerCase((8, 272, 1024, 16), BF16, "cuda")
-    run = _prepare("lora_linear", case, lambda *args: "operator", FORWARD[8])
+    run = _prepare("lora_linear", case, lambda *args: "operator", kernel)
     run(*_forward_args(case))
     shifted = torch.empty(8 * 1024 + 1, dtype=BF16, device="cuda")[1:].view(8, 1024)
     assert run(*_forward_args(case, shifted)) == "operator"

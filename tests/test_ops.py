@@ -137,6 +137,19 @@ def test_many_tokens_leave_the_large_kernel_where_a_padded_factor_does_not_fit(N
     assert rows[0] == f"nf4_lora_matmul_{kernel}"
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
+def test_cards_without_kernels_of_their_own_have_a_fused_forward(monkeypatch, capability):
+    monkeypatch.setattr(dispatch, "_capability", lambda index: capability)
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    dispatch._choose.cache_clear()
+    device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
+    kernels = [
+        dispatch.choose("lora_linear", device, torch.bfloat16, M, layer).kernel for M in (1, 64, 65)
+    ]
+    dispatch._choose.cache_clear()
+    assert kernels == ["nf4_lora_matmul_portable", "nf4_lora_matmul_portable", "panels"]
+
+
 def test_every_row_of_the_table_names_known_things():
     for row in dispatch.TABLE:
         assert set(row.operations) <= set(dispatch.OPERATIONS)

@@ -48,7 +48,7 @@ struct DirectBackward {
     double scaling;
 };
 
-constexpr const ProductKernel* kKernels[] = {&kGemv, &kSmall, &kMid, &kLarge};
+constexpr const ProductKernel* kKernels[] = {&kGemv, &kSmall, &kMid, &kLarge, &kPortable};
 constexpr const DxKernel* kDxKernels[] = {&kDxInLoop, &kDxLarge};
 
 WeightView view(const DirectWeight& weight) {

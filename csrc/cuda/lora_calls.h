@@ -12,6 +12,7 @@
 #include "nf4_lora_matmul_dx_large.h"
 #include "nf4_lora_matmul_large.h"
 #include "nf4_lora_matmul_mid.h"
+#include "nf4_lora_matmul_portable.h"
 #include "nf4_lora_matmul_small.h"
 
 namespace lowbit::cuda {
@@ -37,6 +38,10 @@ inline constexpr ProductKernel kMid{
 inline constexpr ProductKernel kLarge{
     "nf4_lora_matmul_large", serves_nf4_lora_matmul_large, nf4_lora_matmul_large_workspace_bytes,
     launch_nf4_lora_matmul_large};
+
+inline constexpr ProductKernel kPortable{
+    "nf4_lora_matmul_portable", serves_nf4_lora_matmul_portable,
+    nf4_lora_matmul_portable_workspace_bytes, launch_nf4_lora_matmul_portable};
 
 inline void
 run_product(const ProductKernel& kernel, LoraMatmulArgs& a, int32_t device, cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// From a CTA's sums to y in nf4_lora_matmul_small_sm90.cu: the low-rank term, the sums of other K
-// groups and of other CTAs, bias and stores.
+// From the sums of a CTA's K groups to those of the CTA in nf4_lora_matmul_small_sm90.cu, and the
+// low-rank term.
 #pragma once
 
 #include "common.cuh"
@@ -8,16 +8,6 @@
 
 namespace lowbit::cuda {
 namespace {
-
-// lora_B[row, j], lora_B[row, j + 1], zero past the rank.
-template <typename T>
-__device__ __forceinline__ uint32_t load_lora_pair(const T* row, int j, int r) {
-    const uint16_t* p = reinterpret_cast<const uint16_t*>(row) + j;
-    if (j + 1 < r && r % 2 == 0)
-        return __ldg(reinterpret_cast<const uint32_t*>(p));
-    const uint32_t low = j < r ? __ldg(p) : 0, high = j + 1 < r ? __ldg(p + 1) : 0;
-    return low | high << 16;
-}
 
 // sums += lora_B z, by a whole warpgroup.
 template <typename T, typename Tile>
@@ -81,73 +71,6 @@ add_groups(float (&sums)[Tile::kSums], int group, int row_group, uint32_t table)
         }
     }
     named_barrier(1 + row_group, Tile::kGroups * kWarpgroup);
-}
-
-constexpr int kFinishBarrier = 6;  // of the threads of K group 0
-
-template <typename Tile>
-__device__ __forceinline__ float4* partial_of(const Problem& p, int cta) {
-    return reinterpret_cast<float4*>(p.partials) +
-           static_cast<int64_t>(cta) * (Tile::kRows * Tile::kTokens / 4) + threadIdx.x;
-}
-
-template <typename Tile>
-__device__ __forceinline__ void store_partial(const float (&sums)[Tile::kSums], const Problem& p) {
-    float4* out = partial_of<Tile>(p, blockIdx.x);
-#pragma unroll
-    for (int i = 0; i < Tile::kSums; i += 4)
-        __stcg(
-            out + i / 4 * Tile::kFinishers,
-            make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
-    named_barrier(kFinishBarrier, Tile::kFinishers);
-    if (threadIdx.x == 0)
-        store_release(p.flags + blockIdx.x, 1);
-}
-
-// What earlier CTAs have of this tile, from its first unit on. They wait for nothing.
-template <typename Tile>
-__device__ __forceinline__ void
-add_partials(float (&sums)[Tile::kSums], const Problem& p, int tile_begin) {
-    int first = blockIdx.x;
-    while (piece_of(first, p.total_units).begin > tile_begin)
-        first--;
-    for (int cta = first + static_cast<int>(threadIdx.x); cta < blockIdx.x;
-         cta += Tile::kFinishers) {
-        while (load_acquire(p.flags + cta) == 0) {
-        }
-    }
-    named_barrier(kFinishBarrier, Tile::kFinishers);
-    for (int cta = first; cta < blockIdx.x; cta++) {
-        const float4* in = partial_of<Tile>(p, cta);
-#pragma unroll
-        for (int i = 0; i < Tile::kSums; i += 4) {
-            const float4 v = __ldcg(in + i / 4 * Tile::kFinishers);
-            sums[i] += v.x, sums[i + 1] += v.y, sums[i + 2] += v.z, sums[i + 3] += v.w;
-        }
-    }
-}
-
-// A warp's 16 rows are whole 32-byte sectors of y: transposing within the warp is enough.
-template <typename T, typename Tile>
-__device__ __forceinline__ void
-store_y(const float (&sums)[Tile::kSums], const Problem& p, int row0) {
-    if (row0 >= p.w.N)
-        return;
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-    float low = 0.0f, high = 0.0f;
-    if (p.bias != nullptr) {
-        const T* bias = static_cast<const T*>(p.bias) + row0 + row_of(g);
-        low = to_float(bias[0]), high = to_float(bias[2]);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::kSums; i += 4) {
-        uint2 out;
-        out.x = transpose_8x8(pack_pair(sums[i] + low, sums[i + 1] + low, T{}));
-        out.y = transpose_8x8(pack_pair(sums[i + 2] + high, sums[i + 3] + high, T{}));
-        const int token = 2 * i + g;
-        if (token < p.M)
-            *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + token * p.w.N + row0 + 4 * t) = out;
-    }
 }
 
 }  // namespace

@@ -88,7 +88,7 @@ constexpr int kTablesBarrier = 5;
 // they are in flight together.
 template <typename T, typename Tile>
 __device__ __forceinline__ void fill_tables(const Problem& p, uint32_t smem, ScaleStream& scales) {
-    PairTable<T> table;
+    PairTable<T, kConsumers> table;
     table.load(p.w.codebook);
     float nested_value = 0.0f;
     if (p.w.absmax == nullptr) {
@@ -219,7 +219,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
             add_low_rank<T, Tile>(sums, p, row0, smem + Tile::kZ);
         if (!s.whole)
             add_partials<Tile>(sums, p, s.tile * p.units);
-        store_y<T, Tile>(sums, p, row0);
+        store_y<T>(sums, p, row0);
     }
 }
 

@@ -3,12 +3,13 @@
 #pragma once
 
 #include "common.cuh"
+#include "nf4_lora_matmul_shares.cuh"
+#include "nf4_lora_matmul_tables.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kBlock = 64;      // codes along K that a lane quad decodes at a time: 32 bytes
-constexpr int kUnitBlocks = 2;  // of them per unit and K group
+constexpr int kUnitBlocks = 2;  // blocks along K per unit and K group
 constexpr int kMaxRank = 64;
 // Fetched into L2 while this call's x is being packed. More would make lora_A wait: with 8 stages a
 // 4096 x 14336 layer takes 3 us longer (H100, 2026-11-24).
@@ -21,15 +22,9 @@ constexpr int kConsumerWarps = kConsumers / kWarpSize;
 constexpr int kConsumerRegisters = 112;
 constexpr int kCopyRegisters = 24;
 
-constexpr int kPackRow = kBlock * 2;                // bytes of a token in a block
-constexpr int kChunkBlocks = 8;                     // scales of a row decoded at a time
-constexpr int kScaleBytes = kChunkBlocks * 16 * 4;  // per warp
+constexpr int kPackRow = kBlock * 2;  // bytes of a token in a block
 
-// A lookup gives the two values of a byte. The table has a copy of them for each lane, so that no
-// lookups of a warp collide, in the first half of 256 bytes: then address = base + 256 byte + 4
-// lane is one PRMT. The other halves are where K groups hand over their sums.
-constexpr int kTableStride = 256;
-constexpr int kTableBytes = 256 * kTableStride;
+// The other halves of the pair table's entries are where K groups hand over their sums.
 // Where dynamic shared memory starts on sm_90 in a kernel without static shared memory. A constant,
 // so that the base is part of the load instruction; nf4_lora_matmul_small_kernel checks it.
 constexpr int kSharedStart = 1024;
@@ -92,42 +87,6 @@ struct Problem {
 // swizzle has it: c is stored at c ^ (token % 8).
 __device__ __forceinline__ uint32_t packed_offset(int token, int chunk) {
     return token * kPackRow + ((chunk ^ (token & 7)) << 4);
-}
-
-// A run of units within one tile.
-struct Segment {
-    int tile;
-    int first;  // unit of the tile
-    int count;
-    bool finishes;  // it has the tile's last unit
-    bool whole;
-
-    __device__ __forceinline__ Segment(int begin, int end, int units) {
-        tile = (end - 1) / units;
-        const int tile_begin = tile * units;
-        first = max(begin - tile_begin, 0);
-        count = end - tile_begin - first;
-        finishes = end == tile_begin + units;
-        whole = finishes && first == 0;
-    }
-};
-
-struct Piece {
-    int begin;
-    int end;
-};
-
-__device__ __forceinline__ Piece piece_of(int cta, int total_units) {
-    const int64_t total = total_units;
-    return {
-        static_cast<int>(total * cta / gridDim.x), static_cast<int>(total * (cta + 1) / gridDim.x)};
-}
-
-// Lane l of a quad row g holds rows row_of(g) and row_of(g) + 2 of its warp's 16 as rows g and g +
-// 8 of the product: reads of codes then fall into different banks, and after transposing a lane has
-// four neighbouring n.
-__device__ __forceinline__ int row_of(int g) {
-    return 4 * (g >> 1) + (g & 1);
 }
 
 }  // namespace

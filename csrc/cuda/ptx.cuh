@@ -2,6 +2,9 @@
 // newer.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 namespace lowbit::cuda {
@@ -101,12 +104,36 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
     return v;
 }
 
+// Fetches the line into L2 only, which is right even while an earlier kernel still writes it.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// Flags and counters.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release(uint32_t* counter, uint32_t value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
 // 16 bytes from global to shared memory in the background, past L1. Groups complete in order;
 // wait_async<n> leaves the n youngest under way.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                      static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
                  "l"(global)
+                 : "memory");
+}
+
+// The same, or zeros.
+__device__ __forceinline__ void
+copy_async_16_or_zeros(uint32_t shared, const void* global, bool wanted) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(wanted ? 16 : 0)
                  : "memory");
 }
 
@@ -118,5 +145,86 @@ template <int kYoungest>
 __device__ __forceinline__ void wait_async() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kYoungest) : "memory");
 }
+
+// ---- shared memory ------------------------------------------------------------------------------
+//
+// Addresses are 32-bit.
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_shared_pair(uint32_t address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
+}
+
+// At `address` + kOffset; the constant becomes part of the instruction.
+template <int kOffset>
+__device__ __forceinline__ uint32_t load_shared_at(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
+    return v;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint16_t value) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// The same word four times, 16-byte aligned.
+__device__ __forceinline__ void store_shared_four(uint32_t address, uint32_t value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(value) : "memory");
+}
+
+// ---- within a CTA and a warp --------------------------------------------------------------------
+
+// Barrier over `threads` threads of the CTA; id 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// An 8 x 8 matrix of 16-bit elements, two per lane, row lane / 4: transposed.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+    return d;
+}
+
+// d += a b over a 16 x 8 tile, a's rows along K like b's columns.
+#define LOWBIT_MMA(TYPE, NAME)                                                                     \
+    __device__ __forceinline__ void mma_16x8x16(                                                   \
+        float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, TYPE) {                   \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                        \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));              \
+    }
+LOWBIT_MMA(__nv_bfloat16, "bf16")
+LOWBIT_MMA(__half, "f16")
+#undef LOWBIT_MMA
 
 }  // namespace lowbit::cuda

@@ -1,6 +1,7 @@
-// Wrappers around single PTX instructions for kernels of sm_90: clusters, transaction barriers,
-// bulk copies and TMA, programmatic dependent launch, and the warpgroup products' bookkeeping (the
-// products are in wgmma_sm90.cuh). One function, one instruction, unless it says otherwise.
+// Wrappers around single PTX instructions for kernels of sm_90, beside those of ptx.cuh: clusters,
+// transaction barriers, bulk copies and TMA, programmatic dependent launch, and the warpgroup
+// products' bookkeeping (the products are in wgmma_sm90.cuh). One function, one instruction, unless
+// it says otherwise.
 //
 // Addresses in shared memory are 32-bit: in the window of the own CTA, from shared_address(), or in
 // that of the cluster, from in_cta().
@@ -12,59 +13,11 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace lowbit::cuda {
 
 // ---- shared memory ------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint2 load_shared_pair(uint32_t address) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
-    return v;
-}
-
-// At `address` + kOffset; the constant becomes part of the instruction.
-template <int kOffset>
-__device__ __forceinline__ uint32_t load_shared_at(uint32_t address) {
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
-    return v;
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, float value) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, uint16_t value) {
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
-                 "r"(v.z), "r"(v.w)
-                 : "memory");
-}
-
-// The same word four times, 16-byte aligned.
-__device__ __forceinline__ void store_shared_four(uint32_t address, uint32_t value) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(value) : "memory");
-}
 
 // Four 8x8 tiles of 16-bit elements, transposed; each lane gives the address of one row.
 __device__ __forceinline__ void
@@ -126,25 +79,9 @@ __device__ __forceinline__ void add_to_memory(float* p, float a, float b) {
                  : "memory");
 }
 
-// Fetches the line into L2 only, which is right even while an earlier kernel still writes it.
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 // The same by the bulk engine; both arguments are multiples of 16.
 __device__ __forceinline__ void prefetch_bulk_l2(uint64_t address, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
-}
-
-// Flags and counters.
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
-    uint32_t value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ void store_release(uint32_t* counter, uint32_t value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void increment_release(uint32_t* counter) {
@@ -326,11 +263,6 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier) {
                  : "memory");
 }
 
-// Barrier over `threads` threads of the CTA; id 0 is __syncthreads.
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Counts for the barrier without waiting at it.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -485,13 +417,6 @@ __device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b, __half
     return d;
 }
 
-// An 8 x 8 matrix of 16-bit elements, two per lane, row lane / 4: transposed.
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
-    uint32_t d;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
-    return d;
-}
-
 // Four 8x8 tiles of 16-bit elements from shared memory; lane 8 i + j gives the address of row j of
 // tile i. A lane receives elements 2 (lane % 4) and the next of row lane / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t row) {
@@ -508,19 +433,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], uint3
                  : "r"(row)
                  : "memory");
 }
-
-// d += a b over a 16 x 8 tile, a's rows along K like b's columns.
-#define LOWBIT_MMA(TYPE, NAME)                                                                     \
-    __device__ __forceinline__ void mma_16x8x16(                                                   \
-        float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, TYPE) {                   \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                        \
-                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));              \
-    }
-LOWBIT_MMA(__nv_bfloat16, "bf16")
-LOWBIT_MMA(__half, "f16")
-#undef LOWBIT_MMA
 
 // ---- products of a warpgroup: see wgmma_sm90.cuh ------------------------------------------------
 

@@ -73,6 +73,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowbit_cuda, m) {
     m.def("nf4_lora_matmul_small" LOWBIT_PRODUCT);
     m.def("nf4_lora_matmul_mid" LOWBIT_PRODUCT);
     m.def("nf4_lora_matmul_large" LOWBIT_PRODUCT);
+    m.def("nf4_lora_matmul_portable" LOWBIT_PRODUCT);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_cuda, CUDA, m) {
@@ -81,4 +82,5 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit_cuda, CUDA, m) {
     m.impl("nf4_lora_matmul_small", TORCH_BOX(&lora_matmul<kSmall>));
     m.impl("nf4_lora_matmul_mid", TORCH_BOX(&lora_matmul<kMid>));
     m.impl("nf4_lora_matmul_large", TORCH_BOX(&lora_matmul<kLarge>));
+    m.impl("nf4_lora_matmul_portable", TORCH_BOX(&lora_matmul<kPortable>));
 }

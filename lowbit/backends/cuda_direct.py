@@ -27,6 +27,7 @@ _KERNELS = {
     "nf4_lora_matmul_small": 1,
     "nf4_lora_matmul_mid": 2,
     "nf4_lora_matmul_large": 3,
+    "nf4_lora_matmul_portable": 4,
 }
 _BACKWARD_KERNELS = {"nf4_lora_backward": 0, "nf4_lora_backward_large": 1}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dtype.h
