@@ -50,7 +50,7 @@ __device__ __forceinline__ void multiply_z_tile(
         begin_token_sums(p, out, token_tile, first_tile, group, thread);
     float z[2][kSums] = {};
     for (int k = 0; k < plan.steps; k++) {
-        barrier_wait_asleep(pipe.full(), pipe.parity());
+        barrier_wait(pipe.full(), pipe.parity());
         const uint64_t x = operand_descriptor(pipe.x() + group * (kRows * 128));
         const uint64_t a = operand_descriptor(pipe.w());
         if (!Product::kIsForward || plan.rank_columns == 16) {
@@ -117,7 +117,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
     if (first_wave(plan, cluster) > 0 && threadIdx.x == 128)
         skip_chunks(p, 0);
     for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
-        barrier_wait_asleep(pipe.full(), pipe.parity());
+        barrier_wait(pipe.full(), pipe.parity());
         const uint4 note = load_shared(pipe.note());  // JobNote
         const int token_tile = static_cast<int>(note.y), limit = static_cast<int>(note.z);
         if (note.x % 2 != 0) {
@@ -138,7 +138,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
             named_barrier(kLeadBarrier, 256);
         float d[128];
         auto multiply_step = [&](int k, bool accumulate) {
-            barrier_wait_asleep(pipe.full(), pipe.parity());
+            barrier_wait(pipe.full(), pipe.parity());
             const uint64_t w = Product::descriptor(pipe.w() + group * (64 * kLineBytes));
             const uint64_t x = operand_descriptor(pipe.x());
             wgmma_fence();
@@ -165,7 +165,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
         auto ride = [&](int k) {
             if (Product::kIsForward || !riding.take(plan, k))
                 return;
-            barrier_wait_asleep(pipe.full(), pipe.parity());
+            barrier_wait(pipe.full(), pipe.parity());
             wgmma_fence();
             multiply_rider_step(sums, pipe, group, adds, T{});
             adds = true;
@@ -180,7 +180,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
             output.store_between_steps(p, k);
         }
         if (plan.rank_columns > 0) {
-            barrier_wait_asleep(pipe.full(), pipe.parity());
+            barrier_wait(pipe.full(), pipe.parity());
             const uint64_t w = Product::descriptor(pipe.w() + group * (64 * kLineBytes));
             const uint64_t x = operand_descriptor(pipe.x());
             if (plan.rank_columns == 16) {

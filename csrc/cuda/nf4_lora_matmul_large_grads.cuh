@@ -146,7 +146,7 @@ __device__ __forceinline__ void load_rider_step(
     else
         tile = p.plan.token_tiles;
     fence_async_proxy_global();
-    barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
+    barrier_wait(pipe.empty(), pipe.parity() ^ 1);
     barrier_arrive_expect(pipe.full(), kXBytes + kBoxes * kZBoxBytes);
     const int token = tile * kTileTokens;
     for (int half = 0; half < kCtas; half++)

@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_z_tile(
     int token_tile) {
     const int factor_bytes = p.plan.rank_columns * kLineBytes;
     for (int k = 0; k < p.plan.steps; k++, pipe.step++) {
-        barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
+        barrier_wait(pipe.empty(), pipe.parity() ^ 1);
         barrier_arrive_expect(pipe.full(), kXBytes + factor_bytes);
         for (int half = 0; half < kCtas; half++)
             load_tile(
@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_operands(
     const Plan& plan = p.plan;
     Pipeline pipe{smem, 0};
     auto load_x = [&](const CUtensorMap& map, int column, int token_tile, int other_bytes) {
-        barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
+        barrier_wait(pipe.empty(), pipe.parity() ^ 1);
         barrier_arrive_expect(pipe.full(), kXBytes + other_bytes);
         load_tile_multicast(
             pipe.x() + rank * (kXBytes / kCtas), map, column,
@@ -84,7 +84,7 @@ __device__ __forceinline__ void load_operands(
     // tiles; with an ordinary store racecheck, which does not follow arrivals from the other CTA,
     // reports a hazard.
     auto announce = [&](const JobNote& note) {
-        barrier_wait_asleep(pipe.empty(), pipe.parity() ^ 1);
+        barrier_wait(pipe.empty(), pipe.parity() ^ 1);
         barrier_expect(pipe.full(), sizeof(uint4));
         store_remote_async(in_cta(pipe.note(), rank), note.words(), in_cta(pipe.full(), rank));
     };
@@ -100,7 +100,7 @@ __device__ __forceinline__ void load_operands(
                 load_z_tile(p, maps.x, Product::z_factor(maps), pipe, token_tile + i);
             next.look_up(plan, cluster, wave + 1);
             known_ready = false;
-            barrier_wait_asleep(pipe.z_over(), z_jobs_done % 2);
+            barrier_wait(pipe.z_over(), z_jobs_done % 2);
             z_jobs_done++;
             continue;
         }

@@ -225,7 +225,7 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Blocks until the phase of this parity is complete (several instructions, like the next two).
+// Blocks until the phase of this parity is complete (several instructions, like the next one).
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     do {
@@ -234,21 +234,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
                      : "=r"(done)
                      : "r"(barrier), "r"(parity)
                      : "memory");
-    } while (done == 0);
-}
-
-// With a hint that lets the hardware put the warp to sleep: where the card is power limited, a
-// spinning warp costs clock.
-__device__ __forceinline__ void barrier_wait_asleep(uint32_t barrier, uint32_t parity) {
-    constexpr uint32_t kSleepNs = 1000000;
-    uint32_t done;
-    do {
-        asm volatile(
-            "{.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n\t"
-            "selp.u32 %0, 1, 0, p;}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity), "r"(kSleepNs)
-            : "memory");
     } while (done == 0);
 }
 
