@@ -132,9 +132,10 @@ TABLE = (
         Layer.short_factor,
     ),
     _fused("nf4_lora_matmul_mid", (65, 1 << 16), "two CTAs share a decode; 87 % of peak at 1024"),
-    # Up to 64 tokens, where an H200 has it 1.7 to 4.7 times as fast as panels; at 128 it is 1.4
-    # times. It is bound by issue slots and shared memory, panels by bandwidth, launches and tensor
-    # cores, of which other cards have more or less of beside their SMs: further on it is not sure.
+    # Up to 64 tokens, where an H200 has it 1.5 to 6.7 times as fast as panels; at 128 it is 1.2 to
+    # 1.5 times. It is bound by issue slots and shared memory, panels by bandwidth, launches and
+    # tensor cores, of which other cards have more or less beside their SMs: further on it is not
+    # sure.
     Row(
         _FORWARD,
         "cuda",
