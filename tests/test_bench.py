@@ -4,6 +4,7 @@ clocks.
 The run itself is driven on the CPU with the four functions that need a GPU replaced.
 """
 
+import gc
 import importlib.util
 import json
 import math
@@ -256,6 +257,19 @@ def test_percentiles():
     assert timing.percentiles([7.0]) == (7.0, 7.0, 7.0)
 
 
+def test_host_times_are_taken_without_collections(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = {name: lambda name=name: seen.append((name, gc.isenabled())) for name in "abc"}
+    for clock, options in ((timing.wall_times, {}), (timing.host_times, {"calls": 1})):
+        assert clock(calls, rounds=7, **options).keys() == calls.keys()
+        assert gc.isenabled()
+        assert not any(enabled for _, enabled in seen)
+        names = [name for name, _ in seen]
+        assert [names.count(name) for name in "abc"] == [7 + timing.WARM_ROUNDS] * 3
+        seen.clear()
+
+
 def test_spread_holds_both_ends():
     assert checks.spread(3, 32).tolist() == [0, 1, 2]
     some = checks.spread(4096, 512).tolist()
@@ -396,7 +410,7 @@ def test_forward_and_backward(no_gpu_needed, monkeypatch, tmp_path, capsys):
     for op in (linear_backward.HOST_OP, linear_backward.CALLER_HOST_OP):
         host = [r for r in rows if r.op == op]
         assert {(r.layer, r.M) for r in host} == {("64x64", 5)}
-        assert {r.impl for r in host} == set(names)
+        assert {r.impl for r in host} == {linear_backward.EMPTY, *names}
     assert "forward and backward, r 4" in capsys.readouterr().out
 
 
@@ -555,6 +569,37 @@ def test_report_makes_a_table_of_a_record(monkeypatch):
         "| 4096 x 4096 | 16 | 4.0 | 20.0 | 50.0 | 8.0 | 0.40 | 2.00 |",
         "| 4096 x 4096 | 256 | 4.0 | 22.0 | - | 11.0 | 0.50 | 2.75 |",
     ]
+
+
+def test_report_of_eager_times(monkeypatch):
+    """Every kind of time has a line; records from before the empty function do without it."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import report
+
+    times = {"empty function": 40.0, "dense": 60.0, "lowbit": 90.0}
+    ops = linear_backward.WALL_OP, linear_backward.CALLER_WALL_OP, linear_backward.HOST_OP
+    rows = [vars(make_row("lowbit", 8.0)) | {"op": linear_backward.OP}]
+    rows += [
+        vars(make_row(impl, us + i)) | {"op": op, "p20": us - i}
+        for i, op in enumerate(ops)
+        for impl, us in times.items()
+    ]
+    record = {
+        "environment": {"card": "a card", "torch": "2.11.0", "date": "2026-11-24"},
+        "ceilings": {"copy_gbps": 3020.0, "matmul_tflops": 739.4},
+        "rows": rows,
+    }
+    head, _, *body = report.linear_backward("a.json", record).split("\n")[-5:]
+    assert head == "| us, eager | M |  | empty function | dense, no LoRA | lowbit |"
+    assert body == [
+        "| 4096 x 4096 | 16 | one layer, wall | 40 | 60 | 90 |",
+        "| 4096 x 4096 | 16 | one layer, wall, calling thread | 39 | 59 | 89 |",
+        "| 4096 x 4096 | 16 | a layer of a chain, host | 38 | 58 | 88 |",
+    ]
+    record["rows"] = [row for row in rows if row["impl"] != "empty function"]
+    text = report.linear_backward("a.json", record)
+    assert "empty function" not in text
+    assert "| 4096 x 4096 | 16 | one layer, wall | 60 | 90 |" in text
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------

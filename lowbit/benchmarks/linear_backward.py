@@ -10,7 +10,9 @@ adapter and returns dx alone. What is counted, per layer:
 With --eager also, for M up to 256: the wall time of one layer between two synchronizations, and
 where N = K the time of the host per layer in a chain of layers that does not wait for the card.
 Both twice: as torch does it, with backward in a thread of autograd's own, and with backward in the
-calling thread, as in lowbit's training loop (capture.py).
+calling thread, as in lowbit's training loop (capture.py). How fast a host is, is most of these
+times. So they have one contender more, the `empty function`: one of autograd's in Python that takes
+the same tensors, returns results that are there already, and launches nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from .. import dispatch
 from ..weight import QuantizedWeight
 from . import linear, timing
 from .checks import GRADIENT_FACTOR, gradient_errors
-from .implementations import PANELS, Weights, lowbit_kernel
+from .implementations import PANELS, Implementation, Prepared, Weights, lowbit_kernel
 from .linear import Contender
 from .records import Row
 from .shapes import Layer
@@ -35,7 +37,19 @@ HOST_OP = "forward+backward host"
 CALLER_WALL_OP = "f+b wall, calling thread"
 CALLER_HOST_OP = "f+b host, calling thread"
 EAGER_MAX_TOKENS = 256
-WALL_ROUNDS, HOST_ROUNDS = 40, 7
+WALL_ROUNDS, HOST_ROUNDS = 60, 25
+EMPTY = "empty function"
+
+
+class _Empty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, A, B, y, gradients):
+        ctx.gradients = gradients
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *ctx.gradients, None, None
 
 
 class Backward(linear.Benchmark):
@@ -92,8 +106,10 @@ class Backward(linear.Benchmark):
     ) -> list[Row]:
         if x.shape[0] > EAGER_MAX_TOKENS:
             return []
+        row, weights = next(iter(rows.values())), contenders[0].weights
+        contenders = [self.empty(weights, x), *contenders]
         single = {c.name: self.calls(c, x)[0] for c in contenders}
-        chain = tuple(range(contenders[0].weights.copies))
+        chain = tuple(range(weights.copies))
         chains = {c.name: functools.partial(self.step, c, x, chain) for c in contenders}
         measured = []
         for own_thread, wall, host in (
@@ -102,22 +118,32 @@ class Backward(linear.Benchmark):
         ):
             with torch.autograd.set_multithreading_enabled(own_thread):
                 times = timing.wall_times(single, rounds=WALL_ROUNDS)
-                measured += _rows(rows, wall, "wall", times)
+                measured += _rows(row, wall, "wall", times)
                 if x.shape[1] != self.dy.shape[1]:
                     continue
                 times = timing.host_times(chains, calls=1, rounds=HOST_ROUNDS)
                 per_layer = {name: tuple(t / len(chain) for t in ts) for name, ts in times.items()}
-                measured += _rows(rows, host, "host", per_layer)
+                measured += _rows(row, host, "host", per_layer)
         return measured
 
+    def empty(self, weights: Weights, x: torch.Tensor) -> Contender:
+        """The empty function for these tensors."""
+        y = torch.empty_like(self.dy)
+        gradients = tuple(torch.empty_like(t) for t in (x, weights.A[0], weights.B[0]))
 
-def _rows(rows: dict[str, Row], op: str, kind: str, times: dict[str, timing.Times]) -> list[Row]:
+        def call(x, i):
+            return _Empty.apply(x, weights.A[i], weights.B[i], y, gradients)
+
+        prepared = Prepared(call, lambda rows: y.new_zeros(len(rows), weights.K), 0)
+        return Contender(Implementation(EMPTY, "no work", lambda _: prepared), prepared, weights)
+
+
+def _rows(row: Row, op: str, kind: str, times: dict[str, timing.Times]) -> list[Row]:
     return [
         Row(
-            op, row.M, row.N, row.K, row.r, row.dtype, name, *times[name], layer=row.layer,
-            timing=kind,
+            op, row.M, row.N, row.K, row.r, row.dtype, name, *us, layer=row.layer, timing=kind
         )
-        for name, row in rows.items()
+        for name, us in times.items()
     ]  # fmt: skip
 
 

@@ -11,10 +11,12 @@ for the host.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,7 @@ import torch
 Times = tuple[float, float, float]  # median, p20, p80
 
 MIN_ROUNDS = 3
+WARM_ROUNDS = 3  # of host and wall times, not counted
 COPY_BYTES = 1 << 30  # moved to measure the bandwidth; twenty times the L2 of an H100
 MATMUL_SIZE = 8192  # of the square product that measures the arithmetic
 
@@ -87,26 +90,60 @@ def host_times(
 
     `calls` must be few enough for the launch queue (1024 entries) not to fill up.
     """
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            torch.cuda.synchronize()
-            samples[name].append(cpu_seconds(call, calls) / calls * 1e6)
-            torch.cuda.synchronize()
-    return {name: percentiles(values) for name, values in samples.items()}
+
+    def sample(call: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        us = cpu_seconds(call, calls) / calls * 1e6
+        torch.cuda.synchronize()
+        return us
+
+    return _host_samples(contenders, sample, rounds)
 
 
 def wall_times(contenders: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, Times]:
     """Microseconds from the call until the card has done its work, with nothing before it."""
+
+    def sample(call: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e6
+
+    return _host_samples(contenders, sample, rounds)
+
+
+def _host_samples(
+    contenders: dict[str, Callable[[], object]],
+    sample: Callable[[Callable[[], object]], float],
+    rounds: int,
+) -> dict[str, Times]:
+    """Each round in an order of its own, without the garbage collector, whose pauses would meet
+    whoever happens to run. What else takes the host's time only adds: of the three results p20
+    depends on it least.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            samples[name].append((time.perf_counter() - start) * 1e6)
+    names, order = list(contenders), random.Random(0)
+    with _no_collections():
+        for i in range(WARM_ROUNDS + rounds):
+            order.shuffle(names)
+            for name in names:
+                us = sample(contenders[name])
+                if i >= WARM_ROUNDS:
+                    samples[name].append(us)
     return {name: percentiles(values) for name, values in samples.items()}
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
