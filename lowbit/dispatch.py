@@ -421,7 +421,7 @@ def _kernel_function(
     run = functools.partial(function, **options)
     if checked and row.kernel != "panels":
         run = _module(row.backend).prepare(
-            operation, row.kernel, device, dtype, tokens, N, r, for_backward, otherwise=run
+            operation, row.kernel, device, dtype, tokens, N, K, r, for_backward, otherwise=run
         )
     if row.kernel in BACKWARD_KERNELS:
         run.adds_dx = True

@@ -1,21 +1,17 @@
 """lowbit.matmul and lowbit.lora_matmul: the public, differentiable functions.
 
 They check their arguments once, bring any batch shape to [M, K], resolve autocast and dropout's
-seed, and call the operations of ops.py, or their kernels at once
-where nothing could intercept. Everything below trusts what they pass.
+seed, and go on in calls.py. Everything below trusts what they pass.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction, once_differentiable
 
-from . import dispatch, keeping, ops  # noqa: F401  (ops registers torch.ops.lowbit)
+from . import calls, repeated
 from .weight import QuantizedWeight, WeightArgs
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
-_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
 _SEED_LIMIT = 2**63 - 1
 
 
@@ -48,7 +44,7 @@ def matmul(x: torch.Tensor, w: QuantizedWeight | torch.Tensor, bias: torch.Tenso
     x = _autocast(x)
     weight = _weight_args(x, w)
     _check_bias(x, weight, bias)
-    y = _run("linear", _rows(x), *weight, bias)
+    y = calls.run("linear", _rows(x), *weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.N)
 
 
@@ -104,106 +100,25 @@ def lora_matmul(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     x = _autocast(x)
+    plain = adapter_index is None and dropout_p == 0.0 and type(scaling) is float
+    repeatable = plain and repeated.possible(x) and calls.unwatched()
+    if repeatable:
+        y = repeated.lora_matmul(x, w, lora_A, lora_B, scaling, bias)
+        if y is not None:
+            return y
     weight = _weight_args(x, w)
     _check_bias(x, weight, bias)
     rows = _rows(x)
     if adapter_index is not None:
         y = _mixed_adapters(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index)
         return y.view(*x.shape[:-1], weight.N)
-    lora_A, lora_B = _adapter(x, weight, lora_A, lora_B)
-    vector, scalar = _scaling(x, scaling, lora_A.shape[0])
-    y = _lora_linear(
-        rows, *weight, lora_A, lora_B, vector, scalar, bias, dropout_p, _seed(x, dropout_p)
-    )
+    A, B = _adapter(x, weight, lora_A, lora_B)
+    vector, scalar = _scaling(x, scaling, A.shape[0])
+    seed = _seed(x, dropout_p)
+    y = calls.lora_linear(rows, weight, A, B, vector, scalar, bias, dropout_p, seed)
+    if repeatable and x.is_contiguous() and A is lora_A and B is lora_B:
+        repeated.remember(x, weight, A, B, scaling, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.N)
-
-
-def _lora_linear(*args):
-    """y of torch.ops.lowbit.lora_linear; with gradients, if nothing intercepts, by _LoraLinear."""
-    if not _nothing_intercepts(args):
-        return torch.ops.lowbit.lora_linear(*args)[0]
-    inputs = args[0], args[12], args[13], args[14], args[16]
-    if _records(inputs):
-        return _LoraLinear.apply(*inputs, args)
-    return dispatch.select("lora_linear", args, for_backward=False, checked=True)(*args)[0]
-
-
-class _LoraLinear(_SingleLevelFunction):
-    """What ops.py registers for lora_linear, without the operator around it, which costs the host
-    more than all the rest. The first five inputs are those of `args` that can have gradients. Not
-    torch.autograd.Function, whose apply looks for functorch's transforms once more.
-    """
-
-    @staticmethod
-    def forward(ctx, x, lora_A, lora_B, vector, bias, args):
-        y, z = dispatch.select("lora_linear", args, checked=True)(*args)
-        ctx.weight = weight = args[1:12]
-        ctx.numbers = args[15:18:2]
-        # Not a packed weight: offloading what its module keeps would free nothing.
-        keeping.save(ctx, x, z, lora_A, lora_B, vector, args[18], keeping.dense(weight))
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        # Only create_graph leaves gradients on here.
-        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
-
-
-def _gradients(ctx, dy):
-    x, z, lora_A, lora_B, vector, seed, _ = keeping.saved(ctx)
-    scaling, dropout_p = ctx.numbers
-    need_x, need_A, need_B, need_scaling, need_bias, _ = ctx.needs_input_grad
-    args = (
-        dy.contiguous(), x, z, *ctx.weight, lora_A, lora_B, vector, scaling, dropout_p, seed,
-        need_x, need_A, need_B, need_bias, need_scaling,
-    )  # fmt: skip
-    if _nothing_intercepts(args):
-        run = dispatch.select("lora_linear_backward", args, checked=True)
-    else:
-        run = torch.ops.lowbit.lora_linear_backward
-    dx, d_A, d_B, d_bias, d_scaling = run(*args)
-    return (
-        dx if need_x else None,
-        d_A if need_A else None,
-        d_B if need_B else None,
-        d_scaling if need_scaling else None,
-        d_bias.to(ctx.bias_dtype) if need_bias else None,
-        None,
-    )
-
-
-_gradients_once = once_differentiable(_gradients)
-
-
-def _run(operation: str, *args):
-    """torch.ops.lowbit.<operation>, or its kernel at once if nothing between the two has work to
-    do: an operator registered from Python costs more host time than a small layer's arithmetic.
-    """
-    if _nothing_intercepts(args) and not _records(args):
-        return dispatch.select(operation, args, for_backward=False, checked=True)(*args)
-    return getattr(torch.ops.lowbit, operation)(*args)
-
-
-def _nothing_intercepts(args: tuple) -> bool:
-    """There are tokens, no graph is traced, no mode or transform is active, and all tensors are
-    plain ones.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    x = args[0]
-    return x.shape[0] > 0 and not x.is_meta and _PLAIN_TYPES.issuperset(map(type, args))
-
-
-def _records(args: tuple) -> bool:
-    """Whether a gradient is recorded for any tensor among them."""
-    if torch.is_grad_enabled():
-        for arg in args:
-            if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                return True
-    return False
 
 
 def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index):

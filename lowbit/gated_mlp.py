@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import dispatch, functional, keeping
+from . import calls, dispatch, functional, keeping
 from .group_products import (
     TRAINED,
     Gradients,
@@ -86,7 +86,7 @@ def _one_pass(g: torch.Tensor, activation: str) -> bool:
         and g.is_cuda
         and g.numel() >= ONE_PASS_ELEMENTS
         and g.dtype != torch.float64
-        and functional._nothing_intercepts((g,))
+        and calls.nothing_intercepts((g,))
         and dispatch.unavailable("triton") is None
     )
 

@@ -25,7 +25,7 @@ import torch
 
 from . import dispatch
 from .backends.composed import mm_wide
-from .functional import _nothing_intercepts, _run
+from .calls import nothing_intercepts, run
 from .weight import WeightArgs
 
 TRAINED = 4  # tensors of a Member that autograd looks at
@@ -101,7 +101,7 @@ def forward(x, members: list[Member], shared: bool, for_backward: bool = True):
         elif for_backward:
             y, zs[i] = _lora_linear(x, *m.flat())
         else:
-            y, _ = _run("lora_linear", x, *m.flat())
+            y, _ = run("lora_linear", x, *m.flat())
         ys.append(y)
     return ys, zs
 
@@ -109,14 +109,14 @@ def forward(x, members: list[Member], shared: bool, for_backward: bool = True):
 def product(x, z, m: Member) -> torch.Tensor:
     """y of one member from a z that is there already; None without adapter."""
     if m.lora_A is None:
-        return _run("linear", x, *m.weight, m.bias)
+        return run("linear", x, *m.weight, m.bias)
     adapter = (z, m.lora_B, m.lora_scaling, m.scaling, m.bias)
-    return _run("linear_low_rank", x, *m.weight, *adapter)
+    return run("linear_low_rank", x, *m.weight, *adapter)
 
 
 def _lora_linear(*args):
-    """_run("lora_linear") that keeps z although no gradient is recorded here."""
-    if _nothing_intercepts(args):
+    """run("lora_linear") that keeps z although no gradient is recorded here."""
+    if nothing_intercepts(args):
         return dispatch.select("lora_linear", args, checked=True)(*args)
     return torch.ops.lowbit.lora_linear(*args)
 
@@ -143,7 +143,7 @@ def _sharing(candidates: Sequence[int], members: list[Member], shared: bool) -> 
 def _dropped(x, member: Member) -> torch.Tensor:
     if member.dropout_p == 0.0:
         return x
-    return _run("dropout", x, member.dropout_p, member.seed)
+    return run("dropout", x, member.dropout_p, member.seed)
 
 
 def _stack_A(members, some: list[int], dtype) -> torch.Tensor:
@@ -190,11 +190,11 @@ def backward(dys, x, zs, members, need_dx: bool, needs: list[Needs], shared: boo
 
 def _linear_dx(dx_sum, *args):
     """dx, or None with dx added to `dx_sum` where a kernel can."""
-    if dx_sum is not None and _nothing_intercepts(args):
+    if dx_sum is not None and nothing_intercepts(args):
         adding = dispatch.adding_dx("linear_dx", args)
         if adding is not None:
             return adding(*args, dx_sum=dx_sum)
-    return _run("linear_dx", *args)
+    return run("linear_dx", *args)
 
 
 def _lora_linear_backward(dy, x, z, m: Member, need_dx: bool, need: Needs, dx_sum, separate: bool):
@@ -208,12 +208,12 @@ def _lora_linear_backward(dy, x, z, m: Member, need_dx: bool, need: Needs, dx_su
     needs = (need_dx, need.lora_A, need.lora_B, need.bias, need.lora_scaling)
     args = (dy, x, z, *m.weight, *adapter, *needs)
     adding = None
-    if _nothing_intercepts(args):
+    if nothing_intercepts(args):
         adding = dispatch.adding_dx("lora_linear_backward", args)
     if not separate and (adding is None or m.dropout_p > 0.0):
         return None
     if adding is None:
-        dx, *grads = _run("lora_linear_backward", *args)
+        dx, *grads = run("lora_linear_backward", *args)
     elif need_dx and dx_sum is not None:
         dx, *grads = adding(*args, dx_sum=dx_sum)
     else:

@@ -23,10 +23,10 @@ def _left_over(*_, **__):
 
 def _prepare(operation, case, otherwise=_left_over, kernel="", for_backward=True):
     M, r = case.x.shape[0], 0 if operation == "linear" else case.lora_A.shape[0]
-    N = case.dy.shape[1]
+    N, K = case.dy.shape[1], case.x.shape[1]
     device = case.x.device if case.x.is_cuda else DEVICE
     return cuda_direct.prepare(
-        operation, kernel, device, case.dtype, M, N, r, for_backward, otherwise
+        operation, kernel, device, case.dtype, M, N, K, r, for_backward, otherwise
     )
 
 

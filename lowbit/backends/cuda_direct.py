@@ -40,7 +40,7 @@ _pack_sizes = struct.Struct("7q").pack
 _pack_product = struct.Struct("8Qd").pack
 _pack_backward = struct.Struct("11Qqd").pack
 
-_accepted: set[bytes] = set()  # weights, by `_packed`
+_accepted: set[bytes] = set()  # weights, by `packed`
 
 # As torch's compiled code allocates, on the current device and at half the cost of torch.empty. It
 # is no public function, so it may be gone one day; the other is not there in a torch without CUDA.
@@ -56,7 +56,7 @@ def _c_function(name: str) -> Callable:
     return function
 
 
-def _packed(weight) -> bytes:
+def packed(weight) -> bytes:
     """A weight for the library, and behind it how much lies at the first two addresses."""
     (
         qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K, blocksize,
@@ -71,6 +71,13 @@ def _packed(weight) -> bytes:
     )  # fmt: skip
 
 
+def accepted(weight: bytes) -> bool:
+    """Whether a forward operator has run with a weight (`packed`), so that the library may be
+    called with it at once.
+    """
+    return weight in _accepted
+
+
 def _accept(weight) -> None:
     """Take a weight from now on: a forward operator has run with it. A weight whose parts do not go
     together, or which the kernels cannot read, stays with the operators.
@@ -81,7 +88,7 @@ def _accept(weight) -> None:
         return
     if len(_accepted) >= _MOST_WEIGHTS:
         _accepted.clear()
-    _accepted.add(_packed(weight))
+    _accepted.add(packed(weight))
 
 
 def _allocator(device: int) -> Callable:
@@ -119,6 +126,7 @@ def prepare(
     dtype: torch.dtype,
     tokens: int,
     N: int,
+    K: int,
     r: int,
     for_backward: bool,
     otherwise: Callable,
@@ -127,12 +135,12 @@ def prepare(
 
     Args:
         operation, kernel: as in dispatch.TABLE.
-        device, dtype, tokens, N, r: of x or dy, the weight and lora_A.
+        device, dtype, tokens, N, K, r: of x or dy, the weight and lora_A.
         for_backward: as in dispatch.select.
         otherwise: the backend's function, which takes the same arguments.
     """
     if operation == "lora_linear_backward":
-        return _prepare_backward(device.index, kernel, dtype, tokens, r, otherwise)
+        return _prepare_backward(device.index, kernel, dtype, tokens, N, K, r, otherwise)
     if operation not in ("linear", "lora_linear", "linear_low_rank"):
         return otherwise
     code = _DTYPES[dtype]
@@ -147,28 +155,36 @@ def prepare(
 def _prepare_lora_linear(device: int, sizes, y_layout, z_layout, otherwise) -> Callable:
     run, dtype = _c_function("lowbit_product"), y_layout[2]
 
+    def direct(weight, x, lora_A, lora_B, lora_scaling, scaling, bias, y_layout=y_layout):
+        if lora_A.dtype is not dtype or lora_B.dtype is not dtype:
+            lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+        if bias is not None:
+            bias = cast(bias, dtype)
+        empty = _allocator(device)
+        y = empty(*y_layout)
+        z = None if z_layout is None else empty(*z_layout)
+        pointers = _pack_product(
+            x.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(),
+            0 if lora_scaling is None else lora_scaling.data_ptr(),
+            0 if bias is None else bias.data_ptr(), 0,
+            0 if z is None else z.data_ptr(), y.data_ptr(), scaling,
+        )  # fmt: skip
+        return (y, z) if run(weight, sizes, pointers) == 0 else None
+
     def lora_linear(*args):
-        x, weight = args[0], args[1:12]
+        weight = args[1:12]
         lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, _ = args[12:]
-        packed = _packed(weight)
-        if packed not in _accepted:
+        key = packed(weight)
+        if not accepted(key):
             results = otherwise(*args)
             _accept(weight)
             return results
         if dropout_p > 0.0 or not (bias is None or bias.is_contiguous()):
             return otherwise(*args)
-        if lora_A.dtype is not dtype or lora_B.dtype is not dtype:
-            lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-        bias = cast(bias, dtype)
-        empty = _allocator(device)
-        y = empty(*y_layout)
-        z = None if z_layout is None else empty(*z_layout)
-        pointers = _pack_product(
-            x.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), _pointer(lora_scaling),
-            _pointer(bias), 0, _pointer(z), y.data_ptr(), scaling,
-        )  # fmt: skip
-        return (y, z) if run(packed, sizes, pointers) == 0 else otherwise(*args)
+        results = direct(key, args[0], lora_A, lora_B, lora_scaling, scaling, bias)
+        return otherwise(*args) if results is None else results
 
+    lora_linear.direct = direct
     return lora_linear
 
 
@@ -179,8 +195,8 @@ def _prepare_product(device: int, sizes, y_layout, otherwise) -> Callable:
     def product(*args):
         x, weight, bias = args[0], args[1:12], args[-1]
         z, lora_B, lora_scaling, scaling = args[12:-1] or (None, None, None, 1.0)
-        packed = _packed(weight)
-        if packed not in _accepted:
+        key = packed(weight)
+        if not accepted(key):
             y = otherwise(*args)
             _accept(weight)
             return y
@@ -192,12 +208,14 @@ def _prepare_product(device: int, sizes, y_layout, otherwise) -> Callable:
             x.data_ptr(), 0, _pointer(lora_B), _pointer(lora_scaling), _pointer(bias), _pointer(z),
             0, y.data_ptr(), scaling,
         )  # fmt: skip
-        return y if run(packed, sizes, pointers) == 0 else otherwise(*args)
+        return y if run(key, sizes, pointers) == 0 else otherwise(*args)
 
     return product
 
 
-def _prepare_backward(device: int, kernel: str, dtype, tokens: int, r: int, otherwise) -> Callable:
+def _prepare_backward(
+    device: int, kernel: str, dtype, tokens: int, N: int, K: int, r: int, otherwise: Callable
+) -> Callable:
     run, code, row = _c_function("lowbit_backward"), _DTYPES[dtype], _BACKWARD_KERNELS[kernel]
     sizes = {
         (A, B): _pack_sizes(tokens, r, code, _DTYPES[A], _DTYPES[B], device, row)
@@ -205,52 +223,69 @@ def _prepare_backward(device: int, kernel: str, dtype, tokens: int, r: int, othe
         for B in (dtype, torch.float32)
     }
 
-    def lora_linear_backward(*args, dx_sum=None):
-        dy, x, z = args[:3]
-        weight = args[3:14]
-        (
-            lora_A, lora_B, lora_scaling, scaling, dropout_p, _, need_dx, need_d_lora_A,
-            need_d_lora_B, need_d_bias, need_d_scaling,
-        ) = args[14:]  # fmt: skip
-        N, K = weight[6:8]
-        packed = _packed(weight)
-        # The operator may not look at the weight; and hooks of saved tensors may have put anything
-        # in their place.
+    A_sizes, A_strides, B_sizes, B_strides = (r, K), (K, 1), (N, r), (r, 1)
+    dx_layout = (tokens, K), (K, 1), dtype
+
+    def direct(
+        weight, dy, x, z, lora_A, lora_B, lora_scaling, scaling, need_dx, need_d_lora_A,
+        need_d_lora_B, need_d_bias, need_d_scaling, dx_sum=None, dx_layout=dx_layout,
+    ):  # fmt: skip
+        empty = _allocator(device)
+        dx = d_lora_A = d_lora_B = d_bias = d_scaling = None
+        to_dx = to_A = to_B = to_bias = to_scaling = 0
+        if dx_sum is not None:
+            to_dx = dx_sum.data_ptr()
+        elif need_dx:
+            dx = empty(*dx_layout)
+            to_dx = dx.data_ptr()
+        A_dtype, B_dtype = lora_A.dtype, lora_B.dtype
+        if need_d_lora_A:
+            d_lora_A = empty(A_sizes, A_strides, A_dtype)
+            to_A = d_lora_A.data_ptr()
+        if need_d_lora_B:
+            d_lora_B = empty(B_sizes, B_strides, B_dtype)
+            to_B = d_lora_B.data_ptr()
+        if need_d_bias:
+            d_bias = empty((N,), (1,), dtype)
+            to_bias = d_bias.data_ptr()
+        if need_d_scaling:
+            d_scaling = empty((r,), (1,), torch.float32)
+            to_scaling = d_scaling.data_ptr()
+        pointers = _pack_backward(
+            dy.data_ptr(), 0 if x is None else x.data_ptr(), 0 if z is None else z.data_ptr(),
+            lora_A.data_ptr(), lora_B.data_ptr(),
+            0 if lora_scaling is None else lora_scaling.data_ptr(),
+            to_dx, to_A, to_B, to_bias, to_scaling, dx_sum is not None, scaling,
+        )  # fmt: skip
+        failed = run(weight, sizes[A_dtype, B_dtype], pointers)
+        if failed and failed != _NOTHING_LAUNCHED:
+            raise RuntimeError("lowbit: a launch of the backward pass failed halfway")
+        return None if failed else (dx, d_lora_A, d_lora_B, d_bias, d_scaling)
+
+    def serves(dy, x, z, lora_A, lora_B, lora_scaling):
         place = dy.get_device()
-        direct = (
-            packed in _accepted
-            and dropout_p == 0.0
-            and (lora_A.dtype, lora_B.dtype) in sizes
+        return (
+            (lora_A.dtype, lora_B.dtype) in sizes
+            and _is_plain(dy, place, dtype, tokens * N)
             and _is_plain(x, place, dtype, tokens * K)
             and _is_plain(z, place, dtype, tokens * r)
             and _is_plain(lora_A, place, lora_A.dtype, r * K)
             and _is_plain(lora_B, place, lora_B.dtype, r * N)
             and (lora_scaling is None or _is_plain(lora_scaling, place, torch.float32, r))
         )
-        if not direct:
-            return otherwise(*args, dx_sum=dx_sum)
-        empty = _allocator(device)
-        dx = d_lora_A = d_lora_B = d_bias = d_scaling = None
-        if need_dx and dx_sum is None:
-            dx = empty((tokens, K), (K, 1), dtype)
-        if need_d_lora_A:
-            d_lora_A = empty((r, K), (K, 1), lora_A.dtype)
-        if need_d_lora_B:
-            d_lora_B = empty((N, r), (r, 1), lora_B.dtype)
-        if need_d_bias:
-            d_bias = empty((N,), (1,), dtype)
-        if need_d_scaling:
-            d_scaling = empty((r,), (1,), torch.float32)
-        pointers = _pack_backward(
-            dy.data_ptr(), _pointer(x), _pointer(z), lora_A.data_ptr(), lora_B.data_ptr(),
-            _pointer(lora_scaling), _pointer(dx if dx_sum is None else dx_sum), _pointer(d_lora_A),
-            _pointer(d_lora_B), _pointer(d_bias), _pointer(d_scaling), dx_sum is not None, scaling,
-        )  # fmt: skip
-        failed = run(packed, sizes[lora_A.dtype, lora_B.dtype], pointers)
-        if failed and failed != _NOTHING_LAUNCHED:
-            raise RuntimeError("lowbit: a launch of the backward pass failed halfway")
-        if failed:
-            return otherwise(*args, dx_sum=dx_sum)
-        return dx, d_lora_A, d_lora_B, d_bias, d_scaling
 
+    def lora_linear_backward(*args, dx_sum=None):
+        weight = args[3:14]
+        *adapter, dropout_p, _ = args[14:20]
+        tensors, needs = (*args[:3], *adapter), args[20:]
+        key = packed(weight)
+        gradients = None
+        # The operator may not look at the weight; and hooks of saved tensors may have put anything
+        # in their place.
+        if accepted(key) and dropout_p == 0.0 and serves(*tensors[:6]):
+            gradients = direct(key, *tensors, *needs, dx_sum=dx_sum)
+        return otherwise(*args, dx_sum=dx_sum) if gradients is None else gradients
+
+    lora_linear_backward.direct = direct
+    lora_linear_backward.serves = serves
     return lora_linear_backward

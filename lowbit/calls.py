@@ -1,0 +1,111 @@
+"""The way to the kernels past the operators of ops.py, where nothing could intercept: an operator
+registered from Python costs the host more time than a small layer's arithmetic. Arguments are
+checked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction, once_differentiable
+
+from . import dispatch, keeping, ops  # noqa: F401  (ops registers torch.ops.lowbit)
+
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
+
+
+def unwatched() -> bool:
+    """No graph is traced, and no mode or transform is active."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def nothing_intercepts(args: tuple) -> bool:
+    """The same; there are tokens, and all tensors are plain ones."""
+    if not unwatched():
+        return False
+    x = args[0]
+    return x.shape[0] > 0 and not x.is_meta and plain(args)
+
+
+def plain(args: tuple) -> bool:
+    """Whether all tensors among them are plain ones or parameters."""
+    return _PLAIN_TYPES.issuperset(map(type, args))
+
+
+def records(args: tuple) -> bool:
+    """Whether a gradient is recorded for any tensor among them."""
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                return True
+    return False
+
+
+def run(operation: str, *args):
+    """torch.ops.lowbit.<operation>, or its kernel at once if nothing between the two has work to
+    do.
+    """
+    if nothing_intercepts(args) and not records(args):
+        return dispatch.select(operation, args, for_backward=False, checked=True)(*args)
+    return getattr(torch.ops.lowbit, operation)(*args)
+
+
+def lora_linear(x, weight, lora_A, lora_B, vector, scaling, bias, dropout_p, seed):
+    """y of torch.ops.lowbit.lora_linear; with gradients, if nothing intercepts, by _LoraLinear."""
+    args = (x, *weight, lora_A, lora_B, vector, scaling, bias, dropout_p, seed)
+    if not nothing_intercepts(args):
+        return torch.ops.lowbit.lora_linear(*args)[0]
+    trained = x, lora_A, lora_B, vector, bias
+    if records(trained):
+        return _LoraLinear.apply(*trained, args)
+    return dispatch.select("lora_linear", args, for_backward=False, checked=True)(*args)[0]
+
+
+class _LoraLinear(_SingleLevelFunction):
+    """What ops.py registers for lora_linear, without the operator around it, which costs the host
+    more than all the rest. The first five inputs are those of `args` that can have gradients. Not
+    torch.autograd.Function, whose apply looks for functorch's transforms once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, vector, bias, args):
+        y, z = dispatch.select("lora_linear", args, checked=True)(*args)
+        ctx.weight = weight = args[1:12]
+        ctx.numbers = args[15:18:2]
+        # Not a packed weight: offloading what its module keeps would free nothing.
+        keeping.save(ctx, x, z, lora_A, lora_B, vector, args[18], keeping.dense(weight))
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        # Only create_graph leaves gradients on here.
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
+
+
+def _gradients(ctx, dy):
+    x, z, lora_A, lora_B, vector, seed, _ = keeping.saved(ctx)
+    scaling, dropout_p = ctx.numbers
+    need_x, need_A, need_B, need_scaling, need_bias, _ = ctx.needs_input_grad
+    dx, d_A, d_B, d_bias, d_scaling = gradients(
+        dy.contiguous(), x, z, *ctx.weight, lora_A, lora_B, vector, scaling, dropout_p, seed,
+        need_x, need_A, need_B, need_bias, need_scaling,
+    )  # fmt: skip
+    return dx, d_A, d_B, d_scaling, d_bias.to(ctx.bias_dtype) if need_bias else None, None
+
+
+_gradients_once = once_differentiable(_gradients)
+
+
+def gradients(*args):
+    """torch.ops.lowbit.lora_linear_backward, or its kernels at once; None is what is not needed."""
+    if nothing_intercepts(args):
+        function = dispatch.select("lora_linear_backward", args, checked=True)
+    else:
+        function = torch.ops.lowbit.lora_linear_backward
+    return tuple(d if need else None for d, need in zip(function(*args), args[-5:], strict=True))

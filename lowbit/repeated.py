@@ -1,0 +1,208 @@
+"""Calls of lora_matmul like an earlier one, without its checks.
+
+To check a layer's arguments and to choose its kernels takes the host longer than to call them. So
+what a call that has been through both, and ended in the CUDA library without an operator
+(backends/cuda_direct.py), has found out is remembered under all that it depends on: `_forward_key`
+for the forward pass, `_backward_key` for the backward pass. A later call that finds its own key
+needs no more if
+
+- no mode, transform or tracer is active (calls.unwatched), and all tensors, the weight's included,
+  are plain ones;
+- they are contiguous;
+- an operator has accepted a weight of the same numbers at the same addresses;
+- the library, which looks at the alignment of every pointer, takes the call.
+
+Nothing is kept of tensors but what the keys say, and addresses are read in every call, so they may
+be replaced, moved, resized and changed at will between calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import _SingleLevelFunction, once_differentiable
+
+from . import calls, dispatch, keeping
+from .backends import cuda_direct
+from .weight import QuantizedWeight, WeightArgs
+
+_MOST_CALLS = 4096
+
+
+@dataclasses.dataclass(slots=True)
+class Call:
+    """What has been settled for calls of the same key.
+
+    Attributes:
+        run: cuda_direct's forward function.
+        records: whether there are gradients.
+        x_layout, y_layout: sizes, strides and dtype of x and y.
+        backward: key and cuda_direct's function of a backward pass; None until one was checked.
+    """
+
+    run: Callable
+    records: bool
+    x_layout: tuple
+    y_layout: tuple
+    backward: tuple[tuple, Callable] | None = None
+
+
+_calls: dict[tuple, Call] = {}
+
+
+def _layout(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple:
+    return sizes, torch.empty(sizes, device="meta").stride(), dtype
+
+
+def _forward_key(x, weight: WeightArgs, lora_A, lora_B, bias) -> tuple:
+    """What the checks, kernels, layouts and gradients of a call depend on."""
+    return (
+        x.shape, x.dtype, x.device, x.requires_grad,
+        lora_A.shape, lora_A.dtype, lora_A.device, lora_A.requires_grad,
+        lora_B.shape, lora_B.dtype, lora_B.device, lora_B.requires_grad,
+        None if bias is None else (bias.shape, bias.dtype, bias.device, bias.requires_grad),
+        weight[0].device, weight[6:], torch.is_grad_enabled(), dispatch.forced(),
+    )  # fmt: skip
+
+
+def _backward_key(dy, x, z, lora_A, lora_B) -> tuple:
+    """The same of a backward pass; what depends on the weight and scaling is its forward pass's."""
+    return (
+        dy.shape, dy.dtype, dy.device, x.shape, x.dtype, x.device, z.shape, z.dtype, z.device,
+        lora_A.shape, lora_A.dtype, lora_A.device, lora_B.shape, lora_B.dtype, lora_B.device,
+        dispatch.forced(),
+    )  # fmt: skip
+
+
+def possible(x: torch.Tensor) -> bool:
+    """Whether the library could serve x."""
+    return x.is_cuda
+
+
+def lora_matmul(x, w, lora_A, lora_B, scaling: float, bias) -> torch.Tensor | None:
+    """y, or None if no such call is remembered. Nothing intercepts (calls.unwatched)."""
+    if type(w) is WeightArgs:
+        weight = w
+    elif type(w) is QuantizedWeight and len(w.shape) == 2:
+        weight = w.args()
+    else:
+        return None
+    if weight.absmax is None or not calls.plain((x, lora_A, lora_B, bias, *weight[:6])):
+        return None
+    call = _calls.get(_forward_key(x, weight, lora_A, lora_B, bias))
+    if call is None:
+        return None
+    packed = cuda_direct.packed(weight)
+    if not (
+        cuda_direct.accepted(packed)
+        and x.is_contiguous()
+        and lora_A.is_contiguous()
+        and lora_B.is_contiguous()
+        and (bias is None or bias.is_contiguous())
+    ):
+        return None
+    if call.records:
+        return _LoraMatmul.apply(x, lora_A, lora_B, bias, weight, scaling, call, packed)
+    results = call.run(packed, x, lora_A, lora_B, None, scaling, bias, call.y_layout)
+    return None if results is None else results[0]
+
+
+def remember(x, weight: WeightArgs, lora_A, lora_B, scaling: float, bias) -> None:
+    """Take calls like this one from now on, which was checked and has run."""
+    args = (x.view(-1, weight.K), *weight, lora_A, lora_B, None, scaling, bias, 0.0, None)
+    records = calls.records((x, lora_A, lora_B, bias))
+    function = dispatch.select("lora_linear", args, for_backward=records, checked=True)
+    if not (hasattr(function, "direct") and calls.nothing_intercepts(args)):
+        return
+    key = _forward_key(x, weight, lora_A, lora_B, bias)
+    if key in _calls:
+        return
+    if len(_calls) >= _MOST_CALLS:
+        _calls.clear()
+    _calls[key] = Call(
+        function.direct,
+        records,
+        _layout(tuple(x.shape), x.dtype),
+        _layout((*x.shape[:-1], weight.N), x.dtype),
+    )
+
+
+class _LoraMatmul(_SingleLevelFunction):
+    """calls.lora_linear for x [..., K]."""
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, bias, weight, scaling, call, packed):
+        results = call.run(packed, x, lora_A, lora_B, None, scaling, bias, call.y_layout)
+        rows = x if x.dim() == 2 else x.view(-1, weight.K)
+        if results is None:
+            results = _by_operator(x, rows, weight, lora_A, lora_B, scaling, bias)
+        y, z = results
+        ctx.rest = weight, scaling, None if bias is None else bias.dtype, call
+        # As the checked call does: gradient checkpointing may compare one with the other.
+        keeping.save(ctx, rows, z, lora_A, lora_B)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        # Only create_graph leaves gradients on here.
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
+
+
+def _by_operator(x, rows, weight: WeightArgs, lora_A, lora_B, scaling: float, bias):
+    """(y, z) where the library refuses."""
+    args = (rows, *weight, lora_A, lora_B, None, scaling, bias, 0.0, None)
+    y, z = dispatch.select("lora_linear", args)(*args)
+    # Autograd lets nobody change a view in place that was made within a function.
+    return y if x is rows else y.view(*x.shape[:-1], weight.N).clone(), z
+
+
+def _gradients(ctx, dy):
+    weight, scaling, bias_dtype, call = ctx.rest
+    tensors = dy.contiguous(), *keeping.saved(ctx)
+    needs = ctx.needs_input_grad[:4]
+    gradients = _repeated_gradients(call, tensors, weight, scaling, needs)
+    if gradients is None:
+        gradients = _checked_gradients(call, tensors, weight, scaling, needs)
+    dx, d_A, d_B, d_bias, _ = gradients
+    if d_bias is not None:
+        d_bias = d_bias.to(bias_dtype)
+    return dx, d_A, d_B, d_bias, None, None, None, None
+
+
+_gradients_once = once_differentiable(_gradients)
+
+
+def _repeated_gradients(call: Call, tensors: tuple, weight: WeightArgs, scaling: float, needs):
+    """(those of x, lora_A, lora_B and bias, None), or None if no such pass is remembered.
+
+    `tensors` are dy, x as rows, z, lora_A and lora_B; hooks of saved tensors may have put anything
+    in place of the latter four.
+    """
+    if call.backward is None or not calls.unwatched():
+        return None
+    key, run = call.backward
+    if not calls.plain((*tensors, *weight[:6])) or key != _backward_key(*tensors):
+        return None
+    packed = cuda_direct.packed(weight)
+    if not cuda_direct.accepted(packed):
+        return None
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            return None
+    return run(packed, *tensors, None, scaling, *needs, False, None, call.x_layout)
+
+
+def _checked_gradients(call: Call, tensors: tuple, weight: WeightArgs, scaling: float, needs):
+    """The same of any pass. Those like it need no check from now on."""
+    dy, rows, z, *adapter = tensors
+    args = (
+        dy.view(-1, weight.N), rows, z, *weight, *adapter, None, scaling, 0.0, None, *needs, False
+    )  # fmt: skip
+    dx, *others = calls.gradients(*args)
+    if calls.nothing_intercepts(args):
+        function = dispatch.select("lora_linear_backward", args, checked=True)
+        if hasattr(function, "direct") and function.serves(*tensors, None):
+            call.backward = _backward_key(*tensors), function.direct
+    return dx if dx is None else dx.view(call.x_layout[0]), *others
