@@ -3,7 +3,6 @@
 #pragma once
 
 #include "nf4_lora_gemv_plan.cuh"
-#include "nf4_lora_gemv_z.cuh"
 #include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
@@ -18,16 +17,10 @@ __device__ __forceinline__ void prefetch_range(const void* begin, uint64_t bytes
 }
 
 // What this warp reads first, and small operands of the CTA. Single lanes with few requests: the
-// bulk engine takes about 30 ns for each, and a queue of weights would hold up lora_A. With more
-// rows of lora_A than warps the clusters ask for 16 of them each, in turn.
-template <typename T, bool kNested, int kRankTiles>
+// bulk engine takes about 30 ns for each.
+template <typename T, bool kNested>
 __device__ __forceinline__ void prefetch_inputs(
-    const LoraMatmulArgs& args,
-    const Plan& plan,
-    const Share& share,
-    uint32_t row,
-    uint32_t step,
-    bool has_steps) {
+    const LoraMatmulArgs& args, const Share& share, uint32_t row, uint32_t step, bool has_steps) {
     const WeightView& w = args.w;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     if (warp == 1 && lane == 16)
@@ -38,15 +31,6 @@ __device__ __forceinline__ void prefetch_inputs(
         prefetch_l2(w.nested_codebook + lane * 32);
     if (lane != 0)
         return;
-    if (plan.exchange) {
-        const Columns columns = z_columns(static_cast<int>(w.K));
-        const T* a = static_cast<const T*>(args.lora_A) + columns.begin;
-        int j = warp;
-        if (kRankTiles > 1)
-            j += blockIdx.x / cluster_size() % ((args.r + 15) / 16) * 16;
-        if (j < args.r)
-            prefetch_range(a + j * w.K, sizeof(T) * (columns.end - columns.begin));
-    }
     if (kNested && warp == 0 && share.rows > 0) {
         const int shift = w.blocksize_log2 + w.nested_blocksize_log2;
         const int64_t first = (share.first_row * w.K) >> shift;
@@ -132,20 +116,18 @@ store_x(unsigned char* smem_x, const uint4 (&v)[2], uint32_t k, float scale) {
 
 // All that is read before the first product, loaded in one batch: a store between the loads would
 // wait for its own and hold up the rest.
-template <int kRankTiles>
 struct Operands {
     float first_value, second_value;  // of table entry threadIdx.x % 256
-    float offset, absmax_value, nested_value, z_scale;
+    float offset, absmax_value, nested_value;
     uint32_t nested_first, nested_count;  // of nested_absmax, for the rows of the CTA
     uint4 x[kXUnits][2];
-    ZStep<kRankTiles> z[kZSteps<kRankTiles>];
 };
 
-template <typename T, bool kNested, int kRankTiles>
-__device__ __forceinline__ void load_operands(
-    Operands<kRankTiles>& o, const LoraMatmulArgs& args, const Plan& plan, const Share& share) {
+template <typename T, bool kNested>
+__device__ __forceinline__ void
+load_operands(Operands& o, const LoraMatmulArgs& args, const Share& share) {
     const WeightView& w = args.w;
-    const int tid = threadIdx.x, warp = tid / kWarpSize;
+    const int tid = threadIdx.x;
     o.first_value = w.codebook[tid / 16 % 16], o.second_value = w.codebook[tid % 16];
     o.offset = o.absmax_value = o.nested_value = 0;
     o.nested_first = o.nested_count = 0;
@@ -161,25 +143,16 @@ __device__ __forceinline__ void load_operands(
         if (tid < o.nested_count)
             o.nested_value = w.nested_absmax[o.nested_first + tid];
     }
-    o.z_scale = args.scaling;
-    if (args.lora_scaling != nullptr && tid < args.r)
-        o.z_scale *= args.lora_scaling[tid];
 #pragma unroll
     for (int b = 0; b < kXUnits; b++)
         load_x<T>(o.x[b], args, x_column(b));
-    if (!plan.exchange)
-        return;
-    const Columns columns = z_columns(static_cast<int>(w.K));
-#pragma unroll
-    for (int i = 0; i < kZSteps<kRankTiles>; i++)
-        load_z<T>(o.z[i], args, columns.begin + (warp + i * kWarps) * 32, columns.end);
 }
 
 // Builds the table and everything else in shared memory. Returns the factor that undoes the powers
-// of two in it. Two CTA barriers.
-template <typename T, bool kNested, int kRankTiles>
+// of two in it. Two barriers of the warps of the weight.
+template <typename T, bool kNested>
 __device__ __forceinline__ float store_operands(
-    const Operands<kRankTiles>& o,
+    const Operands& o,
     const LoraMatmulArgs& args,
     const Plan& plan,
     unsigned char* table,
@@ -203,8 +176,6 @@ __device__ __forceinline__ float store_operands(
         scratch.absmax_codebook[tid] = o.absmax_value;
     if (tid < o.nested_count)
         nested[tid] = o.nested_value;
-    if (tid < args.r)
-        scratch.z_scale[tid] = o.z_scale;
 #pragma unroll 1
     for (uint32_t i = tid + kThreads; i < o.nested_count; i += kThreads)
         nested[i] = args.w.nested_absmax[o.nested_first + i];
@@ -216,7 +187,7 @@ __device__ __forceinline__ float store_operands(
     x_max = __reduce_max_sync(kFullWarp, max(x_max >> 16, x_max & 0xffffu));
     if (lane == 0)
         scratch.x_max[warp] = x_max;
-    __syncthreads();
+    named_barrier(kBarrier, kThreads);
     x_max = __reduce_max_sync(kFullWarp, scratch.x_max[lane % kWarps]);
     const int x_exponent = exponent_of(unpack_pair(x_max, T{}).x) - kXExponent;
 #pragma unroll
@@ -224,7 +195,7 @@ __device__ __forceinline__ float store_operands(
         if (x_column(b) < plan.steps * kStep)
             store_x<T>(table + kTableBytes, o.x[b], x_column(b), power_of_two(-x_exponent));
     }
-    __syncthreads();
+    named_barrier(kBarrier, kThreads);
     return power_of_two(x_exponent) * power_of_two(value_exponent);
 }
 

@@ -7,8 +7,10 @@
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kWarps = 16;
+constexpr int kWarps = 16;  // of the weight
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kZWarps = 4;
+constexpr int kZThreads = kZWarps * kWarpSize;
 constexpr int kRows = 4;             // that share a warp's x in registers
 constexpr int kColumnsPerLane = 32;  // 16 bytes of codes, never more than one block
 constexpr int kStep = kColumnsPerLane * kWarpSize;
@@ -20,28 +22,49 @@ constexpr int kXUnits = 4;      // times, all loaded before any is stored
 constexpr int kXExponent = 10;  // |x| < 2^11, |codebook| < 2: 8 products stay below 2^15
 constexpr int64_t kMaxColumns = kXUnits * kXUnit * kThreads;
 constexpr int kMaxSharedBytes = 227 * 1024;
-constexpr int kZBarrier = 1;  // named barrier: all warps have their parts of z
+constexpr int kZColumns = 64;  // of lora_A in a stage
+constexpr int kZRowBytes = 2 * kZColumns;
+constexpr int kZTokenBytes = 1024;  // of x in a stage: 8 rows, of which the first is written
+constexpr int kZStages = 8;         // of them on their way
+// Named barriers.
+constexpr int kBarrier = 1;   // of the warps of the weight
+constexpr int kZBarrier = 2;  // of those of z
 
 // Of CTA i: groups_each groups, one more if i < groups_extra.
 struct Plan {
     uint32_t groups_each, groups_extra;
     uint32_t steps;          // per group: K / 1024, rounded up
     uint32_t most_groups;    // of a CTA
+    uint32_t stages_bytes;   // offset of the stages of z
     uint32_t scratch_bytes;  // offset of Scratch
     bool exchange;           // z is computed here
 };
 
-// Shared memory: the table, x as fp16 (2 KiB per step), Scratch, partial sums of
-// most_groups + kWarps groups, nested_absmax of the CTA's rows; 128 KiB for K = 28672, N = 8192.
+// Shared memory: the table, x as fp16 (2 KiB per step), stages of z (up to 72 KiB), Scratch,
+// partial sums of most_groups + kWarps groups, nested_absmax of the CTA's rows.
 struct Scratch {
     float absmax_codebook[256];
-    float z_warp[kWarps][kMaxRank];        // this CTA's columns, by warp
     float z_parts[kMaxCluster][kMaxRank];  // by CTA of the cluster
-    float z_scale[kMaxRank];
-    uint64_t z_arrived;
+    float z[kMaxRank];                     // scaled
+    uint64_t z_arrived, z_ready;           // barriers: z_parts, z are complete
+    uint64_t z_full[kZStages];             // and stages
     uint32_t x_max[kWarps];
     float sums[1];  // and on: see nf4_lora_gemv_kernel
 };
+
+__host__ __device__ constexpr int rank_tiles(int r) {
+    return (r + 15) / 16;
+}
+
+__host__ __device__ constexpr int z_rows_bytes(int r) {
+    return 16 * rank_tiles(r) * kZRowBytes;
+}
+
+// Products read 64 rows from the start of a stage, whatever they are.
+constexpr int z_stages_bytes(int r) {
+    return (kZStages - 1) * (z_rows_bytes(r) + kZTokenBytes) + z_rows_bytes(kMaxRank) +
+           kZTokenBytes;
+}
 
 // What a CTA knows about its part of the weight.
 struct Share {

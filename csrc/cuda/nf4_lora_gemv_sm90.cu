@@ -14,7 +14,8 @@
 // takes 256 bytes (the upper half is unused) because then one PRMT makes the address.
 //
 // z: the CTAs of a cluster divide K among them, and send their partial sums to all others straight
-// into shared memory. They are needed only when a group ends, so nobody waits for a neighbour.
+// into shared memory. A warpgroup of its own does that, so that the weight's warps wait neither for
+// lora_A nor for a neighbour before the first group ends.
 //
 // Bound by the weight's bytes for large N K (90 % of copy rate at 28672 x 8192 with rank 16; H100,
 // 2026-11); at 4096 x 4096 by the latency from launch to first product. Shared memory lookups come
@@ -31,47 +32,60 @@
 #include "nf4_lora_gemv_plan.cuh"
 #include "nf4_lora_gemv_rows.cuh"
 #include "nf4_lora_gemv_z.cuh"
+#include "tensor_map.h"
 
 namespace lowbit::cuda {
 namespace {
 
-template <typename T, bool kNested, int kRankTiles>
-__global__ void __launch_bounds__(kThreads, 1) nf4_lora_gemv_kernel(
+template <typename T, bool kNested>
+__global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
     const __grid_constant__ LoraMatmulArgs args,  // M = 1
-    const __grid_constant__ Plan plan) {
+    const __grid_constant__ Plan plan,
+    const __grid_constant__ CUtensorMap lora_A) {
     extern __shared__ __align__(1024) unsigned char smem[];
     unsigned char* smem_x = smem + kTableBytes;
     Scratch& scratch = *reinterpret_cast<Scratch*>(smem + plan.scratch_bytes);
     float* sums = scratch.sums;  // [most_groups + kWarps][kRows], warp w's of group g at g + w
     float* nested = sums + (plan.most_groups + kWarps) * kRows;
-    const int tid = threadIdx.x, lane = tid % kWarpSize, warp = tid / kWarpSize;
+    const int lane = threadIdx.x % kWarpSize;
+    const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
+
+    if (threadIdx.x == kThreads) {
+        if (plan.exchange)
+            prefetch_map(lora_A);
+        const uint32_t z_arrived = shared_address(&scratch.z_arrived);
+        barrier_init(z_arrived, 1);
+        barrier_arrive_expect(z_arrived, cluster_size() * args.r * sizeof(float));
+        barrier_init(shared_address(&scratch.z_ready), kMaxRank);
+        for (int i = 0; i < kZStages; i++)
+            barrier_init(shared_address(&scratch.z_full[i]), 1);
+        barrier_init_fence();
+    }
+    __syncwarp();
+    cluster_arrive_relaxed();  // the thread has fenced its barriers
+    if (warp >= kWarps) {
+        if (plan.exchange)
+            prefetch_lora_a<T>(args);
+        cluster_wait();
+        wait_for_previous_kernel();
+        let_next_kernel_start();
+        if (args.r > 0)
+            compute_z<T>(args, lora_A, plan, shared_address(smem + plan.stages_bytes), scratch);
+        return;
+    }
     const WeightView& w = args.w;
     const uint32_t N = static_cast<uint32_t>(w.N), K = static_cast<uint32_t>(w.K);
     const Share share(plan, N);
     uint32_t unit = warp * share.each + min(static_cast<uint32_t>(warp), share.extra);
     const uint32_t unit_end = unit + share.each + (warp < share.extra);
     uint32_t group = unit / plan.steps, step = unit % plan.steps;
-
-    if (plan.exchange) {
-        if (tid == 0) {
-            const uint32_t bytes = cluster_size() * args.r * sizeof(float);
-            const uint32_t z_arrived = shared_address(&scratch.z_arrived);
-            barrier_init(z_arrived, 1);
-            barrier_arrive_expect(z_arrived, bytes);
-            barrier_init_fence();
-        }
-        __syncwarp();
-        cluster_arrive_relaxed();  // thread 0 has fenced its barrier
-    }
-    prefetch_inputs<T, kNested, kRankTiles>(
-        args, plan, share, share.row_of(group, N), step, unit < unit_end);
-    if (plan.exchange)
-        cluster_wait();
+    prefetch_inputs<T, kNested>(args, share, share.row_of(group, N), step, unit < unit_end);
+    cluster_wait();
     wait_for_previous_kernel();
     let_next_kernel_start();
 
-    Operands<kRankTiles> operands;
-    load_operands<T, kNested>(operands, args, plan, share);
+    Operands operands;
+    load_operands<T, kNested>(operands, args, share);
     // Lanes past the end of a row take its start, and meet zeros of x.
     const auto element_at = [&](uint32_t group, uint32_t step) {
         const uint32_t k = step * kStep + lane * kColumnsPerLane;
@@ -82,15 +96,12 @@ __global__ void __launch_bounds__(kThreads, 1) nf4_lora_gemv_kernel(
 #pragma unroll
     for (int i = 0; i < kRows; i++)
         load_row<kNested>(rows, i, unit < unit_end, w, element);
+    prefetch_steps(w, plan, share, unit + 1, unit_end);
 
     const float unscale = store_operands<T, kNested>(operands, args, plan, smem, scratch, nested);
-    if (plan.exchange)
-        send_z_parts<T>(operands.z, args, scratch);
 
     const int nested_shift = w.blocksize_log2 + w.nested_blocksize_log2;
     float acc[kRows] = {};
-    float2 z = {0, 0};
-    bool has_z = false;
     for (; unit < unit_end; unit++) {
         const bool ends_group = step + 1 == plan.steps, more = unit + 1 < unit_end;
         const uint32_t next_group = group + ends_group, next_step = ends_group ? 0 : step + 1;
@@ -120,15 +131,8 @@ __global__ void __launch_bounds__(kThreads, 1) nf4_lora_gemv_kernel(
 #pragma unroll
             for (int i = 0; i < kRows; i++)
                 acc[i] *= unscale;
-            if (low_rank) {
-                if (!has_z)
-                    z = scaled_z<T>(args, plan, scratch), has_z = true;
-#pragma unroll
-                for (int i = 0; i < kRows; i++) {
-                    const float2 factor = unpack_pair(b[i], T{});
-                    acc[i] = __fmaf_rn(z.x, factor.x, __fmaf_rn(z.y, factor.y, acc[i]));
-                }
-            }
+            if (low_rank)
+                add_low_rank<T>(acc, b, scratch);
             const float sum = sum_rows(acc);
             if (lane % (kWarpSize / kRows) == 0)
                 sums[(group + warp) * kRows + lane / (kWarpSize / kRows)] = sum;
@@ -138,10 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1) nf4_lora_gemv_kernel(
         }
         group = next_group, step = next_step, element = next_element;
     }
-    // Peers may still be writing here: a CTA stays until all parts of z have come.
-    if (plan.exchange && warp == 0 && !has_z)
-        scaled_z<T>(args, plan, scratch);
-    __syncthreads();
+    named_barrier(kBarrier, kThreads);
     store_y<T>(args, plan, share, sums);
 }
 
@@ -159,24 +160,25 @@ size_t make_plan(const LoraMatmulArgs& args, int64_t ctas, Plan& plan) {
     plan.groups_extra = static_cast<uint32_t>(groups % ctas);
     plan.steps = static_cast<uint32_t>(ceil_div(w.K, kStep));
     plan.most_groups = static_cast<uint32_t>(most);
-    plan.scratch_bytes = kTableBytes + plan.steps * 2 * kStep;
     plan.exchange = args.r > 0 && args.lora_A != nullptr;
+    plan.stages_bytes = kTableBytes + plan.steps * 2 * kStep;
+    plan.scratch_bytes = plan.stages_bytes + (plan.exchange ? z_stages_bytes(args.r) : 0);
     const int nested_shift = w.blocksize_log2 + w.nested_blocksize_log2;
     const int64_t nested = w.absmax == nullptr ? ((most * kRows * w.K) >> nested_shift) + 2 : 0;
     return plan.scratch_bytes + sizeof(Scratch) +
            sizeof(float) * ((most + kWarps) * kRows + nested);
 }
 
-template <typename T, bool kNested, int kRankTiles>
+template <typename T, bool kNested>
 cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
-    const auto kernel = nf4_lora_gemv_kernel<T, kNested, kRankTiles>;
+    const auto kernel = nf4_lora_gemv_kernel<T, kNested>;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {1, 1, 1};
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.blockDim = kThreads;
+    config.blockDim = kThreads + kZThreads;
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 2;
@@ -222,13 +224,15 @@ cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
     config.dynamicSmemBytes = make_plan(args, ctas, plan);
     config.gridDim = static_cast<unsigned>(ctas);
     attributes[0].val.clusterDim.x = cluster;
-    return cudaLaunchKernelEx(&config, kernel, args, plan);
-}
-
-template <typename T, bool kNested>
-cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
-    return args.r <= 16 ? launch<T, kNested, 1>(args, stream)
-                        : launch<T, kNested, kMaxRank / 16>(args, stream);
+    CUtensorMap lora_A{};
+    if (exchange) {
+        error = make_tensor_map(
+            lora_A, tensor_map_type(args.dtype), args.lora_A, args.r, args.w.K,
+            {16 * rank_tiles(args.r), kZColumns}, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+        if (error != cudaSuccess)
+            return error;
+    }
+    return cudaLaunchKernelEx(&config, kernel, args, plan, lora_A);
 }
 
 template <typename T>

@@ -1,153 +1,137 @@
-// The low-rank term of nf4_lora_gemv_sm90.cu: a CTA's share of z, its exchange within the cluster,
-// and lora_B.
+// The low-rank term of nf4_lora_gemv_sm90.cu: z, by a warpgroup that does nothing else, and lora_B.
+//
+// The CTAs of a cluster divide K among them in chunks of 64 columns. TMA brings a chunk of lora_A,
+// rows up to a multiple of 16, and one of x: operands of wgmma, of which all 64 rows of the sums
+// but only the first column count. The sums go to every CTA of the cluster.
 #pragma once
 
 #include "nf4_lora_gemv_plan.cuh"
 #include "ptx_sm90.cuh"
+#include "wgmma_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
-struct Columns {
+// Chunks of this CTA.
+struct ZShare {
     int begin, end;
+
+    __device__ __forceinline__ explicit ZShare(int64_t K) {
+        const int chunks = static_cast<int>(K) / kZColumns;
+        const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+        begin = chunks * rank / size, end = chunks * (rank + 1) / size;
+    }
 };
 
-// This CTA's share of K.
-__device__ __forceinline__ Columns z_columns(int K) {
-    const int size = static_cast<int>(cluster_size());
-    const int width = ((K + size - 1) / size + 7) & ~7;
-    const int begin = min(static_cast<int>(cluster_rank()) * width, K);
-    return {begin, min(K, begin + width)};
-}
-
-// 32 columns of x and of all rows of lora_A, 16 of them to a tile: lane 4 g + t holds columns 8
-// t..8 t + 7 of rows g and g + 8. That is the operand of two products if their k runs in this order
-// in both factors. Tiles behind the rank are zero.
-template <int kRankTiles>
-struct ZStep {
-    uint4 x, low[kRankTiles], high[kRankTiles];
-};
-
-// That a warp loads at a time, as many as there are registers for.
-template <int kRankTiles>
-constexpr int kZSteps = kRankTiles == 1 ? 2 : 1;
-
-template <typename T, int kRankTiles>
-__device__ __forceinline__ void
-load_z(ZStep<kRankTiles>& s, const LoraMatmulArgs& args, int k, int end) {
-    const int g = threadIdx.x % kWarpSize / 4;
-    k += threadIdx.x % 4 * 8;
-    s.x = make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int i = 0; i < kRankTiles; i++)
-        s.low[i] = s.high[i] = make_uint4(0, 0, 0, 0);
-    if (k >= end)
-        return;
-    const T* a = static_cast<const T*>(args.lora_A) + k;
-    s.x = *reinterpret_cast<const uint4*>(static_cast<const T*>(args.x) + k);
-#pragma unroll
-    for (int i = 0; i < kRankTiles; i++) {
-        const int row = 16 * i + g, last = args.r - 1;
-        if (i > 0 && 16 * i > last)
-            continue;
-        s.low[i] = *reinterpret_cast<const uint4*>(a + min(row, last) * args.w.K);
-        s.high[i] = *reinterpret_cast<const uint4*>(a + min(row + 8, last) * args.w.K);
-    }
-}
-
-// Partial sums over this CTA's columns, to every CTA of the cluster. `loaded` holds the first
-// steps. All columns of the product are the same x; column 0 counts.
-template <typename T, int kRankTiles>
-__device__ __forceinline__ void send_z_parts(
-    ZStep<kRankTiles> (&loaded)[kZSteps<kRankTiles>],
-    const LoraMatmulArgs& args,
-    Scratch& scratch) {
-    constexpr int kSteps = kZSteps<kRankTiles>;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const Columns columns = z_columns(static_cast<int>(args.w.K));
-    const int first_k = columns.begin + warp * 32;
-    float c[kRankTiles][4] = {};
-#pragma unroll 1
-    for (int k = first_k; k < columns.end; k += kSteps * kWarps * 32) {
-        if (k != first_k) {
-#pragma unroll
-            for (int i = 0; i < kSteps; i++)
-                load_z<T>(loaded[i], args, k + i * kWarps * 32, columns.end);
-        }
-#pragma unroll
-        for (const ZStep<kRankTiles>& s : loaded) {
-#pragma unroll
-            for (int i = 0; i < kRankTiles; i++) {
-                const uint4 low = s.low[i], high = s.high[i];
-                mma_16x8x16(c[i], {low.x, high.x, low.y, high.y}, s.x.x, s.x.y, T{});
-                mma_16x8x16(c[i], {low.z, high.z, low.w, high.w}, s.x.z, s.x.w, T{});
-            }
-        }
-    }
-    if (lane % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < kRankTiles; i++) {
-            scratch.z_warp[warp][16 * i + lane / 4] = c[i][0];
-            scratch.z_warp[warp][16 * i + lane / 4 + 8] = c[i][2];
-        }
-    }
-    if (warp != kWarps - 1) {  // the last warp has the least to do
-        named_barrier_arrive(kZBarrier, kThreads);
-        return;
-    }
-    named_barrier(kZBarrier, kThreads);
-    const uint32_t size = cluster_size(), rank = cluster_rank();
-    constexpr int kRounds = (16 * kRankTiles + kWarpSize - 1) / kWarpSize;
-    float sums[kRounds] = {};
-#pragma unroll
-    for (int round = 0; round < kRounds; round++) {
-        const int j = round * kWarpSize + lane;
-#pragma unroll
-        for (int i = 0; i < kWarps; i++)
-            sums[round] += j < args.r ? scratch.z_warp[i][j] : 0;
-    }
-#pragma unroll
-    for (int round = 0; round < kRounds; round++) {
-        const int j = round * kWarpSize + lane;
-        if (j >= args.r)
-            continue;
-#pragma unroll 1
-        for (uint32_t peer = 0; peer < size; peer++)
-            store_remote_async(
-                in_cta(shared_address(&scratch.z_parts[rank][j]), peer), sums[round],
-                in_cta(shared_address(&scratch.z_arrived), peer));
-    }
-}
-
-// s_j z[j] for the lane's j = 2 lane and 2 lane + 1, zero from r on.
+// A line of lora_A is a row of a chunk. Of more than 16 rows a cluster asks for 16, in turn.
 template <typename T>
-__device__ __forceinline__ float2
-scaled_z(const LoraMatmulArgs& args, const Plan& plan, const Scratch& scratch) {
-    const int j = threadIdx.x % kWarpSize * 2;
-    const bool has_first = j < args.r, has_second = j + 1 < args.r;
-    float2 z = {0, 0};
-    if (plan.exchange) {
-        barrier_wait_cluster<0>(shared_address(&scratch.z_arrived));
-        const uint32_t size = cluster_size();
-#pragma unroll 1
-        for (uint32_t i = 0; i < size; i++) {
-            z.x += has_first ? scratch.z_parts[i][j] : 0;
-            z.y += has_second ? scratch.z_parts[i][j + 1] : 0;
-        }
-        if (args.z_out != nullptr && blockIdx.x == 0 && threadIdx.x < kWarpSize) {
-            T* out = static_cast<T*>(args.z_out);
-            if (has_first)
-                out[j] = from_float<T>(z.x);
-            if (has_second)
-                out[j + 1] = from_float<T>(z.y);
-        }
-    } else {
-        const T* in = static_cast<const T*>(args.z_in);
-        z.x = has_first ? to_float(in[j]) : 0;
-        z.y = has_second ? to_float(in[j + 1]) : 0;
+__device__ __forceinline__ void prefetch_lora_a(const LoraMatmulArgs& args) {
+    const ZShare share(args.w.K);
+    const int first = static_cast<int>(blockIdx.x / cluster_size()) % rank_tiles(args.r) * 16;
+    const int thread = threadIdx.x % kZThreads;
+    const int row = first + thread % 16;
+    const T* a = static_cast<const T*>(args.lora_A) + row * args.w.K;
+    for (int chunk = share.begin + thread / 16; chunk < share.end; chunk += kZThreads / 16) {
+        if (row < args.r)
+            prefetch_l2(a + chunk * kZColumns);
     }
-    return {
-        has_first ? z.x * scratch.z_scale[j] : 0, has_second ? z.y * scratch.z_scale[j + 1] : 0};
+}
+
+// Sums over this CTA's columns, to every CTA of the cluster.
+template <typename T>
+__device__ __forceinline__ void send_z_parts(
+    const LoraMatmulArgs& args, const CUtensorMap& lora_A, uint32_t stages, Scratch& scratch) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kZWarps;
+    const bool copies = threadIdx.x == kThreads;
+    const ZShare share(args.w.K);
+    const int count = share.end - share.begin;
+    const uint32_t a_bytes = z_rows_bytes(args.r), stage_bytes = a_bytes + kZTokenBytes;
+    const uint32_t full = shared_address(scratch.z_full);
+    const auto copy = [&](int i) {
+        const int chunk = share.begin + i, stage = i % kZStages;
+        const uint32_t to = stages + stage * stage_bytes, barrier = full + 8 * stage;
+        barrier_arrive_expect(barrier, a_bytes + kZRowBytes);
+        load_tile(to, lora_A, chunk * kZColumns, 0, barrier);
+        load_bulk(
+            to + a_bytes, static_cast<const T*>(args.x) + chunk * kZColumns, kZRowBytes, barrier);
+    };
+    if (copies) {
+        for (int i = 0; i < min(count, kZStages); i++)
+            copy(i);
+    }
+    __syncwarp();
+    float sums[4] = {};
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        const uint32_t stage = stages + i % kZStages * stage_bytes;
+        barrier_wait(full + 8 * (i % kZStages), i / kZStages % 2);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            wgmma(
+                sums, own_operand_descriptor(stage + 32 * k),
+                own_operand_descriptor(stage + a_bytes + 32 * k), true, T{});
+        wgmma_commit();
+        if (i > 0 && i - 1 + kZStages < count) {
+            wgmma_wait<1>();
+            named_barrier(kZBarrier, kZThreads);
+            if (copies)
+                copy(i - 1 + kZStages);
+            __syncwarp();
+        }
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm volatile("" : "+f"(sums[i])::"memory");
+    // Column 0 is with lane 4 g: rows g and g + 8 of the warp's 16. Its neighbours help to send.
+    const int j = 16 * warp + lane / 4;
+    const float low = __shfl_sync(kFullWarp, sums[0], lane & ~3);
+    const float high = __shfl_sync(kFullWarp, sums[2], lane & ~3);
+    const uint32_t part = shared_address(&scratch.z_parts[cluster_rank()][j]);
+    const uint32_t arrived = shared_address(&scratch.z_arrived), size = cluster_size();
+    for (uint32_t peer = lane % 4; peer < size; peer += 4) {
+        if (j < args.r)
+            store_remote_async(in_cta(part, peer), low, in_cta(arrived, peer));
+        if (j + 8 < args.r)
+            store_remote_async(in_cta(part + 8 * sizeof(float), peer), high, in_cta(arrived, peer));
+    }
+}
+
+// s_j z[j], zero from r on, to scratch.z. By all warps for z; ends when all parts have come, which
+// is when no peer writes to this CTA any more.
+template <typename T>
+__device__ __forceinline__ void compute_z(
+    const LoraMatmulArgs& args,
+    const CUtensorMap& lora_A,
+    const Plan& plan,
+    uint32_t stages,
+    Scratch& scratch) {
+    if (plan.exchange)
+        send_z_parts<T>(args, lora_A, stages, scratch);
+    const int j = threadIdx.x % kZThreads;
+    if (j >= kMaxRank)
+        return;
+    float z = 0;
+    if (j < args.r) {
+        float scale = args.scaling;
+        if (args.lora_scaling != nullptr)
+            scale *= args.lora_scaling[j];
+        if (plan.exchange) {
+            barrier_wait_cluster<0>(shared_address(&scratch.z_arrived));
+            const uint32_t size = cluster_size();
+#pragma unroll 1
+            for (uint32_t i = 0; i < size; i++)
+                z += scratch.z_parts[i][j];
+            if (args.z_out != nullptr && blockIdx.x == 0)
+                static_cast<T*>(args.z_out)[j] = from_float<T>(z);
+        } else {
+            z = to_float(static_cast<const T*>(args.z_in)[j]);
+        }
+        z *= scale;
+    }
+    scratch.z[j] = z;
+    barrier_arrive(shared_address(&scratch.z_ready));
 }
 
 // Elements 2 lane and 2 lane + 1 of kRows rows of lora_B. Rows are 4-byte aligned if r is even.
@@ -165,6 +149,19 @@ load_lora_b(uint32_t (&b)[kRows], bool wanted, const LoraMatmulArgs& args, uint3
             const uint32_t first = j < r ? p[i * r + j] : 0;
             b[i] = j + 1 < r ? first | static_cast<uint32_t>(p[i * r + j + 1]) << 16 : first;
         }
+    }
+}
+
+// Adds lora_B z, the lane's part of it, to the sums of kRows rows.
+template <typename T>
+__device__ __forceinline__ void
+add_low_rank(float (&sums)[kRows], const uint32_t (&b)[kRows], const Scratch& scratch) {
+    barrier_wait(shared_address(&scratch.z_ready), 0);
+    const float2 z = reinterpret_cast<const float2*>(scratch.z)[threadIdx.x % kWarpSize];
+#pragma unroll
+    for (int i = 0; i < kRows; i++) {
+        const float2 factor = unpack_pair(b[i], T{});
+        sums[i] = __fmaf_rn(z.x, factor.x, __fmaf_rn(z.y, factor.y, sums[i]));
     }
 }
 
