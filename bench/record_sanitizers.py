@@ -162,7 +162,7 @@ def optimizers() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    "gemv": lambda: layer(1, 528, 704),
+    "gemv": lambda: layer(1, 528, 4672),
     "gemv 64": lambda: layer(1, 272, 4672, 40, FP16, vector=True),
     "small": lambda: layer(8, 272, 1024, 8, FP16),
     "small 64": lambda: layer(64, 528, 704, 64, masters=True),

@@ -22,10 +22,12 @@ constexpr int kXUnits = 4;      // times, all loaded before any is stored
 constexpr int kXExponent = 10;  // |x| < 2^11, |codebook| < 2: 8 products stay below 2^15
 constexpr int64_t kMaxColumns = kXUnits * kXUnit * kThreads;
 constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr int kFewRanks = 16;  // more are multiplied by wgmma: see nf4_lora_gemv_z_parts.cuh
 constexpr int kZColumns = 64;  // of lora_A in a stage
 constexpr int kZRowBytes = 2 * kZColumns;
-constexpr int kZTokenBytes = 1024;  // of x in a stage: 8 rows, of which the first is written
-constexpr int kZStages = 8;         // of them on their way
+constexpr int kZWarpStages = 2;     // few ranks: on their way for each warp
+constexpr int kZStages = 8;         // more: for the CTA
+constexpr int kZTokenBytes = 1024;  // of x in one of these: 8 rows, of which the first is written
 // Named barriers.
 constexpr int kBarrier = 1;   // of the warps of the weight
 constexpr int kZBarrier = 2;  // of those of z
@@ -44,10 +46,13 @@ struct Plan {
 // partial sums of most_groups + kWarps groups, nested_absmax of the CTA's rows.
 struct Scratch {
     float absmax_codebook[256];
+    union {
+        float z_warp[kZWarps][kMaxRank];  // few ranks: this CTA's columns, by warp
+        uint64_t z_full[kZStages];        // more: barriers of the stages
+    };
     float z_parts[kMaxCluster][kMaxRank];  // by CTA of the cluster
     float z[kMaxRank];                     // scaled
     uint64_t z_arrived, z_ready;           // barriers: z_parts, z are complete
-    uint64_t z_full[kZStages];             // and stages
     uint32_t x_max[kWarps];
     float sums[1];  // and on: see nf4_lora_gemv_kernel
 };
@@ -60,8 +65,14 @@ __host__ __device__ constexpr int z_rows_bytes(int r) {
     return 16 * rank_tiles(r) * kZRowBytes;
 }
 
-// Products read 64 rows from the start of a stage, whatever they are.
+__host__ __device__ constexpr int z_warp_stage_bytes(int r) {
+    return z_rows_bytes(r) + kZRowBytes;
+}
+
 constexpr int z_stages_bytes(int r) {
+    if (r <= kFewRanks)
+        return kZWarps * kZWarpStages * z_warp_stage_bytes(r);
+    // Products read 64 rows from the start of a stage, whatever they are.
     return (kZStages - 1) * (z_rows_bytes(r) + kZTokenBytes) + z_rows_bytes(kMaxRank) +
            kZTokenBytes;
 }

@@ -31,14 +31,19 @@ load_row(Rows& rows, int i, bool wanted, const WeightView& w, uint32_t element) 
 
 // Weights of a warp's steps `unit` and the next: 4 rows of 4 lines each.
 __device__ __forceinline__ void prefetch_steps(
-    const WeightView& w, const Plan& plan, const Share& share, uint32_t unit, uint32_t end) {
-    const uint32_t N = static_cast<uint32_t>(w.N), K = static_cast<uint32_t>(w.K);
+    const uint8_t* qweight,
+    uint32_t N,
+    uint32_t K,
+    const Plan& plan,
+    const Share& share,
+    uint32_t unit,
+    uint32_t end) {
     const uint32_t lane = threadIdx.x % kWarpSize;
     unit += lane / 16;
     const uint32_t row = share.row_of(unit / plan.steps, N) + lane / 4 % kRows;
     const uint32_t k = unit % plan.steps * kStep + lane % 4 * (kStep / 4);
     if (unit < end && k < K)
-        prefetch_l2(w.qweight + (row * K + k) / 2);
+        prefetch_l2(qweight + (row * K + k) / 2);
 }
 
 // 32 weights of a row times x: two runs of 8 pairs are added up in fp16. A longer run would lose

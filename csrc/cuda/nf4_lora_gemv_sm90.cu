@@ -14,14 +14,18 @@
 // takes 256 bytes (the upper half is unused) because then one PRMT makes the address.
 //
 // z: the CTAs of a cluster divide K among them, and send their partial sums to all others straight
-// into shared memory. A warpgroup of its own does that, so that the weight's warps wait neither for
-// lora_A nor for a neighbour before the first group ends.
+// into shared memory. Four warps of their own do that, so that the weight's warps wait neither for
+// lora_A nor for a neighbour before the first group ends. Up to rank 16 each copies and multiplies
+// by itself; above, they are a warpgroup for wgmma, whose sums come later where K is large but at
+// the same time for all ranks.
 //
 // Bound by the weight's bytes for large N K (90 % of copy rate at 28672 x 8192 with rank 16; H100,
-// 2026-11); at 4096 x 4096 by the latency from launch to first product. Shared memory lookups come
-// next: 104 wavefronts per 4096 weights, 39 weights per clock and SM where HBM needs 22.
+// 2026-11); at 4096 x 4096 by the latency from launch to first product: 6.2 us with rank 16, 6.6
+// with 64 (H200, 2026-11). Shared memory lookups come next: 104 wavefronts per 4096 weights, 39
+// weights per clock and SM where HBM needs 22.
 // Callers have checked sizes, dtypes, alignment and serves_nf4_lora_gemv. The kernel is in parts:
-// nf4_lora_gemv_plan.cuh (sizes), _operands.cuh (before the loop), _rows.cuh (in it), _z.cuh.
+// nf4_lora_gemv_plan.cuh (sizes), _operands.cuh (before the loop), _rows.cuh (in it), _z_parts.cuh
+// and _z.cuh.
 
 #include "nf4_lora_gemv.h"
 
@@ -37,11 +41,11 @@
 namespace lowbit::cuda {
 namespace {
 
-template <typename T, bool kNested>
+template <typename T, bool kNested, bool kManyRanks>
 __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
     const __grid_constant__ LoraMatmulArgs args,  // M = 1
     const __grid_constant__ Plan plan,
-    const __grid_constant__ CUtensorMap lora_A) {
+    const __grid_constant__ CUtensorMap lora_A) {  // if kManyRanks
     extern __shared__ __align__(1024) unsigned char smem[];
     unsigned char* smem_x = smem + kTableBytes;
     Scratch& scratch = *reinterpret_cast<Scratch*>(smem + plan.scratch_bytes);
@@ -51,13 +55,13 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
 
     if (threadIdx.x == kThreads) {
-        if (plan.exchange)
+        if (kManyRanks && plan.exchange)
             prefetch_map(lora_A);
         const uint32_t z_arrived = shared_address(&scratch.z_arrived);
         barrier_init(z_arrived, 1);
         barrier_arrive_expect(z_arrived, cluster_size() * args.r * sizeof(float));
         barrier_init(shared_address(&scratch.z_ready), kMaxRank);
-        for (int i = 0; i < kZStages; i++)
+        for (int i = 0; kManyRanks && i < kZStages; i++)
             barrier_init(shared_address(&scratch.z_full[i]), 1);
         barrier_init_fence();
     }
@@ -70,7 +74,7 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
         wait_for_previous_kernel();
         let_next_kernel_start();
         if (args.r > 0)
-            compute_z<T>(args, lora_A, plan, shared_address(smem + plan.stages_bytes), scratch);
+            compute_z<T, kManyRanks>(args, lora_A, plan, smem + plan.stages_bytes, scratch);
         return;
     }
     const WeightView& w = args.w;
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
 #pragma unroll
     for (int i = 0; i < kRows; i++)
         load_row<kNested>(rows, i, unit < unit_end, w, element);
-    prefetch_steps(w, plan, share, unit + 1, unit_end);
+    prefetch_steps(w.qweight, N, K, plan, share, unit + 1, unit_end);
 
     const float unscale = store_operands<T, kNested>(operands, args, plan, smem, scratch, nested);
 
@@ -169,9 +173,9 @@ size_t make_plan(const LoraMatmulArgs& args, int64_t ctas, Plan& plan) {
            sizeof(float) * ((most + kWarps) * kRows + nested);
 }
 
-template <typename T, bool kNested>
+template <typename T, bool kNested, bool kManyRanks>
 cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
-    const auto kernel = nf4_lora_gemv_kernel<T, kNested>;
+    const auto kernel = nf4_lora_gemv_kernel<T, kNested, kManyRanks>;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {1, 1, 1};
@@ -225,7 +229,7 @@ cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
     config.gridDim = static_cast<unsigned>(ctas);
     attributes[0].val.clusterDim.x = cluster;
     CUtensorMap lora_A{};
-    if (exchange) {
+    if (kManyRanks && exchange) {
         error = make_tensor_map(
             lora_A, tensor_map_type(args.dtype), args.lora_A, args.r, args.w.K,
             {16 * rank_tiles(args.r), kZColumns}, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
@@ -233,6 +237,12 @@ cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
             return error;
     }
     return cudaLaunchKernelEx(&config, kernel, args, plan, lora_A);
+}
+
+template <typename T, bool kNested>
+cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
+    return args.r > kFewRanks ? launch<T, kNested, true>(args, stream)
+                              : launch<T, kNested, false>(args, stream);
 }
 
 template <typename T>
