@@ -112,9 +112,11 @@ def lora_matmul(x, w, lora_A, lora_B, scaling: float, bias) -> torch.Tensor | No
 def remember(x, weight: WeightArgs, lora_A, lora_B, scaling: float, bias) -> None:
     """Take calls like this one from now on, which was checked and has run."""
     args = (x.view(-1, weight.K), *weight, lora_A, lora_B, None, scaling, bias, 0.0, None)
+    if not calls.nothing_intercepts(args):  # or there are no tokens
+        return
     records = calls.records((x, lora_A, lora_B, bias))
     function = dispatch.select("lora_linear", args, for_backward=records, checked=True)
-    if not (hasattr(function, "direct") and calls.nothing_intercepts(args)):
+    if not hasattr(function, "direct"):
         return
     key = _forward_key(x, weight, lora_A, lora_B, bias)
     if key in _calls:

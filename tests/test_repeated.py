@@ -32,6 +32,17 @@ def test_the_same_bits_without_a_check(layer, shape, bias):
     assert (case.unchecked, case.checked_backward) == ([False, True], 1)
 
 
+@pytest.mark.parametrize("shape", [(0, K), (2, 0, K)])
+def test_no_tokens(layer, shape):
+    case = layer(shape=shape)
+    for _ in range(2):
+        y, dx, d_A, d_B = case.step()
+        assert (y.shape, dx.shape) == ((*shape[:-1], N), shape)
+        assert not d_A.any()
+        assert not d_B.any()
+    assert case.unchecked == [False, False]
+
+
 def test_without_gradients(layer):
     case = layer()
     with torch.no_grad():
