@@ -360,7 +360,7 @@ def tests(name: str, record: dict) -> str:
     """Counts, failures, and why tests were skipped."""
     counts = ", ".join(f"{count} {outcome}" for outcome, count in record["total"].items())
     lines = [f"Tests on a GPU ({_at_commit(record)}; `{name}`): {counts}."]
-    lines += [f"- failed: {failure}" for failure in record["failures"]]
+    lines += [f"- failed: {failure.splitlines()[0]}" for failure in record["failures"]]
     lines += [f"- skipped {n}: {reason}" for reason, n in record["skip_reasons"].items()]
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 

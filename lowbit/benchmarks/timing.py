@@ -23,7 +23,9 @@ import torch
 
 Times = tuple[float, float, float]  # median, p20, p80
 
-MIN_ROUNDS = 3
+# With 3, two runs of nearly the same code at the power limit came to 1.03 and 1.06 times the dense
+# layer (28672 x 8192, M = 16384).
+MIN_ROUNDS = 9
 WARM_ROUNDS = 3  # of host and wall times, not counted
 COPY_BYTES = 1 << 30  # moved to measure the bandwidth; twenty times the L2 of an H100
 MATMUL_SIZE = 8192  # of the square product that measures the arithmetic
@@ -186,7 +188,7 @@ def eager(calls: Sequence[Callable[[], object]]) -> Replay:
 
 
 def rounds_that_fit(estimates: Sequence[float], seconds: float, most: int) -> int:
-    """Rounds of contenders that take `estimates` seconds each: at least 3, at most `most`."""
+    """Rounds of contenders that take `estimates` seconds each: MIN_ROUNDS to `most`."""
     fitting = int(seconds / max(sum(estimates), 1e-9))
     return max(min(MIN_ROUNDS, most), min(most, fitting))
 
@@ -197,7 +199,7 @@ def time_replays(replays: dict[str, Replay], *, seconds: float, rounds: int) -> 
     Args:
         replays: by name; eager ones run last in a round, since the card idles before them.
         seconds: GPU time to spend on all of them together.
-        rounds: the most rounds; fewer when they would take longer than `seconds`, at least 3.
+        rounds: the most rounds; fewer, to MIN_ROUNDS, when they would take longer than `seconds`.
     """
     for replay in replays.values():
         replay.run()
