@@ -119,6 +119,7 @@ LINEAR_COLUMNS = {  # of the README, in this order, where the record has them
     "dense+lora": "dense + LoRA",
     "bitsandbytes": "bitsandbytes",
     "unsloth-style": "Unsloth-style",
+    "torchao": "torchao",
     "lowbit": "lowbit",
 }
 LINEAR_TOKENS = (1, 16, 256, 4096)  # the record may have more
