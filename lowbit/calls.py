@@ -5,12 +5,17 @@ checked.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction, once_differentiable
+from torch.autograd.function import _SingleLevelFunction
 
 from . import dispatch, keeping, ops  # noqa: F401  (ops registers torch.ops.lowbit)
 
+# What torch.autograd.grad(is_grads_batched=True) runs backward under.
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
 
 
@@ -20,6 +25,8 @@ def unwatched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
 
@@ -37,9 +44,14 @@ def plain(args: tuple) -> bool:
     return _PLAIN_TYPES.issuperset(map(type, args))
 
 
+def recording() -> bool:
+    """Whether gradients are recorded: not in inference mode, whatever else says so."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def records(args: tuple) -> bool:
     """Whether a gradient is recorded for any tensor among them."""
-    if torch.is_grad_enabled():
+    if recording():
         for arg in args:
             if isinstance(arg, torch.Tensor) and arg.requires_grad:
                 return True
@@ -53,6 +65,33 @@ def run(operation: str, *args):
     if nothing_intercepts(args) and not records(args):
         return dispatch.select(operation, args, for_backward=False, checked=True)(*args)
     return getattr(torch.ops.lowbit, operation)(*args)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """For functions whose gradients depend on more inputs than dy. torch's own of this name lets
+    gradients pass for constants where dy is one; here it is an error to differentiate them.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *dys):
+        if not torch.is_grad_enabled():  # only create_graph leaves it on
+            return backward(ctx, *dys)
+        with torch.no_grad():
+            gradients = backward(ctx, *dys)
+        constant = not any(dy is not None and dy.requires_grad for dy in dys)
+        if constant and sum(ctx.needs_input_grad) == 1:  # the gradient does not depend on its input
+            return gradients
+        refuse = torch._C._functions.DelayedError(
+            b"lowbit has no second derivatives (once_differentiable)", len(gradients)
+        )
+        return refuse(*(None if d is None else d.detach().requires_grad_() for d in gradients))
+
+    return run
+
+
+def compiled_key(ctx) -> tuple:
+    """What compiled autograd asks of a function that is no torch.autograd.Function."""
+    return (ctx._autograd_function_id,)
 
 
 def lora_linear(x, weight, lora_A, lora_B, vector, scaling, bias, dropout_p, seed):
@@ -83,9 +122,11 @@ class _LoraLinear(_SingleLevelFunction):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
-        # Only create_graph leaves gradients on here.
-        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
+        return _gradients(ctx, dy)
+
+    _compiled_autograd_key = staticmethod(compiled_key)
 
 
 def _gradients(ctx, dy):
@@ -97,9 +138,6 @@ def _gradients(ctx, dy):
         need_x, need_A, need_B, need_bias, need_scaling,
     )  # fmt: skip
     return dx, d_A, d_B, d_scaling, d_bias.to(ctx.bias_dtype) if need_bias else None, None
-
-
-_gradients_once = once_differentiable(_gradients)
 
 
 def gradients(*args):

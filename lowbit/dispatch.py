@@ -52,7 +52,17 @@ class Layer(NamedTuple):
             self.blocksize >= 64
             and self.K % max(self.blocksize, 64) == 0
             and self.N % 16 == 0
+            and self.N * self.K < 1 << 37  # blocks are counted in 32 bits
             and self.r <= 64
+        )
+
+    def one_token(self) -> bool:
+        """The same, and all of x and the sums of a CTA's rows fit shared memory."""
+        return (
+            self.whole_blocks()
+            and self.K <= 1 << 15
+            and self.N <= 1 << 19
+            and self.N * self.K < 1 << 32
         )
 
     def short_factor(self) -> bool:
@@ -122,8 +132,8 @@ BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 # 16384: 93 (98). Backward, 14336 x 4096: tensor pipes 38 (78) at M = 256, 90 (95) at 4096.
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
-    _fused("nf4_lora_gemv", (1, 1), "one launch; 78 % of copy bandwidth"),
-    _fused("nf4_lora_matmul_small", (2, 64), "equal shares of W; 62 % of copy bandwidth at 8"),
+    _fused("nf4_lora_gemv", (1, 1), "one launch; 78 % of copy bandwidth", Layer.one_token),
+    _fused("nf4_lora_matmul_small", (1, 64), "equal shares of W; 62 % of copy bandwidth at 8"),
     # Beyond their last M, s z may not fit the workspace.
     _fused(
         "nf4_lora_matmul_large",

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from . import calls, dispatch, functional, keeping
 from .group_products import (
@@ -125,7 +124,7 @@ class _GatedMLP(torch.autograd.Function):
         return x.new_empty(()).expand(x.shape[0], members[2].weight[6]), h, *z_down
 
     @staticmethod
-    @once_differentiable
+    @calls.once_differentiable
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * (5 + 3 * TRAINED)

@@ -10,9 +10,8 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from . import functional, keeping, ops  # noqa: F401  (ops registers torch.ops.lowbit)
+from . import calls, functional, keeping, ops  # noqa: F401  (ops registers torch.ops.lowbit)
 from .group_products import (
     TRAINED,
     Gradients,
@@ -92,7 +91,7 @@ class _Group(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
+    @calls.once_differentiable
     def backward(ctx, *dys):
         (x, *zs), members = saved(ctx, 1 + len(ctx.frozen))
         needs = needs_of(ctx.needs_input_grad[3:])

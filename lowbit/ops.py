@@ -233,6 +233,10 @@ def _lora_linear_backward(ctx, dy, dz):
     )
 
 
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError("lowbit has no second derivatives (once_differentiable)")
+
+
 def _dropout_setup(ctx, inputs, output):
     _, ctx.p, seed = inputs
     ctx.save_for_backward(seed)
@@ -247,6 +251,7 @@ for _name, _backward, _setup in (
     ("linear", _linear_backward, _linear_setup),
     ("linear_dx", _linear_dx_backward, _linear_dx_setup),
     ("lora_linear", _lora_linear_backward, _lora_linear_setup),
+    ("lora_linear_backward", _no_second_derivative, None),
     ("dropout", _dropout_backward, _dropout_setup),
 ):
     torch.library.register_autograd(

@@ -22,7 +22,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch.autograd.function import _SingleLevelFunction, once_differentiable
+from torch.autograd.function import _SingleLevelFunction
 
 from . import calls, dispatch, keeping
 from .backends import cuda_direct
@@ -63,7 +63,7 @@ def _forward_key(x, weight: WeightArgs, lora_A, lora_B, bias) -> tuple:
         lora_A.shape, lora_A.dtype, lora_A.device, lora_A.requires_grad,
         lora_B.shape, lora_B.dtype, lora_B.device, lora_B.requires_grad,
         None if bias is None else (bias.shape, bias.dtype, bias.device, bias.requires_grad),
-        weight[0].device, weight[6:], torch.is_grad_enabled(), dispatch.forced(),
+        weight[0].device, weight[6:], calls.recording(), dispatch.forced(),
     )  # fmt: skip
 
 
@@ -147,9 +147,11 @@ class _LoraMatmul(_SingleLevelFunction):
         return y
 
     @staticmethod
+    @calls.once_differentiable
     def backward(ctx, dy):
-        # Only create_graph leaves gradients on here.
-        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
+        return _gradients(ctx, dy)
+
+    _compiled_autograd_key = staticmethod(calls.compiled_key)
 
 
 def _by_operator(x, rows, weight: WeightArgs, lora_A, lora_B, scaling: float, bias):
@@ -171,9 +173,6 @@ def _gradients(ctx, dy):
     if d_bias is not None:
         d_bias = d_bias.to(bias_dtype)
     return dx, d_A, d_B, d_bias, None, None, None, None
-
-
-_gradients_once = once_differentiable(_gradients)
 
 
 def _repeated_gradients(call: Call, tensors: tuple, weight: WeightArgs, scaling: float, needs):

@@ -24,8 +24,8 @@ def _at(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor | None:
 
 
 def _weight(structure: bytes) -> tuple:
-    *addresses, N, K, blocksize, nested_blocksize, row_blocks, bytes_, blocks = struct.unpack(
-        "6Q7q", structure
+    *addresses, N, K, blocksize, nested_blocksize, row_blocks, bytes_, blocks, _, _, _ = (
+        struct.unpack("6Q10q", structure)
     )
     nested = -(-blocks // nested_blocksize)
     kinds = [(torch.uint8, bytes_), (torch.float32, blocks), (torch.float32, 16)]

@@ -73,9 +73,9 @@ def test_a_weight_is_taken_once_its_operator_has_accepted_it(calls):
     (name, weight, sizes, pointers), q = calls[0], case.q
     assert name == "lowbit_product"
     addresses = (q.qweight, q.absmax, q.codebook, q.nested_absmax, q.nested_codebook)
-    assert struct.unpack("6Q7q", weight)[:5] == tuple(t.data_ptr() for t in addresses)
-    sizes_in_memory = q.qweight.numel(), q.absmax.numel()
-    assert struct.unpack("6Q7q", weight)[6:] == (64, 128, 64, 256, 1, *sizes_in_memory)
+    assert struct.unpack("6Q10q", weight)[:5] == tuple(t.data_ptr() for t in addresses)
+    sizes_in_memory = q.qweight.numel(), *(t.numel() for t in addresses[1:])
+    assert struct.unpack("6Q10q", weight)[6:] == (64, 128, 64, 256, 1, *sizes_in_memory)
     assert struct.unpack("7q", sizes) == (8, 4, 1, 1, 1, 0, 1)
     given = (case.x, case.lora_A, case.lora_B, None, case.bias, None, z, y)
     expected = [0 if t is None else t.data_ptr() for t in given]

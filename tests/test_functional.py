@@ -2,12 +2,16 @@
 around them.
 """
 
+import contextlib
+
 import hypothesis
 import pytest
 import torch
 from helpers import assert_bitwise_equal, assert_close_to_float64
 from hypothesis import strategies as st
+from torch._dynamo import compiled_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lowbit
 from lowbit import reference
@@ -385,14 +389,85 @@ def test_only_leaves_that_ask_get_gradients(device):
                 assert grads[name] is None, name
 
 
-def test_second_derivatives_are_refused(device):
+@pytest.mark.parametrize("operators", [False, True])
+@pytest.mark.parametrize("of", [torch.sum, lambda y: y.square().sum()], ids=["sum", "square"])
+def test_second_derivatives_are_refused(device, of, operators):
+    """Also where dy is a constant: dx depends on the adapter still."""
     p = _problem((5, 48, 64, 4), torch.float32, device)
     x = p["x"].detach().clone().requires_grad_()
     lora_A = p["lora_A"].detach().clone().requires_grad_()
-    y = lowbit.lora_matmul(x, p["w"], lora_A, p["lora_B"], 2.0)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with FlopCounterMode(display=False) if operators else contextlib.nullcontext():
+        y = lowbit.lora_matmul(x, p["w"], lora_A, p["lora_B"], 2.0)
+        (dx,) = torch.autograd.grad(of(y), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+        dx.square().sum().backward()
+
+
+def test_a_gradient_of_x_alone_is_a_constant(device):
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    x = p["x"].detach().clone().requires_grad_()
+    adapter = p["lora_A"].detach(), p["lora_B"].detach()
+    y = lowbit.lora_matmul(x, p["w"], *adapter, 2.0)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert not dx.requires_grad
+
+
+def test_batched_gradients(device):
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    leaves = [p[name].detach().clone().requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    x, lora_A, lora_B = leaves
+    for _ in range(3):  # where calls like earlier ones are remembered, too
+        y = lowbit.lora_matmul(x, p["w"], lora_A, lora_B, 2.0)
+        dys = torch.randn(2, *y.shape, device=device)
+        batched = torch.autograd.grad(y, leaves, dys, retain_graph=True, is_grads_batched=True)
+        for i, dy in enumerate(dys):
+            single = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+            for actual, expected in zip(batched, single, strict=True):
+                torch.testing.assert_close(actual[i], expected)
+
+
+def test_inference_mode_records_nothing_even_with_gradients_on(device):
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    lora_A = p["lora_A"].detach().clone().requires_grad_()
+    args = p["x"].detach(), p["w"], lora_A, p["lora_B"].detach(), 2.0
+    expected = lowbit.lora_matmul(*args)
+    for _ in range(2):
+        with torch.inference_mode(), torch.enable_grad():
+            y = lowbit.lora_matmul(*args)
+        assert not y.requires_grad
+        torch.testing.assert_close(y, expected.detach())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_layer_computes(device):
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    adapter = p["lora_A"].detach(), p["lora_B"].detach()
+
+    def layer(x):
+        return lowbit.lora_matmul(x, p["w"], *adapter, 2.0)
+
+    x, other = p["x"].detach(), torch.randn(5, 64, device=device)
+    for _ in range(2):
+        layer(x)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    torch.testing.assert_close(traced(other), layer(other))
+
+
+def test_compiled_autograd(device):
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    leaves = [p[name].detach().clone().requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    x, lora_A, lora_B = leaves
+    results = []
+    for compiled in (False, True):
+        y = lowbit.lora_matmul(x, p["w"], lora_A, lora_B, 2.0)
+        compiler = torch.compile(backend="eager")
+        with compiled_autograd._enable(compiler) if compiled else contextlib.nullcontext():
+            y.square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_saved_tensor_hooks_see_the_activations(device):

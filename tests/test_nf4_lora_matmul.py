@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 # Each kernel with values of M in its range: the least, odd ones, tile edges and one beyond, many.
 TOKENS = {
     "nf4_lora_gemv": (1,),
-    "nf4_lora_matmul_small": (2, 7, 8, 16, 17, 33, 64),
+    "nf4_lora_matmul_small": (1, 2, 7, 8, 16, 17, 33, 64),
     "nf4_lora_matmul_mid": (65, 128, 200, 256, 257, 1000),
     "nf4_lora_matmul_large": (300, 2048, 2500),
     "nf4_lora_matmul_portable": (1, 8, 9, 17, 33, 128),

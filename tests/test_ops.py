@@ -137,6 +137,23 @@ def test_many_tokens_leave_the_large_kernel_where_a_padded_factor_does_not_fit(N
     assert rows[0] == f"nf4_lora_matmul_{kernel}"
 
 
+@pytest.mark.parametrize(
+    ("N", "K", "kernel"),
+    [
+        (16384, 53248, "matmul_small"), (53248, 16384, "gemv"), (8192, 32768, "gemv"),
+        (1 << 20, 1024, "matmul_small"), (262144, 16384, "matmul_small"),
+    ],
+)  # fmt: skip
+def test_one_token_of_a_layer_beyond_its_kernel_takes_the_next(monkeypatch, N, K, kernel):
+    monkeypatch.setattr(dispatch, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    dispatch._choose.cache_clear()
+    layer = dispatch.Layer(N, K, 64, True, 64)
+    row = dispatch.choose("lora_linear", torch.device("cuda", 0), torch.bfloat16, 1, layer)
+    dispatch._choose.cache_clear()
+    assert row.kernel == f"nf4_lora_{kernel}"
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
 def test_cards_without_kernels_of_their_own_have_a_fused_forward(monkeypatch, capability):
     monkeypatch.setattr(dispatch, "_capability", lambda index: capability)

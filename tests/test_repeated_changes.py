@@ -139,11 +139,13 @@ def test_a_backend_forced_for_the_backward_pass_is_taken(layer):
     assert case.checked_backward == before + 1
 
 
-def test_a_weight_that_has_become_shorter_is_checked(layer):
+@pytest.mark.parametrize("name", ["absmax", "nested_absmax", "codebook", "nested_codebook"])
+def test_a_weight_that_has_become_shorter_is_checked(layer, name):
     case = layer()
     case.warm()
     y = case.y()
-    case.q.absmax.data = case.q.absmax.data[:-1]  # the same address
+    part = getattr(case.q, name)
+    part.data = part.data[:-1]  # the same address
     with contextlib.suppress(RuntimeError, ValueError):
         torch.autograd.grad(y, case.leaves(), case.dy)
     assert case.checked_backward == 2
@@ -337,3 +339,34 @@ def test_what_is_trained_later_gets_its_gradient(layer, trained):
     assert case.unchecked == [False, True, False, True, True]
     assert_same(second, first)
     assert_same(third, first)
+
+
+def test_batched_gradients(layer):
+    """torch's older vmap, under which backward finds tensors without memory of their own."""
+    case = layer(shape=(8, K))
+    case.warm()
+    y = case.y()
+    dys = torch.stack([case.dy, 2 * case.dy])
+    batched = torch.autograd.grad(y, case.leaves(), dys, retain_graph=True, is_grads_batched=True)
+    for i, dy in enumerate(dys):
+        single = torch.autograd.grad(y, case.leaves(), dy, retain_graph=True)
+        assert_same([gradient[i] for gradient in batched], single)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_is_of_the_operator(layer):
+    case = layer(shape=(8, K))
+    frozen = {"lora_A": case.lora_A.detach(), "lora_B": case.lora_B.detach()}
+    x = case.x.detach()
+    for _ in range(3):
+        case.y(x=x, **frozen)
+    traced = torch.jit.trace(lambda x: case.y(x=x, **frozen), x, check_trace=False)
+    assert_same([traced(2 * x)], [case.y(x=2 * x, **frozen)])
+
+
+def test_second_derivatives_of_a_repeated_call_are_refused(layer):
+    case = layer()
+    case.warm()
+    (dx,) = torch.autograd.grad(case.y().sum(), case.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()

@@ -35,7 +35,7 @@ _MOST_WEIGHTS = 1 << 14
 _NOTHING_LAUNCHED = 1
 
 # The structures of direct.cpp.
-_pack_weight = struct.Struct("6Q7q").pack  # the library does not read the last two
+_pack_weight = struct.Struct("6Q10q").pack  # the library does not read the last five
 _pack_sizes = struct.Struct("7q").pack
 _pack_product = struct.Struct("8Qd").pack
 _pack_backward = struct.Struct("11Qqd").pack
@@ -57,17 +57,18 @@ def _c_function(name: str) -> Callable:
 
 
 def packed(weight) -> bytes:
-    """A weight for the library, and behind it how much lies at the first two addresses."""
+    """A weight for the library, and behind it how much lies at the first five addresses."""
     (
         qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K, blocksize,
         nested_blocksize, row_blocks,
     ) = weight  # fmt: skip
-    nested = 0, 0, 0
+    nested, lengths = (0, 0, 0), (0, 0)
     if nested_absmax is not None:
         nested = nested_absmax.data_ptr(), nested_codebook.data_ptr(), nested_offset.data_ptr()
+        lengths = nested_absmax.numel(), nested_codebook.numel()
     return _pack_weight(
         qweight.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), *nested, N, K, blocksize,
-        nested_blocksize, row_blocks, qweight.numel(), absmax.numel(),
+        nested_blocksize, row_blocks, qweight.numel(), absmax.numel(), codebook.numel(), *lengths,
     )  # fmt: skip
 
 
