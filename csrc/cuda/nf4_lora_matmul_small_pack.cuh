@@ -28,14 +28,6 @@ struct PackProblem {
     int packed_blocks;  // with zeros up to a whole number of units
 };
 
-__device__ __forceinline__ void load_row(uint32_t (&words)[8], const void* row, bool inside) {
-    const uint4* p = static_cast<const uint4*>(row);
-    const uint4 zero = {0, 0, 0, 0};
-    const uint4 a = inside ? __ldg(p) : zero, b = inside ? __ldg(p + 1) : zero;
-    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
-    words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
-}
-
 // A warp takes one block of K for 8 tokens, a cluster 64 of them; grid (8 slices of K, tokens / 8).
 // The sums for z of 8 warps, and then those of 8 CTAs, each adding an eighth of them, are added in
 // order; what is left, one value per slice, the next kernel adds. Shared memory: [8 warps +
