@@ -42,6 +42,20 @@ void check_division(std::mt19937& random) {
     }
 }
 
+// Only from the start on, every wave has a tile: what is decoded is read, before its slot is used
+// again.
+void check_waves(const Case& c, const Plan& plan) {
+    std::vector<bool> has_tile(plan.waves, false);
+    for (int wave = 0; wave < plan.waves; wave++)
+        for (int cluster = 0; cluster < plan.clusters; cluster++)
+            if (wave >= first_wave(plan, cluster) &&
+                locate(plan, wave * plan.clusters + cluster - plan.idle).z_job < 0)
+                has_tile[wave] = true;
+    for (int wave = 0; wave < plan.waves; wave++)
+        if (has_tile[wave] != (wave >= plan.start))
+            fail(c, "a wave without tiles is decoded, or one with tiles is not");
+}
+
 int wave_of(const Plan& plan, int job) {
     return (job + plan.idle) / plan.clusters;
 }
@@ -122,14 +136,16 @@ int main() {
     std::mt19937 random(0);
     auto below = [&](int limit) { return static_cast<int64_t>(random() % limit); };
     check_division(random);
-    int with_riders = 0;
+    int with_riders = 0, late_starts = 0;
     for (int i = 0; i < 5000; i++) {
         const int64_t most_tokens = i % 3 == 0 ? 3000 : i % 3 == 1 ? 20000 : 70000;
         Case c{1 + below(most_tokens), 64 * (1 + below(i % 2 ? 80 : 240)), 0, 66, 0};
         c.depth = 8 * (1 + below(i % 5 ? 2000 : 60));
         if (i % 4 == 0)
-            c.clusters = 1 + static_cast<int>(below(66));
+            c.clusters = kLeastClusters + static_cast<int>(below(66 - kLeastClusters));
         const Plan plan = make_plan(c.M, c.rows, c.depth, 16, true, c.clusters);
+        check_waves(c, plan);
+        late_starts += plan.start;
         const std::vector<int> u_wave = check_jobs(c, plan);
         for (c.parts = 1; c.parts <= 2; c.parts++) {
             Plan riding = plan;
@@ -140,6 +156,6 @@ int main() {
             check_riders(c, riding, u_wave);
         }
     }
-    std::printf("%d\n", with_riders);
+    std::printf("%d %d\n", with_riders, late_starts);
     return 0;
 }

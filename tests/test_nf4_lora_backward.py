@@ -171,6 +171,17 @@ def test_gradients_beside_dx(M, N, K):
     _check(_case(M, N, K, masters=M > 256), LARGE, BESIDE_DX)
 
 
+# As the forward test of that name.
+@pytest.mark.parametrize(("M", "N", "K"), [(4096, 4096, 1024), (2560, 8192, 3328)])
+def test_a_first_wave_without_tiles(M, N, K):
+    case = _case(M, N, K)
+    _check(case, LARGE, BESIDE_DX)
+    z = _z(case)
+    gradients = case.backward(z, BESIDE_DX, kernel=LARGE)
+    for _ in range(10):
+        _same(case.backward(z, BESIDE_DX, kernel=LARGE), gradients)
+
+
 @pytest.mark.parametrize("r", [1, 5, 8, 15, 16, 17])
 @pytest.mark.parametrize("options", BESIDE.values(), ids=BESIDE)
 def test_gradients_beside_dx_options(r, options):

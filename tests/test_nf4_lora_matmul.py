@@ -188,6 +188,21 @@ def test_tiles_of_few_steps(M, N, K, r, dtype):
             assert_bitwise_equal(z_again, z, "z")
 
 
+# On a card that holds 66 clusters the first wave makes only z, so no tile reads its chunks of W.
+# They were decoded once, and now and then after those that had the same place in the ring.
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r"), [(4096, 1024, 4096, 16), (2560, 3328, 8192, 64), (3500, 3584, 2048, 8)]
+)
+def test_a_first_wave_without_tiles(M, N, K, r):
+    case = _Case(M, N, K, r)
+    case.check("nf4_lora_matmul_large")
+    y, z = case.run("nf4_lora_matmul_large")
+    for _ in range(10):
+        again, z_again = case.run("nf4_lora_matmul_large")
+        assert_bitwise_equal(again, y, "y")
+        assert_bitwise_equal(z_again, z, "z")
+
+
 OPTIONS = {
     "fp16": {"dtype": torch.float16},
     "fp32-absmax": {"double_quant": False},

@@ -31,7 +31,7 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(
     const __grid_constant__ Params p,
-    const Wave range,  // the first
+    const Wave range,  // the first with tiles
     const T* dy,       // [M, N]
     const __grid_constant__ FactorCopy lora_A,
     const __grid_constant__ FactorCopy lora_B,
@@ -151,7 +151,7 @@ launch(const LoraDxArgs& a, const LoraGradsArgs* grads, const Plan& plan, cudaSt
         return cudaErrorInvalidValue;
 
     const FactorCopy copy{a.lora_A, true, rounds ? a.r : 0, a.w.K, a.w.K, base + space.factor};
-    const Wave range = locate_wave(plan, 0);
+    const Wave range = locate_wave(plan, plan.start);
     const dim3 grid = prepare_grid(plan, range, std::max(lora_B.rows, copy.rows * copy.columns));
     cudaError_t error = allow_shared_memory<prepare_kernel<T>>(kPrepareSmemBytes);
     if (error != cudaSuccess)

@@ -10,8 +10,10 @@ namespace {
 
 // This CTA reads no chunk of the wave.
 __device__ __forceinline__ void skip_chunks(const Params& p, int wave) {
+    if (wave < p.plan.start)
+        return;
     for (int chunk = 0; chunk < p.plan.chunks; chunk++)
-        increment_relaxed(p.done + wave * p.plan.chunks + chunk);
+        increment_relaxed(p.done + chunk_index(p.plan, wave, chunk));
 }
 
 // 128 tokens by the first kColumns columns.
@@ -153,7 +155,7 @@ multiply_tiles(const Params& p, uint32_t smem, int rank, int cluster) {
             // and a release would stall the warp.
             if (threadIdx.x == 128 + 64 &&
                 (k % kChunkSteps == kChunkSteps - 1 || k == plan.steps - 1))
-                increment_relaxed(p.done + wave * plan.chunks + k / kChunkSteps);
+                increment_relaxed(p.done + chunk_index(plan, wave, k / kChunkSteps));
             wgmma_wait<1>();
             if (accumulate)
                 release({smem, pipe.step - 1}, thread);

@@ -27,7 +27,7 @@ struct TaskCursor {
 
     // The launch before has written the first chunks (_prepare.cuh).
     __device__ __forceinline__ TaskCursor(const Plan& plan, int cta)
-        : wave(0), chunk(0), slot(0), index(0), range(locate_wave(plan, 0)) {
+        : wave(plan.start), chunk(0), slot(0), index(0), range(locate_wave(plan, plan.start)) {
         tasks = range.panels * kTasksPerPanel;
         task = first_chunks(plan) * tasks + cta;
     }

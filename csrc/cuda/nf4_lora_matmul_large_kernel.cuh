@@ -89,7 +89,7 @@ __device__ __forceinline__ void load_operands(
         store_remote_async(in_cta(pipe.note(), rank), note.words(), in_cta(pipe.full(), rank));
     };
     int z_jobs_done = 0;
-    bool known_ready = first_wave(plan, cluster) == 0;  // made by the launch before
+    bool known_ready = first_wave(plan, cluster) == plan.start;  // made by the launch before
     for (int wave = first_wave(plan, cluster); wave < plan.waves; wave++) {
         const Job job = next.job;
         const Wave range = next.range;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void load_operands(
         bool known_z = false;
         for (int k = 0; k < plan.steps; k++, pipe.step++) {
             const int chunk = k / kChunkSteps;
-            const int index = wave * plan.chunks + chunk;
+            const int index = chunk_index(plan, wave, chunk);
             if (k % kChunkSteps == 0) {
                 if (!known_ready)
                     wait_for_count(p.ready + index, tasks, kReadyPollNs);

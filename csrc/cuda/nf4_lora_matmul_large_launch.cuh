@@ -12,7 +12,7 @@
 namespace lowbit::cuda {
 namespace {
 
-// How many clusters the current device holds at once; 0 if it cannot run the kernel. Asked once.
+// How many clusters the current device holds at once; 0 if too few for the kernel. Asked once.
 template <class Product>
 int resident_clusters() {
     constexpr int kDevices = 64;
@@ -33,7 +33,7 @@ int resident_clusters() {
                 clusters = 0;
         }
         cudaGetLastError();
-        known[device] = clusters + 1;
+        known[device] = (clusters < kLeastClusters ? 0 : clusters) + 1;
     }
     return known[device] - 1;
 }

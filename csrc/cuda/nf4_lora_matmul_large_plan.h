@@ -48,6 +48,9 @@ constexpr int kTasksPerPanel = kPanelRows * kChunkSteps / (kTaskLanes * kTaskBlo
 // (H100, N = K = 4096, M = 4096 and 16384, 2026-11).
 constexpr int kGroupTiles = 16;
 
+// With fewer clusters a whole wave could be jobs of z; now at most the first, short one is.
+constexpr int kLeastClusters = kGroupTiles / kCtas + 1;
+
 // Chunks that the ring holds. It bounds how far clusters run apart, and so what must stay in L2: x
 // and the ring's chunks. With 8 in place of 5 an H100 read 1.65 to 1.8 times as much from HBM and
 // took up to 3 % longer; with 3 clusters wait for each other (2026-11).
@@ -100,6 +103,7 @@ struct Plan {
     int z_depth;  // token tiles per CTA in a job of z; 0: z is an input
     int waves;
     int idle;         // cluster c has job w * clusters + c - idle in wave w
+    int start;        // the first wave with tiles: 1 if the first of all has jobs of z alone
     int slots;        // chunks in the ring
     int slot_panels;  // panels in a slot: at most so many occur in a wave
     // For d_lora_A, x in strips of 64 columns and parts of a group's tokens: see Rider.
@@ -130,8 +134,8 @@ struct Params {
     float scaling;
     void* z_scaled;     // [M, rank_columns] s z for the tiles
     void* z_out;        // [M, rank] or null
-    uint32_t* ready;    // [waves * chunks] tasks written
-    uint32_t* done;     // [waves * chunks] CTAs that have read the chunk
+    uint32_t* ready;    // [waves * chunks] tasks written, by chunk_index
+    uint32_t* done;     // [waves * chunks] CTAs that have read the chunk or need not
     uint32_t* z_ready;  // [token_tiles] warpgroups that have written their part of z_scaled
     FactorGradients gradients;
 };
@@ -185,6 +189,12 @@ __host__ __device__ inline int panel_row(const Plan& plan, const Wave& wave, int
     while (panel >= plan.panels)
         panel -= plan.panels;
     return panel * kPanelRows;
+}
+
+// Chunks in the order of their decoding. Waves before `start` have none: a slot is written again
+// when all have read it, and of a chunk that nobody reads that would not say that it is written.
+__host__ __device__ inline int chunk_index(const Plan& plan, int wave, int chunk) {
+    return (wave - plan.start) * plan.chunks + chunk;
 }
 
 // The ring is a matrix of lines: slots, their steps, the panels of each.
@@ -319,6 +329,8 @@ inline Plan make_plan(int64_t M, int64_t rows, int64_t depth, int r, bool makes_
             count_jobs(1);
     }
     plan.idle = plan.waves * plan.clusters - jobs;
+    const int first_z_jobs = plan.larger_groups > 0 ? plan.larger.z_jobs : plan.smaller.z_jobs;
+    plan.start = plan.clusters - plan.idle <= first_z_jobs ? 1 : 0;
     plan.slot_panels = (plan.clusters - 1) / plan.group + 2;
     const int64_t slot_bytes = int64_t{ring_line(plan, 1, 0)} * kLineBytes;
     plan.last_rider_wave = -1;

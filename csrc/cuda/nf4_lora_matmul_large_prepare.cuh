@@ -19,7 +19,7 @@ namespace {
 constexpr int kPrepareThreads = 256;
 constexpr int kPrepareLines = kPrepareThreads / 2;
 
-// The first wave's panels are known to the host.
+// The panels of the first wave with tiles are known to the host.
 inline dim3 prepare_grid(const Plan& plan, const Wave& range, int64_t copied) {
     constexpr int64_t kCopyRows = 64;  // at most
     const int columns = range.panels * (kPanelRows / kPrepareLines);

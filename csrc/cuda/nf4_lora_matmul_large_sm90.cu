@@ -24,7 +24,7 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(
     const __grid_constant__ Params p,
-    const Wave range,  // the first
+    const Wave range,  // the first with tiles
     const T* x,        // [M, K]
     const T* z_in,     // [M, rank] or null
     const T* lora_B,   // [N, rank] or null: no copy
@@ -103,7 +103,7 @@ cudaError_t launch(const LoraMatmulArgs& args, const Plan& plan, cudaStream_t st
     if (!ok)
         return cudaErrorInvalidValue;
 
-    const Wave range = locate_wave(plan, 0);
+    const Wave range = locate_wave(plan, plan.start);
     const void* z_in = args.r > 0 ? args.z_in : nullptr;
     const int64_t copied_rows =
         std::max<int64_t>(z_in != nullptr ? args.M : 0, pads ? plan.rows : 0);
