@@ -37,6 +37,7 @@ from lowbit.benchmarks.linear import (
     floor_us,
     needed_bytes,
     needed_flops,
+    own_seconds,
     passes_for,
 )
 
@@ -44,7 +45,7 @@ OP = "lora_linear options"
 RANK, LARGE_RANK = 16, 64
 DTYPE = torch.bfloat16
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
-SECONDS, ROUNDS = 0.6, 20  # of timed replays of a case, and at most
+SECONDS, ROUNDS = 0.6, 8  # of timed replays of a case, and at most
 
 
 def variants(layer: shapes.Layer) -> dict[str, tuple[Weights, torch.Tensor | None]]:
@@ -97,7 +98,9 @@ def case(layer: shapes.Layer, contenders: dict, M: int, ceilings: timing.Ceiling
         )  # fmt: skip
         calls = [functools.partial(_layer, weights, bias, x, i) for i in range(weights.copies)]
         replays[name] = timing.capture(calls * passes_for(floor, weights.copies))
-    for name, times in timing.time_replays(replays, seconds=SECONDS, rounds=ROUNDS).items():
+    own = own_seconds(moved, flops, ceilings)
+    measured = timing.time_replays(replays, seconds=SECONDS, rounds=ROUNDS, own_seconds=own)
+    for name, times in measured.items():
         rows[name].us, rows[name].p20, rows[name].p80 = times
         print(rows[name].line(), flush=True)
     return list(rows.values())

@@ -2,8 +2,9 @@
 
 Every implementation is checked against float64 and then timed as a CUDA graph that runs over
 several copies of the weight, together larger than twice the L2 cache: weights come from memory, as
-in a model, and no launch gap counts. Activations may stay in the cache, as in a model too. What is
-counted, per layer:
+in a model, and no launch gap counts. Activations may stay in the cache, as in a model too. Where
+arithmetic is the limit, a time is the one that a contender keeps up at the card's power limit
+(timing.py). What is counted, per layer:
 
     flops   2 M (N K + r (N + K)), without the second term for `dense`
     bytes   the weight as it is stored, x, y, and for LoRA A and B, each once
@@ -62,7 +63,7 @@ class Options:
     dtype: torch.dtype = torch.bfloat16
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS)
     backward: bool = False  # linear_backward.py's run
-    rounds: int = 20
+    rounds: int = 8
     eager: bool = False
     json: Path | None = None
     plot: Path | None = None
@@ -84,6 +85,12 @@ def needed_bytes(M: int, N: int, K: int, r: int, weight_bytes: int, itemsize: in
 def floor_us(moved: float, flops: float, ceilings: timing.Ceilings) -> float:
     """The least time in microseconds: nothing is moved or multiplied faster than measured."""
     return max(moved / ceilings.copy_gbps / 1e3, flops / ceilings.matmul_tflops / 1e6)
+
+
+def own_seconds(moved: float, flops: float, ceilings: timing.Ceilings) -> float:
+    """What a contender runs before it is timed: where arithmetic is the limit, so is power."""
+    by_arithmetic = flops / ceilings.matmul_tflops > 1e3 * moved / ceilings.copy_gbps
+    return timing.SUSTAINED_SECONDS if by_arithmetic else 0.0
 
 
 def copies_for(weight_bytes: int, l2_bytes: int = 0) -> int:
@@ -235,14 +242,22 @@ class Benchmark:
             say(f"# {where}: lowbit runs {rows['lowbit'].kernel}")
         present = [contender for contender in contenders if contender.name in rows]
         replays = self.replays(present, x, where, next(iter(rows.values())).floor_us)
-        seconds, rounds = CASE_SECONDS, self.options.rounds
-        for name, times in timing.time_replays(replays, seconds=seconds, rounds=rounds).items():
+        needed_flops, needed_bytes = self.needed(
+            layer, x.shape[0], self.options.r, contenders[0].weights.quantized[0].nbytes
+        )
+        measured = timing.time_replays(
+            replays,
+            seconds=CASE_SECONDS,
+            rounds=self.options.rounds,
+            own_seconds=own_seconds(needed_bytes, needed_flops, self.ceilings),
+        )
+        for name, times in measured.items():
             rows[name].us, rows[name].p20, rows[name].p80 = times
             rows[name].timing = "eager" if replays[name].eager else "graph"
-        measured = list(rows.values())
+        result = list(rows.values())
         if self.options.eager:
-            measured += self.host_rows(present, rows, x)
-        return finish(measured)
+            result += self.host_rows(present, rows, x)
+        return finish(result)
 
     def checked(
         self, layer: Layer, contender: Contender, x: torch.Tensor, where: str

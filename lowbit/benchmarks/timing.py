@@ -1,18 +1,21 @@
 """Clocks. All contenders of a case are timed in turn, round by round, so that a clock change or a
 noisy neighbour meets all of them alike; results are (median, p20, p80).
 
-A card at its power limit remembers what ran before: after a contender that mostly waits for memory
-the next one finds higher clocks. Replays of a round therefore run in an order of its own.
-
 A kernel of a few microseconds is shorter than the time to launch it. A `Replay` is therefore a CUDA
 graph of many launches, and `time_replays` queues all rounds before it waits: the card never waits
 for the host.
+
+A card at its power limit takes a tenth of a second to come to rest: a product then takes up to 20 %
+longer than after a pause, or after a contender that waits for memory (H200, 2026-11). So where
+arithmetic is the limit, a contender is timed after it has run for that long: its time is the one it
+keeps up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import random
 import statistics
 import time
@@ -23,9 +26,9 @@ import torch
 
 Times = tuple[float, float, float]  # median, p20, p80
 
-# With 3, two runs of nearly the same code at the power limit came to 1.03 and 1.06 times the dense
-# layer (28672 x 8192, M = 16384).
-MIN_ROUNDS = 9
+MIN_ROUNDS = 4
+ROUND_SAMPLES = 3  # one after the other
+SUSTAINED_SECONDS = 0.1  # for the card to come to rest
 WARM_ROUNDS = 3  # of host and wall times, not counted
 COPY_BYTES = 1 << 30  # moved to measure the bandwidth; twenty times the L2 of an H100
 MATMUL_SIZE = 8192  # of the square product that measures the arithmetic
@@ -193,36 +196,44 @@ def rounds_that_fit(estimates: Sequence[float], seconds: float, most: int) -> in
     return max(min(MIN_ROUNDS, most), min(most, fitting))
 
 
-def time_replays(replays: dict[str, Replay], *, seconds: float, rounds: int) -> dict[str, Times]:
+def time_replays(
+    replays: dict[str, Replay], *, seconds: float, rounds: int, own_seconds: float = 0.0
+) -> dict[str, Times]:
     """Time replays in turn: {name: (median, p20, p80)} in microseconds per launch.
 
     Args:
         replays: by name; eager ones run last in a round, since the card idles before them.
         seconds: GPU time to spend on all of them together.
-        rounds: the most rounds; fewer, to MIN_ROUNDS, when they would take longer than `seconds`.
+        rounds: the most rounds of ROUND_SAMPLES samples; fewer, to MIN_ROUNDS, when they would take
+            longer than `seconds`.
+        own_seconds: what a graph runs before its samples of a round, at least once.
     """
     for replay in replays.values():
         replay.run()
-    estimates = [cuda_seconds(replay.run, 1) for replay in replays.values()]
+    estimates = {name: cuda_seconds(replay.run, 1) for name, replay in replays.items()}
+    untimed = {
+        name: 0 if replay.eager else max(1, math.ceil(own_seconds / max(estimates[name], 1e-9)))
+        for name, replay in replays.items()
+    }
+    in_a_round = [estimates[name] * (untimed[name] + ROUND_SAMPLES) for name in replays]
     events: dict[str, list] = {name: [] for name in replays}
-    idle = True
     captured = [name for name, replay in replays.items() if not replay.eager]
     others = [name for name, replay in replays.items() if replay.eager]
     order = random.Random(0)  # the same in every run
-    for _ in range(rounds_that_fit(estimates, seconds, rounds)):
+    for _ in range(rounds_that_fit(in_a_round, seconds, rounds)):
         order.shuffle(captured)
         for name in (*captured, *others):
             replay = replays[name]
             if replay.eager:
                 torch.cuda.synchronize()
-            elif idle:
-                replay.run()  # untimed: its launch latency would be in the sample
-            idle = replay.eager
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            replay.run()
-            end.record()
-            events[name].append((begin, end))
+            for _ in range(untimed[name]):
+                replay.run()
+            for _ in range(ROUND_SAMPLES):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                replay.run()
+                end.record()
+                events[name].append((begin, end))
     torch.cuda.synchronize()
     return {
         name: percentiles([_us(pair) / replays[name].launches for pair in pairs])
@@ -245,15 +256,20 @@ class Ceilings:
     matmul_tflops: float
 
 
-def measure_ceilings(dtype: torch.dtype, rounds: int = 9) -> Ceilings:
-    """Copy bandwidth and product rate of the current device, median of `rounds`."""
+def measure_ceilings(dtype: torch.dtype, rounds: int = 4) -> Ceilings:
+    """Copy bandwidth and product rate that the current device keeps up."""
     source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
     copy = Replay(lambda: target.copy_(source), 1)
     n = MATMUL_SIZE
     a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
     y = torch.empty_like(a)
     product = Replay(lambda: torch.mm(a, b, out=y), 1)
-    times = time_replays({"copy": copy, "product": product}, seconds=1.0, rounds=rounds)
+    times = time_replays(
+        {"copy": copy, "product": product},
+        seconds=1.0,
+        rounds=rounds,
+        own_seconds=SUSTAINED_SECONDS,
+    )
     return Ceilings(2 * COPY_BYTES / times["copy"][0] / 1e3, 2 * n**3 / times["product"][0] / 1e6)
 
 

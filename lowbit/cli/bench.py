@@ -80,7 +80,7 @@ Implementations = Annotated[
 ]
 Rounds = Annotated[
     int,
-    option("--rounds", help="Most timed rounds; long cases take fewer, at least 3.", min=1),
+    option("--rounds", help="Most rounds of 3 samples; long cases take fewer, at least 4.", min=1),
 ]
 Eager = Annotated[
     bool,
@@ -105,7 +105,7 @@ def linear(
     r: Rank = 16,
     dtype: Dtype = "bf16",
     impl: Implementations = None,
-    rounds: Rounds = 20,
+    rounds: Rounds = 8,
     backward: Backward = False,
     eager: Eager = False,
     json: Json = None,
