@@ -14,6 +14,12 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import dispatch, keeping, ops  # noqa: F401  (ops registers torch.ops.lowbit)
 
+# Asked in every call, so looked up once.
+_is_compiling = torch.compiler.is_compiling
+_active_modes = torch._C._len_torch_dispatch_stack
+_active_transforms = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 # What torch.autograd.grad(is_grads_batched=True) runs backward under.
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
@@ -22,11 +28,11 @@ _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, flo
 def unwatched() -> bool:
     """No graph is traced, and no mode or transform is active."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
-        or torch._C._get_tracing_state() is not None
+        _is_compiling()
+        or _active_modes() > 0
+        or _active_transforms()
+        or _is_key_included(_VMAP_MODE)
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
     )
 

@@ -13,6 +13,7 @@ from .weight import QuantizedWeight, WeightArgs
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 _SEED_LIMIT = 2**63 - 1
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def matmul(x: torch.Tensor, w: QuantizedWeight | torch.Tensor, bias: torch.Tensor | None = None):
@@ -100,8 +101,13 @@ def lora_matmul(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     x = _autocast(x)
-    plain = adapter_index is None and dropout_p == 0.0 and type(scaling) is float
-    repeatable = plain and repeated.possible(x) and calls.unwatched()
+    repeatable = (
+        type(scaling) is float
+        and dropout_p == 0.0
+        and adapter_index is None
+        and repeated.possible(x)
+        and calls.unwatched()
+    )
     if repeatable:
         y = repeated.lora_matmul(x, w, lora_A, lora_B, scaling, bias)
         if y is not None:
@@ -159,7 +165,7 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
     if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"x must be a float32, float16 or bfloat16 tensor, got {got}")
-    if _casts(x) and x.dtype != torch.float64:
+    if _is_any_autocast_enabled() and _casts(x) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
@@ -167,7 +173,7 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 def _casts(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device; asking about the meta device is an error in torch."""
     # The name of a device costs microseconds.
-    if not torch._C._is_any_autocast_enabled() or x.is_meta:
+    if not _is_any_autocast_enabled() or x.is_meta:
         return False
     return torch.is_autocast_enabled(x.device.type)
 

@@ -28,12 +28,14 @@ def dense(weight: tuple) -> torch.Tensor | None:
 
 def save(ctx, *tensors: torch.Tensor | None) -> None:
     """ctx.save_for_backward."""
-    ctx.parameters = parameters = {}
+    parameters = None
     if hooked():
+        parameters = {}
         for i, tensor in enumerate(tensors):
             if type(tensor) is Parameter:
                 parameters[i] = tensor, tensor._version
         tensors = tuple(None if i in parameters else t for i, t in enumerate(tensors))
+    ctx.parameters = parameters
     ctx.save_for_backward(*tensors)
 
 

@@ -37,15 +37,15 @@ class Call:
 
     Attributes:
         run: cuda_direct's forward function.
-        records: whether there are gradients.
         x_layout, y_layout: sizes, strides and dtype of x and y.
+        bias_dtype: None without a bias.
         backward: key and cuda_direct's function of a backward pass; None until one was checked.
     """
 
     run: Callable
-    records: bool
     x_layout: tuple
     y_layout: tuple
+    bias_dtype: torch.dtype | None
     backward: tuple[tuple, Callable] | None = None
 
 
@@ -56,23 +56,23 @@ def _layout(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple:
     return sizes, torch.empty(sizes, device="meta").stride(), dtype
 
 
-def _forward_key(x, weight: WeightArgs, lora_A, lora_B, bias) -> tuple:
-    """What the checks, kernels, layouts and gradients of a call depend on."""
+def _forward_key(x, weight: WeightArgs, lora_A, lora_B, bias, records: bool) -> tuple:
+    """What the checks, kernels and layouts of a call depend on."""
     return (
-        x.shape, x.dtype, x.device, x.requires_grad,
-        lora_A.shape, lora_A.dtype, lora_A.device, lora_A.requires_grad,
-        lora_B.shape, lora_B.dtype, lora_B.device, lora_B.requires_grad,
-        None if bias is None else (bias.shape, bias.dtype, bias.device, bias.requires_grad),
-        weight[0].device, weight[6:], calls.recording(), dispatch.forced(),
+        x.shape, x.dtype, x.device,
+        lora_A.shape, lora_A.dtype, lora_A.device,
+        lora_B.shape, lora_B.dtype, lora_B.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        weight[0].device, weight[6:], records, dispatch.forced(),
     )  # fmt: skip
 
 
 def _backward_key(dy, x, z, lora_A, lora_B) -> tuple:
     """The same of a backward pass; what depends on the weight and scaling is its forward pass's."""
     return (
-        dy.shape, dy.dtype, dy.device, x.shape, x.dtype, x.device, z.shape, z.dtype, z.device,
-        lora_A.shape, lora_A.dtype, lora_A.device, lora_B.shape, lora_B.dtype, lora_B.device,
-        dispatch.forced(),
+        dy.numel(), dy.dtype, dy.device, x.numel(), x.dtype, x.device,
+        z.numel(), z.dtype, z.device, lora_A.numel(), lora_A.dtype, lora_A.device,
+        lora_B.numel(), lora_B.dtype, lora_B.device, dispatch.forced(),
     )  # fmt: skip
 
 
@@ -91,20 +91,26 @@ def lora_matmul(x, w, lora_A, lora_B, scaling: float, bias) -> torch.Tensor | No
         return None
     if weight.absmax is None or not calls.plain((x, lora_A, lora_B, bias, *weight[:6])):
         return None
-    call = _calls.get(_forward_key(x, weight, lora_A, lora_B, bias))
+    records = calls.recording() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+    call = _calls.get(_forward_key(x, weight, lora_A, lora_B, bias, records))
     if call is None:
         return None
     packed = cuda_direct.packed(weight)
     if not (
-        cuda_direct.accepted(packed)
+        packed in cuda_direct.accepted
         and x.is_contiguous()
         and lora_A.is_contiguous()
         and lora_B.is_contiguous()
         and (bias is None or bias.is_contiguous())
     ):
         return None
-    if call.records:
-        return _LoraMatmul.apply(x, lora_A, lora_B, bias, weight, scaling, call, packed)
+    if records:
+        return _LoraMatmul.apply(x, lora_A, lora_B, bias, (call, packed, weight, scaling))
     results = call.run(packed, x, lora_A, lora_B, None, scaling, bias, call.y_layout)
     return None if results is None else results[0]
 
@@ -118,16 +124,16 @@ def remember(x, weight: WeightArgs, lora_A, lora_B, scaling: float, bias) -> Non
     function = dispatch.select("lora_linear", args, for_backward=records, checked=True)
     if not hasattr(function, "direct"):
         return
-    key = _forward_key(x, weight, lora_A, lora_B, bias)
+    key = _forward_key(x, weight, lora_A, lora_B, bias, records)
     if key in _calls:
         return
     if len(_calls) >= _MOST_CALLS:
         _calls.clear()
     _calls[key] = Call(
         function.direct,
-        records,
         _layout(tuple(x.shape), x.dtype),
         _layout((*x.shape[:-1], weight.N), x.dtype),
+        None if bias is None else bias.dtype,
     )
 
 
@@ -135,71 +141,72 @@ class _LoraMatmul(_SingleLevelFunction):
     """calls.lora_linear for x [..., K]."""
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, bias, weight, scaling, call, packed):
+    def forward(ctx, x, lora_A, lora_B, bias, rest):
+        call, packed, weight, scaling = ctx.rest = rest
         results = call.run(packed, x, lora_A, lora_B, None, scaling, bias, call.y_layout)
-        rows = x if x.dim() == 2 else x.view(-1, weight.K)
         if results is None:
-            results = _by_operator(x, rows, weight, lora_A, lora_B, scaling, bias)
+            results = _by_operator(x, weight, lora_A, lora_B, scaling, bias)
         y, z = results
-        ctx.rest = weight, scaling, None if bias is None else bias.dtype, call
-        # As the checked call does: gradient checkpointing may compare one with the other.
-        keeping.save(ctx, rows, z, lora_A, lora_B)
+        # Hooks see what they see of the checked call: gradient checkpointing may compare the two.
+        seen = x if x.dim() == 2 or not keeping.hooked() else x.view(-1, weight.K)
+        keeping.save(ctx, seen, z, lora_A, lora_B)
         return y
 
     @staticmethod
     @calls.once_differentiable
     def backward(ctx, dy):
-        return _gradients(ctx, dy)
+        """Hooks of saved tensors may have put anything in the place of what was kept. The parts of
+        the weight are the forward pass's.
+        """
+        call, _, weight, scaling = ctx.rest
+        dy = dy.contiguous()
+        x, z, lora_A, lora_B = keeping.saved(ctx)
+        need_x, need_A, need_B, need_bias, _ = ctx.needs_input_grad
+        gradients, remembered = None, call.backward
+        if (
+            remembered is not None
+            and calls.unwatched()
+            and calls.plain((dy, x, z, lora_A, lora_B))
+            and remembered[0] == _backward_key(dy, x, z, lora_A, lora_B)
+            and x.is_contiguous()
+            and z.is_contiguous()
+            and lora_A.is_contiguous()
+            and lora_B.is_contiguous()
+        ):
+            packed = cuda_direct.packed(weight)
+            if packed in cuda_direct.accepted:
+                gradients = remembered[1](
+                    packed, dy, x, z, lora_A, lora_B, None, scaling, need_x, need_A, need_B,
+                    need_bias, False, None, call.x_layout,
+                )  # fmt: skip
+        if gradients is None:
+            tensors = dy, x, z, lora_A, lora_B
+            needs = need_x, need_A, need_B, need_bias, False
+            gradients = _checked_gradients(call, tensors, weight, scaling, needs)
+        dx, d_A, d_B, d_bias, _ = gradients
+        return dx, d_A, d_B, None if d_bias is None else d_bias.to(call.bias_dtype), None
 
     _compiled_autograd_key = staticmethod(calls.compiled_key)
 
 
-def _by_operator(x, rows, weight: WeightArgs, lora_A, lora_B, scaling: float, bias):
+def _by_operator(x, weight: WeightArgs, lora_A, lora_B, scaling: float, bias):
     """(y, z) where the library refuses."""
+    rows = x.view(-1, weight.K)
     args = (rows, *weight, lora_A, lora_B, None, scaling, bias, 0.0, None)
     y, z = dispatch.select("lora_linear", args)(*args)
     # Autograd lets nobody change a view in place that was made within a function.
-    return y if x is rows else y.view(*x.shape[:-1], weight.N).clone(), z
-
-
-def _gradients(ctx, dy):
-    weight, scaling, bias_dtype, call = ctx.rest
-    tensors = dy.contiguous(), *keeping.saved(ctx)
-    needs = ctx.needs_input_grad[:4]
-    gradients = _repeated_gradients(call, tensors, weight, scaling, needs)
-    if gradients is None:
-        gradients = _checked_gradients(call, tensors, weight, scaling, needs)
-    dx, d_A, d_B, d_bias, _ = gradients
-    if d_bias is not None:
-        d_bias = d_bias.to(bias_dtype)
-    return dx, d_A, d_B, d_bias, None, None, None, None
-
-
-def _repeated_gradients(call: Call, tensors: tuple, weight: WeightArgs, scaling: float, needs):
-    """(those of x, lora_A, lora_B and bias, None), or None if no such pass is remembered.
-
-    `tensors` are dy, x as rows, z, lora_A and lora_B; hooks of saved tensors may have put anything
-    in place of the latter four.
-    """
-    if call.backward is None or not calls.unwatched():
-        return None
-    key, run = call.backward
-    if not calls.plain((*tensors, *weight[:6])) or key != _backward_key(*tensors):
-        return None
-    packed = cuda_direct.packed(weight)
-    if not cuda_direct.accepted(packed):
-        return None
-    for tensor in tensors:
-        if not tensor.is_contiguous():
-            return None
-    return run(packed, *tensors, None, scaling, *needs, False, None, call.x_layout)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.N).clone(), z
 
 
 def _checked_gradients(call: Call, tensors: tuple, weight: WeightArgs, scaling: float, needs):
-    """The same of any pass. Those like it need no check from now on."""
-    dy, rows, z, *adapter = tensors
+    """Of x, lora_A, lora_B and bias, and None. Passes like this need no check from now on.
+
+    `tensors` are dy, x or its rows, z, lora_A and lora_B.
+    """
+    dy, x, z, *adapter = tensors
+    rows = x if x.dim() == 2 else x.reshape(-1, weight.K)
     args = (
-        dy.view(-1, weight.N), rows, z, *weight, *adapter, None, scaling, 0.0, None, *needs, False
+        dy.view(-1, weight.N), rows, z, *weight, *adapter, None, scaling, 0.0, None, *needs
     )  # fmt: skip
     dx, *others = calls.gradients(*args)
     if calls.nothing_intercepts(args):

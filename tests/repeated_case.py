@@ -21,7 +21,7 @@ class RepeatedCase:
 
         # Nothing is left of other tests, whose weights may have had the same addresses.
         monkeypatch.setattr(repeated, "_calls", {})
-        monkeypatch.setattr(cuda_direct, "_accepted", set())
+        monkeypatch.setattr(cuda_direct, "accepted", set())
         self.library = Library(monkeypatch) if device.type == "cpu" else None
         self.x = randn(*shape).requires_grad_()
         self.q = lowbit.quantize(randn(N, K))

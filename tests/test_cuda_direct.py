@@ -53,7 +53,7 @@ def calls(monkeypatch):
         return lambda *structures: made.append((name, *structures)) or made.result
 
     monkeypatch.setattr(cuda_direct, "_c_function", c_function)
-    monkeypatch.setattr(cuda_direct, "_accepted", set())
+    monkeypatch.setattr(cuda_direct, "accepted", set())
     monkeypatch.setattr(cuda_direct, "_current_device", lambda: DEVICE.index)
     on_cpu = torch._C._dynamo.guards._empty_strided_cpu
     monkeypatch.setattr(cuda_direct, "_empty_on_current", on_cpu)
@@ -161,9 +161,9 @@ def test_a_weight_whose_parts_do_not_go_together_is_not_taken(calls):
     weight = list(case.weight())
     weight[1] = weight[1].float()  # beside the scales of 8-bit codes
     cuda_direct._accept(tuple(weight))
-    assert cuda_direct._accepted == set()
+    assert cuda_direct.accepted == set()
     cuda_direct._accept(case.weight())
-    assert len(cuda_direct._accepted) == 1
+    assert len(cuda_direct.accepted) == 1
 
 
 def test_results_lie_on_the_device_of_the_arguments(calls, monkeypatch):

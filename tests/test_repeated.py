@@ -22,7 +22,7 @@ def layer(device, monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(8, K), (2, 4, K), (1, K)])
+@pytest.mark.parametrize("shape", [(8, K), (2, 4, K), (1, K), (K,)])
 def test_the_same_bits_without_a_check(layer, shape, bias):
     case = layer(shape=shape, bias=bias)
     case.warm()
@@ -50,6 +50,40 @@ def test_without_gradients(layer):
     assert case.unchecked == [False, True]
     assert not second.requires_grad
     assert_bitwise_equal(second, first)
+
+
+@pytest.mark.parametrize(
+    "trained", ["x", "lora_A", "lora_B", "bias", "lora_A lora_B", "x lora_A lora_B bias"]
+)
+@pytest.mark.parametrize("later", ["more", "less"])
+def test_what_is_trained_may_change(layer, trained, later):
+    """That needs no check: of the others there is no gradient, and none is computed."""
+    case = layer(bias=True)
+    names = ["x", "lora_A", "lora_B", "bias"]
+
+    def train(some):
+        for name in names:
+            getattr(case, name).requires_grad_(name in some)
+
+    def trained_gradients(some):
+        train(some)
+        leaves = [getattr(case, name) for name in names if name in some]
+        return torch.autograd.grad(case.y(), leaves, case.dy)
+
+    settled, some = names, trained.split()
+    if later == "more":
+        settled, some = some, settled
+    trained_gradients(settled)
+    trained_gradients(settled)
+    (call,) = repeated._calls.values()
+    (key, run), made = call.backward, []
+    call.backward = key, lambda *args: made.append(run(*args)) or made[-1]
+    actual = trained_gradients(some)
+    assert (case.unchecked, case.checked_backward) == ([False, True, True], 1)
+    assert [gradient is not None for gradient in made[0][:4]] == [name in some for name in names]
+    repeated._calls.clear()
+    assert_same(actual, trained_gradients(some))
+    assert case.unchecked[-1] is False
 
 
 def test_only_what_is_needed_gets_a_gradient(layer):
@@ -82,8 +116,6 @@ CHANGES = {
     "more tokens": lambda c: {"x": torch.cat([c.x, c.x])},
     "columns of a larger x": lambda c: {"x": torch.cat([c.x, c.x], dim=-1)[..., :K]},
     "another dtype": lambda c: {"x": c.x.float(), "bias": None},
-    "an x without gradient": lambda c: {"x": c.x.detach()},
-    "a frozen adapter": lambda c: {"lora_A": c.lora_A.detach()},
     "a subclass": lambda c: {"lora_B": c.lora_B.detach().as_subclass(_Wrapped).requires_grad_()},
     "a weight of a subclass": lambda c: {"w": _wrapped(c.q)},
     "fp32 adapters": lambda c: {"lora_A": torch.nn.Parameter(c.lora_A.detach().float())},
@@ -191,13 +223,14 @@ def test_what_the_library_refuses_goes_to_the_operator(layer):
     assert case.unchecked == [True]
 
 
-def test_saved_tensors_that_hooks_have_moved(layer):
-    case = layer(shape=(8, K))
+@pytest.mark.parametrize("shape", [(8, K), (2, 4, K), (K,)])
+def test_saved_tensors_that_hooks_have_moved(layer, shape):
+    case = layer(shape=shape)
     expected = case.warm()[1:]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, torch.clone):
         y = case.y()
-    assert case.unchecked == [True]
     assert_same(torch.autograd.grad(y, case.leaves(), case.dy), expected)
+    assert (case.unchecked, case.checked_backward) == ([True], 1)
 
 
 def test_a_graph_is_used_twice_and_then_freed(layer):

@@ -14,7 +14,7 @@ import lowbit
 from lowbit import calls, dispatch, repeated
 from lowbit.backends import cuda_direct
 
-SHAPES = [(8, K), (2, 4, K), (1, 1, K), (2, 2, 2, K)]
+SHAPES = [(8, K), (2, 4, K), (1, 1, K), (2, 2, 2, K), (K,)]
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def layer(device, monkeypatch):
 
 def forget():
     repeated._calls.clear()
-    cuda_direct._accepted.clear()
+    cuda_direct.accepted.clear()
 
 
 @pytest.mark.parametrize("trains_x", [True, False])

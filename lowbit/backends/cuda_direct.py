@@ -40,7 +40,8 @@ _pack_sizes = struct.Struct("7q").pack
 _pack_product = struct.Struct("8Qd").pack
 _pack_backward = struct.Struct("11Qqd").pack
 
-_accepted: set[bytes] = set()  # weights, by `packed`
+# Weights by `packed`. A forward operator has run with them, so the library may be called at once.
+accepted: set[bytes] = set()
 
 # As torch's compiled code allocates, on the current device and at half the cost of torch.empty. It
 # is no public function, so it may be gone one day; the other is not there in a torch without CUDA.
@@ -50,10 +51,10 @@ _current_device = getattr(torch._C, "_cuda_getDevice", None)
 
 @functools.cache
 def _c_function(name: str) -> Callable:
-    """From (weight, sizes, pointers) to 0 if it ran. It releases the interpreter's lock."""
-    function = getattr(ctypes.CDLL(str(_library.library_path("cuda"))), name)
-    function.argtypes = (ctypes.c_char_p,) * 3
-    return function
+    """From (weight, sizes, pointers), all bytes, to 0 if it ran. It releases the interpreter's
+    lock. Without argtypes, whose conversions take as long as the rest of an empty call.
+    """
+    return getattr(ctypes.CDLL(str(_library.library_path("cuda"))), name)
 
 
 def packed(weight) -> bytes:
@@ -72,13 +73,6 @@ def packed(weight) -> bytes:
     )  # fmt: skip
 
 
-def accepted(weight: bytes) -> bool:
-    """Whether a forward operator has run with a weight (`packed`), so that the library may be
-    called with it at once.
-    """
-    return weight in _accepted
-
-
 def _accept(weight) -> None:
     """Take a weight from now on: a forward operator has run with it. A weight whose parts do not go
     together, or which the kernels cannot read, stays with the operators.
@@ -87,9 +81,9 @@ def _accept(weight) -> None:
         return
     if weight[0].data_ptr() % 16 or weight[1].data_ptr() % 16:
         return
-    if len(_accepted) >= _MOST_WEIGHTS:
-        _accepted.clear()
-    _accepted.add(packed(weight))
+    if len(accepted) >= _MOST_WEIGHTS:
+        accepted.clear()
+    accepted.add(packed(weight))
 
 
 def _allocator(device: int) -> Callable:
@@ -176,7 +170,7 @@ def _prepare_lora_linear(device: int, sizes, y_layout, z_layout, otherwise) -> C
         weight = args[1:12]
         lora_A, lora_B, lora_scaling, scaling, bias, dropout_p, _ = args[12:]
         key = packed(weight)
-        if not accepted(key):
+        if key not in accepted:
             results = otherwise(*args)
             _accept(weight)
             return results
@@ -197,7 +191,7 @@ def _prepare_product(device: int, sizes, y_layout, otherwise) -> Callable:
         x, weight, bias = args[0], args[1:12], args[-1]
         z, lora_B, lora_scaling, scaling = args[12:-1] or (None, None, None, 1.0)
         key = packed(weight)
-        if not accepted(key):
+        if key not in accepted:
             y = otherwise(*args)
             _accept(weight)
             return y
@@ -283,7 +277,7 @@ def _prepare_backward(
         gradients = None
         # The operator may not look at the weight; and hooks of saved tensors may have put anything
         # in their place.
-        if accepted(key) and dropout_p == 0.0 and serves(*tensors[:6]):
+        if key in accepted and dropout_p == 0.0 and serves(*tensors[:6]):
             gradients = direct(key, *tensors, *needs, dx_sum=dx_sum)
         return otherwise(*args, dx_sum=dx_sum) if gradients is None else gradients
 
