@@ -90,6 +90,12 @@ def assert_close_to_float64(
 
 
 @functools.cache
+def zeros_of_many_sizes() -> list[torch.Tensor]:
+    """Device memory taken from what the allocator has free."""
+    sizes = [1 << power for power in range(9, 26) for _ in range(4)]
+    return [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in reversed(sizes)]
+
+
 def kernel_unavailable(kernel: str) -> str | None:
     """Why a kernel of the CUDA library cannot run here, or None if it can."""
     if (why := dispatch.unavailable("cuda")) is not None:

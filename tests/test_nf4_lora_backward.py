@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 from grouping import arguments, gradients, leaves_of, make_member, separate
-from helpers import assert_bitwise_equal, assert_close_to_float64
+from helpers import assert_bitwise_equal, assert_close_to_float64, zeros_of_many_sizes
 from layer_case import GRADIENTS, LayerCase
 
 import lowbit
@@ -436,12 +436,14 @@ def test_a_cuda_graph_of_forward_and_backward(M, masters, kernel):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    later = zeros_of_many_sizes()
     for _ in range(3):
         with torch.no_grad():
             leaves[0].copy_(torch.randn_like(case.x))
         case.dy.copy_(torch.randn_like(case.dy))
         graph.replay()
         _same(captured, step(), ("y", *GRADIENTS[:3]))
+    assert not any(tensor.any() for tensor in later), "a workspace is not the graph's own"
 
 
 def test_an_input_used_twice_and_a_graph_used_twice():
@@ -482,6 +484,8 @@ def test_memory_of_a_call(M, needs, kernel):
     made = sum(t.nbytes for t in results if t is not None)
     extra = torch.cuda.max_memory_allocated() - before - made
     assert extra <= 32 << 20
+    del results
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])

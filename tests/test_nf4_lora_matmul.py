@@ -6,7 +6,12 @@ it needs a GPU; a kernel that is not compiled for it skips with the reason.
 
 import pytest
 import torch
-from helpers import assert_bitwise_equal, assert_close_to_float64, kernel_unavailable
+from helpers import (
+    assert_bitwise_equal,
+    assert_close_to_float64,
+    kernel_unavailable,
+    zeros_of_many_sizes,
+)
 
 import lowbit
 from lowbit import dispatch, reference
@@ -293,12 +298,14 @@ def test_a_cuda_graph_replays_with_new_inputs(kernel, M):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y, z = case.run(kernel)
+    later = zeros_of_many_sizes()
     for _ in range(3):
         case.x.copy_(torch.randn_like(case.x))
         graph.replay()
         expected = case.run(kernel)
         assert_bitwise_equal(y, expected[0], "y")
         assert_bitwise_equal(z, expected[1], "z")
+    assert not any(tensor.any() for tensor in later), "a workspace is not the graph's own"
 
 
 @pytest.mark.parametrize(("kernel", "M"), [(k, values[-1]) for k, values in TOKENS.items()])
@@ -350,6 +357,8 @@ def test_memory_of_a_call(M):
         y = call()
     extra = torch.cuda.max_memory_allocated() - before - y.numel() * y.element_size()
     assert extra <= (32 << 20) + 2 * M * 16 + (2 << 20)
+    del y
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("M", [1, 5, 64, 300, 2100])

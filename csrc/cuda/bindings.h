@@ -36,10 +36,6 @@ public:
         return static_cast<cudaStream_t>(stream_);
     }
 
-    int32_t device() const {
-        return device_;
-    }
-
     void check_here(const Tensor& tensor, const char* argument) const {
         STD_TORCH_CHECK(
             tensor.is_cuda() && tensor.get_device_index() == device_, argument,
@@ -64,9 +60,11 @@ inline void check_launch(cudaError_t error, const char* operation) {
     STD_TORCH_CHECK(error == cudaSuccess, "lowbit ", operation, ": ", cudaGetErrorString(error));
 }
 
-// Uninitialized and contiguous. By the plain C function: torch::stable's new_empty goes through the
-// dispatcher with boxed arguments, which costs a small product several microseconds.
-inline Tensor new_tensor(int32_t device, std::initializer_list<int64_t> sizes, ScalarType type) {
+// Uninitialized and contiguous, on the device of `like`. By the plain C function: torch::stable's
+// new_empty goes through the dispatcher with boxed arguments, which costs a small product several
+// microseconds.
+inline Tensor
+new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
     int64_t strides[4];
     STD_TORCH_CHECK(sizes.size() <= 4, "new_tensor: too many dimensions");
     int64_t stride = 1;
@@ -75,15 +73,9 @@ inline Tensor new_tensor(int32_t device, std::initializer_list<int64_t> sizes, S
     const auto type_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
     AtenTensorHandle tensor = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        sizes.size(), sizes.begin(), strides, type_code, aoti_torch_device_type_cuda(), device,
-        &tensor));
+        sizes.size(), sizes.begin(), strides, type_code, aoti_torch_device_type_cuda(),
+        like.get_device_index(), &tensor));
     return Tensor(tensor);
-}
-
-// The same on the device of `like`.
-inline Tensor
-new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-    return new_tensor(like.get_device_index(), sizes, type);
 }
 
 // A matrix or vector argument of a product: its pointer, or null when absent.

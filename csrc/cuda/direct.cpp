@@ -112,7 +112,7 @@ void product(const DirectWeight& weight, const DirectSizes& sizes, const DirectP
     // A tensor whose storage was freed has a shape, but no memory.
     const bool adapter = p.lora_B != nullptr && (p.lora_A != nullptr) != (p.z_in != nullptr);
     STD_TORCH_CHECK(p.x != nullptr && (a.r == 0 || adapter), "an argument has no memory");
-    run_product(*kKernels[sizes.kernel], a, static_cast<int32_t>(sizes.device), on.stream());
+    run_product(*kKernels[sizes.kernel], a, on.stream());
 }
 
 void backward(
@@ -143,7 +143,7 @@ void backward(
         b.M = a.M, b.r = a.r;
         STD_TORCH_CHECK(kernel.serves(b), "dx is not served");
     }
-    run_backward(kernel, a, b, static_cast<int32_t>(sizes.device), on.stream(), &launched);
+    run_backward(kernel, a, b, on.stream(), &launched);
 }
 
 // 0 if it ran, 1 if nothing was launched, 2 if it failed later.

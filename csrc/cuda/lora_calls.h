@@ -17,6 +17,30 @@
 
 namespace lowbit::cuda {
 
+// Uninitialized memory on the current device for kernels of its current stream, freed on return.
+// It is from torch's allocator like a tensor's, also while a CUDA graph is captured. A tensor
+// around it would cost the host one or two microseconds.
+class Workspace {
+public:
+    explicit Workspace(size_t bytes) {
+        if (bytes > 0)
+            TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_caching_allocator_raw_alloc(bytes, &data_));
+    }
+    ~Workspace() {
+        if (data_ != nullptr)
+            aoti_torch_cuda_caching_allocator_raw_delete(data_);
+    }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+
+    uint8_t* data() const {
+        return static_cast<uint8_t*>(data_);
+    }
+
+private:
+    void* data_ = nullptr;
+};
+
 // ---- forward ------------------------------------------------------------------------------------
 
 // What a kernel's header offers.
@@ -43,15 +67,10 @@ inline constexpr ProductKernel kPortable{
     "nf4_lora_matmul_portable", serves_nf4_lora_matmul_portable,
     nf4_lora_matmul_portable_workspace_bytes, launch_nf4_lora_matmul_portable};
 
-inline void
-run_product(const ProductKernel& kernel, LoraMatmulArgs& a, int32_t device, cudaStream_t stream) {
+inline void run_product(const ProductKernel& kernel, LoraMatmulArgs& a, cudaStream_t stream) {
     STD_TORCH_CHECK(kernel.serves(a), kernel.name, " does not serve these sizes");
-    std::optional<Tensor> workspace;
-    const size_t bytes = kernel.workspace_bytes == nullptr ? 0 : kernel.workspace_bytes(a);
-    if (bytes > 0) {
-        workspace = new_tensor(device, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-        a.workspace = workspace->mutable_data_ptr();
-    }
+    const Workspace workspace(kernel.workspace_bytes == nullptr ? 0 : kernel.workspace_bytes(a));
+    a.workspace = workspace.data();
     check_launch(kernel.launch(a, stream), kernel.name);
 }
 
@@ -91,7 +110,6 @@ inline void run_backward(
     const DxKernel& kernel,
     LoraGradsArgs& a,
     LoraDxArgs& b,
-    int32_t device,
     cudaStream_t stream,
     bool* launched = nullptr) {
     // One workspace for u and what the kernels need for themselves, which they use in turn.
@@ -104,9 +122,8 @@ inline void run_backward(
         all ? kernel.workspace_bytes_of_all(b, a)
             : std::max(
                   lora_grads_workspace_bytes(a), need_dx ? kernel.workspace_bytes(b) : size_t{0});
-    const Tensor workspace =
-        new_tensor(device, {u_bytes + static_cast<int64_t>(own_bytes)}, ScalarType::Byte);
-    auto* bytes = static_cast<uint8_t*>(workspace.mutable_data_ptr());
+    const Workspace workspace(static_cast<size_t>(u_bytes) + own_bytes);
+    uint8_t* bytes = workspace.data();
     a.u = need_u ? bytes : nullptr;
     a.workspace = b.workspace = bytes + u_bytes;
     b.u = a.u;

@@ -214,7 +214,7 @@ Gradients nf4_lora_backward(
         b.lora_A = checked_data(call, lora_A, lora_A.scalar_type(), a.r, K, "lora_A");
         std::get<0>(gradients) = new_dx<kKernel>(b, call, dy, dx_sum);
     }
-    run_backward(kKernel, a, b, call.device(), call.stream());
+    run_backward(kKernel, a, b, call.stream());
     return gradients;
 }
 

@@ -55,7 +55,7 @@ Tensor lora_matmul(
 
     Tensor y = new_tensor(x, {a.M, N}, type);
     a.y = y.mutable_data_ptr();
-    run_product(kKernel, a, call.device(), call.stream());
+    run_product(kKernel, a, call.stream());
     return y;
 }
 
