@@ -190,6 +190,13 @@ HOST_CASES = {
     "forward+backward host": "a layer of a chain, host",
     "f+b host, calling thread": "a layer of a chain, host, calling thread",
 }
+IN_A_ROW = (
+    "calls of a contender in a row without the first two, as the first after other work takes up "
+    "to 1.9 times as long"
+)
+AFTER_OTHERS = (
+    "each is a contender's first call or chain after those of others, and would take less in a row"
+)
 HOST_COLUMNS = {"empty function": "empty function", **LINEAR_COLUMNS}
 
 
@@ -198,8 +205,10 @@ def linear_backward(name: str, record: dict) -> str:
     tokens = {row["M"] for row in record["rows"]}
     graphs = linear(name, record, "forward+backward", tokens, "forward and backward")
     times: dict[tuple, dict[str, float]] = {}
+    in_a_row = False
     for row in record["rows"]:
         if row["op"] in HOST_CASES and row["impl"] in HOST_COLUMNS:
+            in_a_row = row["timing"].endswith("in a row")
             case = (f"{row['N']} x {row['K']}", str(row["M"]), HOST_CASES[row["op"]])
             times.setdefault(case, {})[row["impl"]] = row["p20"]
     if not times:
@@ -216,6 +225,7 @@ def linear_backward(name: str, record: dict) -> str:
     )
     if "empty function" in columns:
         what += "; the empty function is one of autograd's in Python, with the same tensors"
+    what += "; " + (IN_A_ROW if in_a_row else AFTER_OTHERS)
     return f"{graphs}\n\n{what}:\n\n{table(head, body)}"
 
 

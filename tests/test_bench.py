@@ -273,8 +273,22 @@ def test_host_times_are_taken_without_collections(monkeypatch):
         assert gc.isenabled()
         assert not any(enabled for _, enabled in seen)
         names = [name for name, _ in seen]
-        assert [names.count(name) for name in "abc"] == [7 + timing.WARM_ROUNDS] * 3
+        times = (7 + timing.WARM_ROUNDS) * timing.IN_A_ROW
+        assert [names.count(name) for name in "abc"] == [times] * 3
         seen.clear()
+
+
+def test_first_calls_after_another_contender_are_not_counted():
+    before = []
+
+    def sample(call):
+        cold = before[-timing.COLD :] != [call()] * timing.COLD
+        before.append(call())
+        return 100.0 if cold else 1.0
+
+    contenders = {name: lambda name=name: name for name in "abc"}
+    times = timing._host_samples(contenders, sample, rounds=5)
+    assert times == dict.fromkeys("abc", (1.0, 1.0, 1.0))
 
 
 def test_spread_holds_both_ends():
@@ -379,7 +393,7 @@ def test_run_writes_rows_record_and_plots(no_gpu_needed, tmp_path, capsys):
     assert all(0 < row["error"] < 0.01 and row["floor_us"] > 0 for row in timed)
     host = [row for row in rows if row.op == "lora_linear host"]
     assert len(host) == len(timed)
-    assert all(row.us > 0 and row.timing == "host" for row in host)
+    assert all(row.us > 0 and row.timing == "host, in a row" for row in host)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.json"]
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names == {"linear_96x128_bf16.png", "linear_40x100_bf16.png"}
@@ -587,7 +601,7 @@ def test_report_of_eager_times(monkeypatch):
     ops = linear_backward.WALL_OP, linear_backward.CALLER_WALL_OP, linear_backward.HOST_OP
     rows = [vars(make_row("lowbit", 8.0)) | {"op": linear_backward.OP}]
     rows += [
-        vars(make_row(impl, us + i)) | {"op": op, "p20": us - i}
+        vars(make_row(impl, us + i, timing="wall, in a row")) | {"op": op, "p20": us - i}
         for i, op in enumerate(ops)
         for impl, us in times.items()
     ]
@@ -596,16 +610,18 @@ def test_report_of_eager_times(monkeypatch):
         "ceilings": {"copy_gbps": 3020.0, "matmul_tflops": 739.4},
         "rows": rows,
     }
-    head, _, *body = report.linear_backward("a.json", record).split("\n")[-5:]
+    what, _, head, _, *body = report.linear_backward("a.json", record).split("\n")[-7:]
+    assert "in a row without the first two" in what
     assert head == "| us, eager | M |  | empty function | dense, no LoRA | lowbit |"
     assert body == [
         "| 4096 x 4096 | 16 | one layer, wall | 40 | 60 | 90 |",
         "| 4096 x 4096 | 16 | one layer, wall, calling thread | 39 | 59 | 89 |",
         "| 4096 x 4096 | 16 | a layer of a chain, host | 38 | 58 | 88 |",
     ]
-    record["rows"] = [row for row in rows if row["impl"] != "empty function"]
+    record["rows"] = [row | {"timing": "wall"} for row in rows if row["impl"] != "empty function"]
     text = report.linear_backward("a.json", record)
     assert "empty function" not in text
+    assert "after those of others" in text
     assert "| 4096 x 4096 | 16 | one layer, wall | 60 | 90 |" in text
 
 

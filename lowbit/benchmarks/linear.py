@@ -326,7 +326,7 @@ class Benchmark:
         return [
             Row(
                 HOST_OP, row.M, row.N, row.K, row.r, row.dtype, name, *times[name],
-                layer=row.layer, timing="host",
+                layer=row.layer, timing="host, in a row",
             )
             for name, row in rows.items()
         ]  # fmt: skip

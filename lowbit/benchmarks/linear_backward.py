@@ -10,9 +10,11 @@ adapter and returns dx alone. What is counted, per layer:
 With --eager also, for M up to 256: the wall time of one layer between two synchronizations, and
 where N = K the time of the host per layer in a chain of layers that does not wait for the card.
 Both twice: as torch does it, with backward in a thread of autograd's own, and with backward in the
-calling thread, as in lowbit's training loop (capture.py). How fast a host is, is most of these
-times. So they have one contender more, the `empty function`: one of autograd's in Python that takes
-the same tensors, returns results that are there already, and launches nothing.
+calling thread, as in lowbit's training loop (capture.py). All are times of calls in a row of the
+same contender, whose code is in the processor's caches by then; the first after other work takes
+up to 1.9 times as long (timing.py). How fast a host is, is most of these times. So they have one
+contender more, the `empty function`: one of autograd's in Python that takes the same tensors,
+returns results that are there already, and launches nothing.
 """
 
 from __future__ import annotations
@@ -118,12 +120,12 @@ class Backward(linear.Benchmark):
         ):
             with torch.autograd.set_multithreading_enabled(own_thread):
                 times = timing.wall_times(single, rounds=WALL_ROUNDS)
-                measured += _rows(row, wall, "wall", times)
+                measured += _rows(row, wall, "wall, in a row", times)
                 if x.shape[1] != self.dy.shape[1]:
                     continue
                 times = timing.host_times(chains, calls=1, rounds=HOST_ROUNDS)
                 per_layer = {name: tuple(t / len(chain) for t in ts) for name, ts in times.items()}
-                measured += _rows(row, host, "host", per_layer)
+                measured += _rows(row, host, "host, in a row", per_layer)
         return measured
 
     def empty(self, weights: Weights, x: torch.Tensor) -> Contender:
