@@ -80,7 +80,7 @@ Implementations = Annotated[
 ]
 Rounds = Annotated[
     int,
-    option("--rounds", help="Most rounds of 3 samples; long cases take fewer, at least 4.", min=1),
+    option("--rounds", help="Most rounds of 3 samples; long cases take fewer, at least 6.", min=1),
 ]
 Eager = Annotated[
     bool,
