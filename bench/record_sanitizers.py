@@ -164,6 +164,7 @@ def optimizers() -> None:
 CASES: dict[str, Callable[[], None]] = {
     "gemv": lambda: layer(1, 528, 4672),
     "gemv 64": lambda: layer(1, 272, 4672, 40, FP16, vector=True),
+    "gemv, many rows": lambda: layer(1, 9216, 192, 24),
     "small": lambda: layer(8, 272, 1024, 8, FP16),
     "small 64": lambda: layer(64, 528, 704, 64, masters=True),
     "mid": lambda: layer(300, 528, 704, double_quant=False),
@@ -179,6 +180,7 @@ CASES: dict[str, Callable[[], None]] = {
     "portable": lambda: layer(8, 272, 1024, 8, FP16, kernel=PORTABLE),
     "portable 16": lambda: layer(16, 528, 704, double_quant=False, vector=True, kernel=PORTABLE),
     "portable 40": lambda: layer(40, 528, 704, 64, masters=True, kernel=PORTABLE),
+    "members, one token": lambda: members(1),
     "members": lambda: members(200),
     "members, mid": lambda: members(1200),
     "members, large": lambda: members(4096),

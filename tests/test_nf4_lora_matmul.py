@@ -134,6 +134,22 @@ def test_ranks_above_16_of_few_tokens(M, N, K, r, dtype, dropout_p):
     assert_bitwise_equal(case.run(kernel)[1], z[:, :lower].contiguous(), f"z of rank {lower}")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("r", [1, 16, 17, 40, 64])
+@pytest.mark.parametrize(("N", "K"), [(18944, 448), (208, 18944), (16, 64)])
+def test_z_of_one_token_from_the_kernel_and_given(N, K, r, dtype):
+    """Rows of a CTA that each of its warps for z takes in one turn, in several, and none."""
+    case = _Case(1, N, K, r, dtype, vector=r != 40)
+    case.check("nf4_lora_gemv")
+    z = case.run("nf4_lora_gemv")[1]
+    with dispatch.force("cuda:nf4_lora_gemv"):
+        y = torch.ops.lowbit.linear_low_rank(
+            case.x, *case.q.args(), z, case.lora_B, case.vector, case.scaling, case.bias
+        )
+    exact, low = (case.formula(t)[0] for t in (torch.float64, dtype))
+    assert_close_to_float64("y", y, exact, low)
+
+
 # For the kernel of some hundred tokens, as an H100 divides them. First z beside the product, by
 # groups of 64, 128, 192 and 256 tokens; four, two CTAs and one to a group, then one for two groups;
 # a CTA without a step of K. Then in front: eight, four, two CTAs, one for two groups; CTAs without

@@ -31,6 +31,7 @@ constexpr int kZTokenBytes = 1024;  // of x in one of these: 8 rows, of which th
 // Named barriers.
 constexpr int kBarrier = 1;   // of the warps of the weight
 constexpr int kZBarrier = 2;  // of those of z
+constexpr int kYBarrier = 3;  // of all: what y is added up from is there
 
 // Of CTA i: groups_each groups, one more if i < groups_extra.
 struct Plan {
@@ -43,7 +44,8 @@ struct Plan {
 };
 
 // Shared memory: the table, x as fp16 (2 KiB per step), stages of z (up to 72 KiB), Scratch,
-// partial sums of most_groups + kWarps groups, nested_absmax of the CTA's rows.
+// partial sums of most_groups + kWarps groups, lora_B z of most_groups, nested_absmax of the CTA's
+// rows.
 struct Scratch {
     float absmax_codebook[256];
     union {
@@ -51,8 +53,7 @@ struct Scratch {
         uint64_t z_full[kZStages];        // more: barriers of the stages
     };
     float z_parts[kMaxCluster][kMaxRank];  // by CTA of the cluster
-    float z[kMaxRank];                     // scaled
-    uint64_t z_arrived, z_ready;           // barriers: z_parts, z are complete
+    uint64_t z_arrived;                    // barrier: z_parts are complete
     uint32_t x_max[kWarps];
     float sums[1];  // and on: see nf4_lora_gemv_kernel
 };

@@ -92,10 +92,14 @@ __device__ __forceinline__ float sum_rows(float (&sums)[kRows]) {
     return sum;
 }
 
-// Adds the warps' sums of each row and the bias.
+// Adds the warps' sums of each row, the low-rank term and the bias.
 template <typename T>
-__device__ __forceinline__ void
-store_y(const LoraMatmulArgs& args, const Plan& plan, const Share& share, const float* sums) {
+__device__ __forceinline__ void store_y(
+    const LoraMatmulArgs& args,
+    const Plan& plan,
+    const Share& share,
+    const float* sums,
+    const float* low_rank) {
     for (uint32_t i = threadIdx.x; i < share.groups * kRows; i += kThreads) {
         const uint32_t group = i / kRows;
         const uint32_t row = share.row_of(group, static_cast<uint32_t>(args.w.N)) + i % kRows;
@@ -107,6 +111,8 @@ store_y(const LoraMatmulArgs& args, const Plan& plan, const Share& share, const 
 #pragma unroll 1
         for (uint32_t warp = first; warp <= last; warp++)
             y += sums[warp * kRows + i];
+        if (args.r > 0)
+            y += low_rank[i];
         if (args.bias != nullptr)
             y += to_float(static_cast<const T*>(args.bias)[row]);
         static_cast<T*>(args.y)[row] = from_float<T>(y);

@@ -14,13 +14,13 @@
 // takes 256 bytes (the upper half is unused) because then one PRMT makes the address.
 //
 // z: the CTAs of a cluster divide K among them, and send their partial sums to all others straight
-// into shared memory. Four warps of their own do that, so that the weight's warps wait neither for
-// lora_A nor for a neighbour before the first group ends. Up to rank 16 each copies and multiplies
-// by itself; above, they are a warpgroup for wgmma, whose sums come later where K is large but at
-// the same time for all ranks.
+// into shared memory. Four warps of their own do that, and then lora_B z of the CTA's rows, so that
+// the weight's warps meet nothing of either before y is added up. Up to rank 16 each copies and
+// multiplies by itself; above, they are a warpgroup for wgmma, whose sums come later where K is
+// large but at the same time for all ranks.
 //
 // Bound by the weight's bytes for large N K (90 % of copy rate at 28672 x 8192 with rank 16; H100,
-// 2026-11); at 4096 x 4096 by the latency from launch to first product: 6.2 us with rank 16, 6.6
+// 2026-11); at 4096 x 4096 by the latency from launch to first product: 6.1 us with rank 16, 6.7
 // with 64 (H200, 2026-11). Shared memory lookups come next: 104 wavefronts per 4096 weights, 39
 // weights per clock and SM where HBM needs 22.
 // Callers have checked sizes, dtypes, alignment and serves_nf4_lora_gemv. The kernel is in parts:
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
     unsigned char* smem_x = smem + kTableBytes;
     Scratch& scratch = *reinterpret_cast<Scratch*>(smem + plan.scratch_bytes);
     float* sums = scratch.sums;  // [most_groups + kWarps][kRows], warp w's of group g at g + w
-    float* nested = sums + (plan.most_groups + kWarps) * kRows;
+    float* low_rank = sums + (plan.most_groups + kWarps) * kRows;  // [most_groups][kRows]
+    float* nested = low_rank + plan.most_groups * kRows;
     const int lane = threadIdx.x % kWarpSize;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
 
@@ -60,31 +61,33 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
         const uint32_t z_arrived = shared_address(&scratch.z_arrived);
         barrier_init(z_arrived, 1);
         barrier_arrive_expect(z_arrived, cluster_size() * args.r * sizeof(float));
-        barrier_init(shared_address(&scratch.z_ready), kMaxRank);
         for (int i = 0; kManyRanks && i < kZStages; i++)
             barrier_init(shared_address(&scratch.z_full[i]), 1);
         barrier_init_fence();
     }
     __syncwarp();
     cluster_arrive_relaxed();  // the thread has fenced its barriers
+    const WeightView& w = args.w;
+    const uint32_t N = static_cast<uint32_t>(w.N), K = static_cast<uint32_t>(w.K);
+    const Share share(plan, N);
     if (warp >= kWarps) {
         if (plan.exchange)
             prefetch_lora_a<T>(args);
         cluster_wait();
         wait_for_previous_kernel();
         let_next_kernel_start();
-        if (args.r > 0)
-            compute_z<T, kManyRanks>(args, lora_A, plan, smem + plan.stages_bytes, scratch);
+        if (args.r > 0) {
+            low_rank_term<T, kManyRanks>(
+                args, lora_A, plan, share, smem + plan.stages_bytes, scratch, low_rank);
+            named_barrier_arrive(kYBarrier, kThreads + kZThreads);
+        }
         return;
     }
-    const WeightView& w = args.w;
-    const uint32_t N = static_cast<uint32_t>(w.N), K = static_cast<uint32_t>(w.K);
-    const Share share(plan, N);
     uint32_t unit = warp * share.each + min(static_cast<uint32_t>(warp), share.extra);
     const uint32_t unit_end = unit + share.each + (warp < share.extra);
     uint32_t group = unit / plan.steps, step = unit % plan.steps;
     prefetch_inputs<T, kNested>(args, share, share.row_of(group, N), step, unit < unit_end);
-    cluster_wait();
+    cluster_wait();  // in front of the first loads: it empties L1
     wait_for_previous_kernel();
     let_next_kernel_start();
 
@@ -110,9 +113,6 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
         const bool ends_group = step + 1 == plan.steps, more = unit + 1 < unit_end;
         const uint32_t next_group = group + ends_group, next_step = ends_group ? 0 : step + 1;
         const uint32_t next_element = element_at(next_group, next_step);
-        const bool low_rank = ends_group && args.r > 0;
-        uint32_t b[kRows];
-        load_lora_b(b, low_rank, args, share.row_of(group, N));
         uint4 x[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -135,8 +135,6 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
 #pragma unroll
             for (int i = 0; i < kRows; i++)
                 acc[i] *= unscale;
-            if (low_rank)
-                add_low_rank<T>(acc, b, scratch);
             const float sum = sum_rows(acc);
             if (lane % (kWarpSize / kRows) == 0)
                 sums[(group + warp) * kRows + lane / (kWarpSize / kRows)] = sum;
@@ -146,8 +144,11 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
         }
         group = next_group, step = next_step, element = next_element;
     }
-    named_barrier(kBarrier, kThreads);
-    store_y<T>(args, plan, share, sums);
+    if (args.r > 0)
+        named_barrier(kYBarrier, kThreads + kZThreads);
+    else
+        named_barrier(kBarrier, kThreads);
+    store_y<T>(args, plan, share, sums, low_rank);
 }
 
 // ---- launch -------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ size_t make_plan(const LoraMatmulArgs& args, int64_t ctas, Plan& plan) {
     const int nested_shift = w.blocksize_log2 + w.nested_blocksize_log2;
     const int64_t nested = w.absmax == nullptr ? ((most * kRows * w.K) >> nested_shift) + 2 : 0;
     return plan.scratch_bytes + sizeof(Scratch) +
-           sizeof(float) * ((most + kWarps) * kRows + nested);
+           sizeof(float) * ((2 * most + kWarps) * kRows + nested);
 }
 
 template <typename T, bool kNested, bool kManyRanks>

@@ -83,9 +83,12 @@ __device__ __forceinline__ void multiply_chunk(
     }
 }
 
-template <typename T>
-__device__ __forceinline__ void
-send_z_parts_mma(const LoraMatmulArgs& args, unsigned char* stages, Scratch& scratch) {
+template <typename T, typename Meanwhile>
+__device__ __forceinline__ void send_z_parts_mma(
+    const LoraMatmulArgs& args,
+    unsigned char* stages,
+    Scratch& scratch,
+    const Meanwhile& meanwhile) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kZWarps;
     const ZShare share(args.w.K);
     const int stage_bytes = z_warp_stage_bytes(args.r);
@@ -100,6 +103,7 @@ send_z_parts_mma(const LoraMatmulArgs& args, unsigned char* stages, Scratch& scr
 #pragma unroll
     for (int stage = 0; stage < kZWarpStages; stage++)
         copy_next(stage);
+    meanwhile();
     float c[kMaxRank / 16][4] = {};
     int stage = 0;
 #pragma unroll 1
@@ -139,9 +143,13 @@ send_z_parts_mma(const LoraMatmulArgs& args, unsigned char* stages, Scratch& scr
 // TMA brings a chunk of lora_A, rows up to a multiple of 16, and one of x: operands of wgmma, of
 // which all 64 rows of the sums but only the first column count.
 
-template <typename T>
+template <typename T, typename Meanwhile>
 __device__ __forceinline__ void send_z_parts_wgmma(
-    const LoraMatmulArgs& args, const CUtensorMap& lora_A, uint32_t stages, Scratch& scratch) {
+    const LoraMatmulArgs& args,
+    const CUtensorMap& lora_A,
+    uint32_t stages,
+    Scratch& scratch,
+    const Meanwhile& meanwhile) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kZWarps;
     const bool copies = threadIdx.x == kThreads;
     const ZShare share(args.w.K);
@@ -161,6 +169,7 @@ __device__ __forceinline__ void send_z_parts_wgmma(
             copy(i);
     }
     __syncwarp();
+    meanwhile();
     float sums[4] = {};
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
