@@ -167,6 +167,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gemv, many rows": lambda: layer(1, 9216, 192, 24),
     "small": lambda: layer(8, 272, 1024, 8, FP16),
     "small 64": lambda: layer(64, 528, 704, 64, masters=True),
+    "small 33": lambda: layer(33, 272, 1856, vector=True),
     "mid": lambda: layer(300, 528, 704, double_quant=False),
     "mid split": lambda: layer(128, 1024, 2048),
     "mid shared": lambda: layer(1100, 272, 1024, 16, FP16, vector=True),

@@ -11,11 +11,8 @@
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kPackThreads = 256;
-constexpr int kPackWarps = kPackThreads / kWarpSize;
-constexpr int kPackCluster = 8;                          // CTAs
-constexpr int kSliceBlocks = kPackCluster * kPackWarps;  // of K, per cluster
-constexpr int kPackTokens = 8;                           // per cluster
+constexpr int kPackCluster = 8;  // CTAs
+constexpr int kPackTokens = 8;   // per cluster
 
 struct PackProblem {
     LoraMatmulArgs a;
@@ -28,15 +25,17 @@ struct PackProblem {
     int packed_blocks;  // with zeros up to a whole number of units
 };
 
-// A warp takes one block of K for 8 tokens, a cluster 64 of them; grid (8 slices of K, tokens / 8).
-// The sums for z of 8 warps, and then those of 8 CTAs, each adding an eighth of them, are added in
-// order; what is left, one value per slice, the next kernel adds. Shared memory: [8 warps +
-// 1][padded rank][8 tokens] f32. All loads of a warp, those of kRankTiles times 16 rows of lora_A
-// included, are in flight together: what limits it is their latency. For several tiles ptxas
-// would spill to fit three CTAs into an SM, were it not told that one is enough.
-template <typename T, int kRankTiles>
+// A warp takes one block of K for 8 tokens, a cluster one slice of K, a block for each of its
+// warps; grid (8 slices, tokens / 8). The sums for z of a CTA's warps, and then those of 8 CTAs,
+// each adding an eighth of them, are added in order; what is left, one value per slice, the next
+// kernel adds. Shared memory: [warps + 1][padded rank][8 tokens] f32. All loads of a warp, those of
+// kRankTiles times 16 rows of lora_A included, are in flight together: what limits it is their
+// latency. For several tiles ptxas would spill to fit three CTAs into an SM, were it not told that
+// one is enough.
+template <typename T, int kRankTiles, int kPackThreads>
 __global__ void __launch_bounds__(kPackThreads, kRankTiles > 1 ? 1 : 0)
     pack_tokens_kernel(const PackProblem p) {
+    constexpr int kPackWarps = kPackThreads / kWarpSize;
     const LoraMatmulArgs& a = p.a;
     extern __shared__ float smem_z[];
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

@@ -74,10 +74,24 @@ Plan make_plan(const LoraMatmulArgs& a, int sms) {
     return best;
 }
 
-// Of K, one cluster of pack_tokens_kernel each. Whole units end with a slice at the latest: its 64
-// blocks are a multiple of any unit.
-int slices_of(const LoraMatmulArgs& a) {
-    return static_cast<int>(ceil_div(a.w.K / kBlock, kSliceBlocks));
+// For z, of lora_A.
+int rank_tiles_of(const LoraMatmulArgs& a) {
+    return a.lora_A == nullptr ? 0 : (a.r + 15) / 16;
+}
+
+// Of a CTA of pack_tokens_kernel. A CTA of the product leaves the registers of 64 threads: so many
+// start while the product of another layer still runs. With few tokens all find place on the SMs
+// that a product leaves free, and for several tiles of ranks the next kernel would have more slices
+// to add up than that is worth.
+int pack_threads(const LoraMatmulArgs& a, const Plan& plan) {
+    return plan.tokens > 32 && rank_tiles_of(a) <= 1 ? 64 : 256;
+}
+
+// Of K, one cluster of pack_tokens_kernel each. Whole units end with a slice at the latest: its 16
+// or 64 blocks are a multiple of any unit.
+int slices_of(const LoraMatmulArgs& a, const Plan& plan) {
+    const int warps = kPackCluster * pack_threads(a, plan) / kWarpSize;
+    return static_cast<int>(ceil_div(a.w.K / kBlock, warps));
 }
 
 size_t round_up(size_t bytes) {
@@ -94,7 +108,7 @@ Workspace layout_workspace(const LoraMatmulArgs& a, const Plan& plan) {
         static_cast<size_t>(units_of(a, plan)) * kUnitBlocks * (4 / plan.row_groups);
     s.packed_x = 0;
     s.partial_z = round_up(blocks * plan.tokens * kPackRow);
-    s.flags = s.partial_z + round_up(sizeof(float) * slices_of(a) * plan.tokens * kMaxRank);
+    s.flags = s.partial_z + round_up(sizeof(float) * slices_of(a, plan) * plan.tokens * kMaxRank);
     s.partials = s.flags + round_up(plan.ctas * sizeof(uint32_t));
     s.bytes = s.partials + sizeof(float) * plan.ctas * plan.row_groups * 64 * plan.tokens;
     return s;

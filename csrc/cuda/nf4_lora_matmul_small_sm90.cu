@@ -285,16 +285,18 @@ cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t strea
     pack.tokens = plan.tokens;
     pack.blocks = static_cast<int>(a.w.K / kBlock);
     pack.packed_blocks = units * kUnitBlocks * (4 / plan.row_groups);
-    const int rank_tiles = a.lora_A == nullptr ? 0 : (a.r + 15) / 16;
-    const size_t z_bytes = sizeof(float) * (kPackWarps + 1) * 16 * rank_tiles * kPackTokens;
+    const int rank_tiles = rank_tiles_of(a), threads = pack_threads(a, plan);
+    const size_t z_bytes =
+        sizeof(float) * (threads / kWarpSize + 1) * 16 * rank_tiles * kPackTokens;
     LaunchConfig packing(
-        dim3(kPackCluster * slices_of(a), plan.tokens / kPackTokens), kPackThreads, z_bytes,
+        dim3(kPackCluster * slices_of(a, plan), plan.tokens / kPackTokens), threads, z_bytes,
         stream);
     packing.cluster(kPackCluster);
     constexpr int kMostTiles = kMaxRank / 16;
-    cudaError_t error = cudaLaunchKernelEx(
-        packing.get(),
-        rank_tiles <= 1 ? pack_tokens_kernel<T, 1> : pack_tokens_kernel<T, kMostTiles>, pack);
+    const auto kernel = rank_tiles > 1  ? pack_tokens_kernel<T, kMostTiles, 256>
+                        : threads == 64 ? pack_tokens_kernel<T, 1, 64>
+                                        : pack_tokens_kernel<T, 1, 256>;
+    cudaError_t error = cudaLaunchKernelEx(packing.get(), kernel, pack);
     if (error != cudaSuccess)
         return error;
 
@@ -308,7 +310,7 @@ cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t strea
     problem.z_out = a.z_out;
     problem.lora_scaling = a.lora_scaling;
     problem.scaling = a.scaling;
-    problem.z_slices = slices_of(a);
+    problem.z_slices = slices_of(a, plan);
     problem.partials = reinterpret_cast<float*>(workspace + space.partials);
     problem.flags = pack.flags;
     problem.y = a.y;
