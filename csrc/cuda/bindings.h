@@ -57,6 +57,8 @@ private:
 };
 
 inline void check_launch(cudaError_t error, const char* operation) {
+    if (error != cudaSuccess)
+        cudaGetLastError();  // it is reported here
     STD_TORCH_CHECK(error == cudaSuccess, "lowbit ", operation, ": ", cudaGetErrorString(error));
 }
 

@@ -1,6 +1,7 @@
 // What launchers tell the driver: how much shared memory a kernel may take, and that a launch may
 // start before the kernels in front of it in the stream have ended (programmatic dependent launch);
-// the kernel waits for them itself.
+// the kernel waits for them itself. A launch returns its own error: cudaGetLastError may give one
+// that somebody left unread long before.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -66,5 +67,22 @@ private:
     cudaLaunchConfig_t config_{};
     cudaLaunchAttribute attributes_[3]{};
 };
+
+// Starts when the kernels in front of it have ended.
+template <typename... Params, typename... Args>
+cudaError_t launch_in_order(
+    void (*kernel)(Params...),
+    dim3 grid,
+    int threads,
+    size_t smem_bytes,
+    cudaStream_t stream,
+    const Args&... args) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
 
 }  // namespace lowbit::cuda

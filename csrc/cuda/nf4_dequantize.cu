@@ -26,6 +26,7 @@
 
 #include "block_decode.cuh"
 #include "device.h"
+#include "launch_config.h"
 #include "nf4_dequantize.h"
 
 namespace lowbit::cuda {
@@ -271,44 +272,42 @@ bool tiles(const Source& s, int64_t width) {
 }
 
 template <typename T, bool kNested>
-void launch_blocks(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
+cudaError_t launch_blocks(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
     const auto units = static_cast<uint32_t>(s.rows * s.columns / kUnit);
     const auto grid = static_cast<unsigned>(ceil_div(units, kBlocksThreads));
     const auto kernel = w.blocksize_log2 == 5 ? dequantize_blocks_kernel<T, kNested, true>
                                               : dequantize_blocks_kernel<T, kNested, false>;
-    kernel<<<grid, kBlocksThreads, 0, stream>>>(w, s, units, reinterpret_cast<uint4*>(out));
+    return launch_in_order(
+        kernel, grid, kBlocksThreads, 0, stream, w, s, units, reinterpret_cast<uint4*>(out));
 }
 
 template <typename T, bool kNested>
-void launch_vectors(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
+cudaError_t launch_vectors(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
     const auto vectors = static_cast<uint32_t>(s.rows * s.columns / kVectorWidth<T>);
     const auto grid = static_cast<unsigned>(ceil_div(vectors, kVectorsThreads * kVectorsPerThread));
     const auto kernel = s.rows == 1 ? dequantize_vectors_kernel<T, kNested, true>
                                     : dequantize_vectors_kernel<T, kNested, false>;
-    kernel<<<grid, kVectorsThreads, 0, stream>>>(w, s, vectors, reinterpret_cast<uint4*>(out));
+    return launch_in_order(
+        kernel, grid, kVectorsThreads, 0, stream, w, s, vectors, reinterpret_cast<uint4*>(out));
 }
 
 template <typename T, bool kNested>
 cudaError_t launch(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
     const bool out_aligned = is_aligned(out, 16);
-    if (sizeof(T) == 2 && tiles(s, kUnit) && out_aligned && is_aligned(w.qweight, 16) &&
-        is_aligned(w.codebook, 16)) {
-        if constexpr (sizeof(T) == 2)
-            launch_blocks<T, kNested>(w, s, out, stream);
-    } else if (
-        tiles(s, kVectorWidth<T>) && out_aligned &&
-        is_aligned(w.qweight, sizeof(PackedVector<T>))) {
-        launch_vectors<T, kNested>(w, s, out, stream);
-    } else {
-        const int64_t chunks_per_row = ceil_div(s.columns / 2 + 1, kBytesPerCta);
-        const int64_t grid = s.rows * chunks_per_row;
-        if (grid > INT32_MAX)
-            return cudaErrorInvalidConfiguration;
-        dequantize_scalars_kernel<T, kNested>
-            <<<static_cast<unsigned>(grid), kScalarsThreads, 0, stream>>>(
-                w, s, chunks_per_row, out);
+    if constexpr (sizeof(T) == 2) {
+        if (tiles(s, kUnit) && out_aligned && is_aligned(w.qweight, 16) &&
+            is_aligned(w.codebook, 16))
+            return launch_blocks<T, kNested>(w, s, out, stream);
     }
-    return cudaGetLastError();
+    if (tiles(s, kVectorWidth<T>) && out_aligned && is_aligned(w.qweight, sizeof(PackedVector<T>)))
+        return launch_vectors<T, kNested>(w, s, out, stream);
+    const int64_t chunks_per_row = ceil_div(s.columns / 2 + 1, kBytesPerCta);
+    const int64_t grid = s.rows * chunks_per_row;
+    if (grid > INT32_MAX)
+        return cudaErrorInvalidConfiguration;
+    return launch_in_order(
+        dequantize_scalars_kernel<T, kNested>, static_cast<unsigned>(grid), kScalarsThreads, 0,
+        stream, w, s, chunks_per_row, out);
 }
 
 template <typename T>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "launch_config.h"
 #include "nf4_lora_matmul.h"
 #include "nf4_lora_matmul_portable_tile.cuh"
 
@@ -86,8 +87,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1) project_tokens_kernel(cons
 template <typename T>
 cudaError_t launch_projection(const Projection& p, int tokens, cudaStream_t stream) {
     const auto launch = [&](auto kernel, dim3 grid) {
-        kernel<<<grid, kProjectThreads, 0, stream>>>(p);
-        return cudaGetLastError();
+        return launch_in_order(kernel, grid, kProjectThreads, 0, stream, p);
     };
     const dim3 grid(p.slices, tokens / kProjectTokens);
     switch (p.lora_A == nullptr ? 0 : (p.r + 15) / 16) {

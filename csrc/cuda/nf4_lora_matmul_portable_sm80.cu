@@ -285,8 +285,7 @@ cudaError_t launch_matmul(const Problem& problem, int ctas, cudaStream_t stream)
     const cudaError_t error = allow_shared_memory<kKernel>(Shape::kBytes);
     if (error != cudaSuccess)
         return error;
-    kKernel<<<ctas, kThreads, Shape::kBytes, stream>>>(problem);
-    return cudaGetLastError();
+    return launch_in_order(kKernel, ctas, kThreads, Shape::kBytes, stream, problem);
 }
 
 template <typename T>

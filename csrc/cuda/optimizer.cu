@@ -201,31 +201,27 @@ __global__ void __launch_bounds__(kThreads, State::kCtasPerSm)
 }
 
 template <typename T, typename Rule, typename State>
-void launch_with(const StepArgs& a, cudaStream_t stream) {
+cudaError_t launch_with(const StepArgs& a, cudaStream_t stream) {
     const int64_t resident = static_cast<int64_t>(sm_count()) * State::kCtasPerSm;
     const auto grid = static_cast<unsigned>(a.chunks < resident ? a.chunks : resident);
+    constexpr auto kKernel = optimizer_step_kernel<T, Rule, State>;
     if (a.follows_step && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
         const LaunchConfig config(grid, kThreads, 0, stream);
-        cudaLaunchKernelEx(config.get(), optimizer_step_kernel<T, Rule, State>, a);
-    } else {
-        optimizer_step_kernel<T, Rule, State><<<grid, kThreads, 0, stream>>>(a);
+        return cudaLaunchKernelEx(config.get(), kKernel, a);
     }
+    return launch_in_order(kKernel, grid, kThreads, 0, stream, a);
 }
 
 template <typename T, typename Rule>
-void launch_for(const StepArgs& a, cudaStream_t stream) {
-    if (a.scales != nullptr)
-        launch_with<T, Rule, CodedState>(a, stream);
-    else
-        launch_with<T, Rule, Float32State>(a, stream);
+cudaError_t launch_for(const StepArgs& a, cudaStream_t stream) {
+    return a.scales != nullptr ? launch_with<T, Rule, CodedState>(a, stream)
+                               : launch_with<T, Rule, Float32State>(a, stream);
 }
 
 template <typename T>
-void launch_for(const StepArgs& a, cudaStream_t stream) {
-    if (a.algorithm == Algorithm::kAdamW)
-        launch_for<T, AdamW>(a, stream);
-    else
-        launch_for<T, Lion>(a, stream);
+cudaError_t launch_for(const StepArgs& a, cudaStream_t stream) {
+    return a.algorithm == Algorithm::kAdamW ? launch_for<T, AdamW>(a, stream)
+                                            : launch_for<T, Lion>(a, stream);
 }
 
 }  // namespace
@@ -234,8 +230,7 @@ cudaError_t launch_optimizer_advance(const AdvanceArgs& args, cudaStream_t strea
     if (args.tensors == 0)
         return cudaSuccess;
     const auto grid = static_cast<unsigned>(ceil_div(args.tensors, int64_t{kThreads}));
-    optimizer_advance_kernel<<<grid, kThreads, 0, stream>>>(args);
-    return cudaGetLastError();
+    return launch_in_order(optimizer_advance_kernel, grid, kThreads, 0, stream, args);
 }
 
 cudaError_t launch_optimizer_step(const StepArgs& args, cudaStream_t stream) {
@@ -243,16 +238,13 @@ cudaError_t launch_optimizer_step(const StepArgs& args, cudaStream_t stream) {
         return cudaSuccess;
     switch (args.dtype) {
     case Dtype::kFloat32:
-        launch_for<float>(args, stream);
-        break;
+        return launch_for<float>(args, stream);
     case Dtype::kBFloat16:
-        launch_for<__nv_bfloat16>(args, stream);
-        break;
+        return launch_for<__nv_bfloat16>(args, stream);
     case Dtype::kFloat16:
-        launch_for<__half>(args, stream);
-        break;
+        return launch_for<__half>(args, stream);
     }
-    return cudaGetLastError();
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace lowbit::cuda

@@ -7,6 +7,7 @@
 // 4096 elements, one more CTA sums the chunks; the order is fixed, so results repeat bit for bit.
 // Bound by bytes. Checked by callers: rows are right.
 
+#include "launch_config.h"
 #include "optimizer.h"
 #include "optimizer_elements.cuh"
 
@@ -110,11 +111,15 @@ cudaError_t launch_gradient_norm(
     float* norm,
     float* found_inf,
     cudaStream_t stream) {
+    cudaError_t error = cudaSuccess;
     if (chunks > 0)
-        gradient_squares_kernel<<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(
-            rows, tensors, partial_sums);
-    gradient_norm_kernel<<<1, kThreads, 0, stream>>>(partial_sums, chunks, norm, found_inf);
-    return cudaGetLastError();
+        error = launch_in_order(
+            gradient_squares_kernel, static_cast<unsigned>(chunks), kThreads, 0, stream, rows,
+            tensors, partial_sums);
+    if (error != cudaSuccess)
+        return error;
+    return launch_in_order(
+        gradient_norm_kernel, 1, kThreads, 0, stream, partial_sums, chunks, norm, found_inf);
 }
 
 cudaError_t launch_clip_gradients(
@@ -126,9 +131,9 @@ cudaError_t launch_clip_gradients(
     cudaStream_t stream) {
     if (chunks == 0)
         return cudaSuccess;
-    clip_gradients_kernel<<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(
-        rows, tensors, norm, max_norm);
-    return cudaGetLastError();
+    return launch_in_order(
+        clip_gradients_kernel, static_cast<unsigned>(chunks), kThreads, 0, stream, rows, tensors,
+        norm, max_norm);
 }
 
 }  // namespace lowbit::cuda
