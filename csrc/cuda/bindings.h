@@ -113,7 +113,35 @@ inline void align(OptionalTensor& tensor) {
         align(*tensor);
 }
 
-// The weight arguments, in the order every operator has them.
+// The weight arguments of an operator without their tensors, as kernels want them. Every field
+// takes 8 bytes: lowbit/backends/cuda_direct.py packs them in this order.
+struct WeightArguments {
+    const uint8_t* qweight;
+    const void* absmax;  // fp32, or uint8 if there is a nested_codebook
+    const float *codebook, *nested_absmax, *nested_codebook, *nested_offset;
+    int64_t N, K, blocksize, nested_blocksize, row_blocks;
+
+    WeightView view() const {
+        WeightView w{};
+        w.qweight = qweight;
+        w.codebook = codebook;
+        w.N = N, w.K = K;
+        w.flat = row_blocks == 0 || K % blocksize == 0;
+        w.blocksize_log2 = __builtin_ctzll(static_cast<uint64_t>(blocksize));
+        if (nested_codebook == nullptr) {
+            w.absmax = static_cast<const float*>(absmax);
+            return w;
+        }
+        w.absmax_8bit = static_cast<const uint8_t*>(absmax);
+        w.nested_absmax = nested_absmax;
+        w.nested_codebook = nested_codebook;
+        w.nested_offset = nested_offset;
+        w.nested_blocksize_log2 = __builtin_ctzll(static_cast<uint64_t>(nested_blocksize));
+        return w;
+    }
+};
+
+// The same from tensors, in the order every operator has them, which are checked.
 inline WeightView make_weight_view(
     const Call& call,
     const Tensor& qweight,
@@ -131,32 +159,30 @@ inline WeightView make_weight_view(
     STD_TORCH_CHECK(
         absmax.has_value() && codebook.has_value(),
         "absmax and codebook are required: weight is not dense");
-    WeightView w{};
-    w.N = N;
-    w.K = K;
-    w.blocksize_log2 = checked_log2(blocksize, 32, 4096, "blocksize");
-    w.flat = !row_blocks || K % blocksize == 0;
+    checked_log2(blocksize, 32, 4096, "blocksize");
+    WeightArguments a{};
+    a.N = N, a.K = K;
+    a.blocksize = blocksize, a.nested_blocksize = nested_blocksize, a.row_blocks = row_blocks;
     const int64_t bytes = row_blocks ? N * ceil_div(K, 2) : ceil_div(N * K, 2);
     const int64_t blocks = row_blocks ? N * ceil_div(K, blocksize) : ceil_div(N * K, blocksize);
-    w.qweight = call.data<uint8_t>(qweight, ScalarType::Byte, bytes, "qweight");
-    w.codebook = call.data<float>(*codebook, ScalarType::Float, 16, "codebook");
+    const auto floats = [&](const Tensor& tensor, int64_t count, const char* argument) {
+        return call.data<float>(tensor, ScalarType::Float, count, argument);
+    };
+    a.qweight = call.data<uint8_t>(qweight, ScalarType::Byte, bytes, "qweight");
+    a.codebook = floats(*codebook, 16, "codebook");
     if (absmax->scalar_type() == ScalarType::Float) {
-        w.absmax = call.data<float>(*absmax, ScalarType::Float, blocks, "absmax");
-        return w;
+        a.absmax = floats(*absmax, blocks, "absmax");
+        return a.view();
     }
     STD_TORCH_CHECK(
         nested_absmax.has_value() && nested_codebook.has_value() && nested_offset.has_value(),
         "8-bit absmax needs nested_absmax, nested_codebook and nested_offset");
-    w.nested_blocksize_log2 =
-        checked_log2(nested_blocksize, 1, int64_t{1} << 30, "nested_blocksize");
-    const int64_t nested_blocks = ceil_div(blocks, nested_blocksize);
-    w.absmax_8bit = call.data<uint8_t>(*absmax, ScalarType::Byte, blocks, "absmax");
-    w.nested_absmax =
-        call.data<float>(*nested_absmax, ScalarType::Float, nested_blocks, "nested_absmax");
-    w.nested_codebook =
-        call.data<float>(*nested_codebook, ScalarType::Float, 256, "nested_codebook");
-    w.nested_offset = call.data<float>(*nested_offset, ScalarType::Float, 1, "nested_offset");
-    return w;
+    checked_log2(nested_blocksize, 1, int64_t{1} << 30, "nested_blocksize");
+    a.absmax = call.data<uint8_t>(*absmax, ScalarType::Byte, blocks, "absmax");
+    a.nested_absmax = floats(*nested_absmax, ceil_div(blocks, nested_blocksize), "nested_absmax");
+    a.nested_codebook = floats(*nested_codebook, 256, "nested_codebook");
+    a.nested_offset = floats(*nested_offset, 1, "nested_offset");
+    return a.view();
 }
 
 }  // namespace lowbit::cuda

@@ -18,13 +18,7 @@
 namespace lowbit::cuda {
 namespace {
 
-// Every field takes 8 bytes; cuda_direct.py packs them in this order.
-struct DirectWeight {
-    const uint8_t* qweight;
-    const void* absmax;  // fp32, or uint8 if there is a nested_absmax
-    const float *codebook, *nested_absmax, *nested_codebook, *nested_offset;
-    int64_t N, K, blocksize, nested_blocksize, row_blocks;
-};
+// Every field takes 8 bytes; cuda_direct.py packs them in this order, as it does WeightArguments.
 
 // What is the same in every call of a kernel for the same sizes.
 struct DirectSizes {
@@ -50,25 +44,6 @@ struct DirectBackward {
 
 constexpr const ProductKernel* kKernels[] = {&kGemv, &kSmall, &kMid, &kLarge, &kPortable};
 constexpr const DxKernel* kDxKernels[] = {&kDxInLoop, &kDxLarge};
-
-WeightView view(const DirectWeight& weight) {
-    WeightView w{};
-    w.qweight = weight.qweight;
-    w.codebook = weight.codebook;
-    if (weight.nested_absmax == nullptr)
-        w.absmax = static_cast<const float*>(weight.absmax);
-    else
-        w.absmax_8bit = static_cast<const uint8_t*>(weight.absmax);
-    w.nested_absmax = weight.nested_absmax;
-    w.nested_codebook = weight.nested_codebook;
-    w.nested_offset = weight.nested_offset;
-    w.N = weight.N, w.K = weight.K;
-    w.flat = weight.row_blocks == 0 || weight.K % weight.blocksize == 0;
-    w.blocksize_log2 = __builtin_ctzll(static_cast<uint64_t>(weight.blocksize));
-    if (weight.nested_absmax != nullptr)
-        w.nested_blocksize_log2 = __builtin_ctzll(static_cast<uint64_t>(weight.nested_blocksize));
-    return w;
-}
 
 // The current stream of a device, which is the thread's current one as long as this lives.
 class OnDevice {
@@ -98,12 +73,13 @@ void check_alignment(std::initializer_list<const void*> pointers) {
         STD_TORCH_CHECK(is_aligned(p), "an argument is not 16-byte aligned");
 }
 
-void product(const DirectWeight& weight, const DirectSizes& sizes, const DirectProduct& p, bool&) {
+void product(
+    const WeightArguments& weight, const DirectSizes& sizes, const DirectProduct& p, bool&) {
     const OnDevice on(sizes.device);
     check_alignment(
         {weight.qweight, weight.absmax, p.x, p.lora_A, p.lora_B, p.bias, p.z_in, p.z_out});
     LoraMatmulArgs a{};
-    a.w = view(weight);
+    a.w = weight.view();
     a.dtype = static_cast<Dtype>(sizes.dtype);
     a.x = p.x, a.lora_A = p.lora_A, a.lora_B = p.lora_B;
     a.lora_scaling = p.lora_scaling, a.scaling = static_cast<float>(p.scaling);
@@ -116,7 +92,10 @@ void product(const DirectWeight& weight, const DirectSizes& sizes, const DirectP
 }
 
 void backward(
-    const DirectWeight& weight, const DirectSizes& sizes, const DirectBackward& p, bool& launched) {
+    const WeightArguments& weight,
+    const DirectSizes& sizes,
+    const DirectBackward& p,
+    bool& launched) {
     const OnDevice on(sizes.device);
     check_alignment({weight.qweight, p.dy, p.x, p.z, p.lora_A, p.lora_B, p.dx});
     STD_TORCH_CHECK(p.dy && p.lora_A && p.lora_B, "an argument has no memory");
@@ -136,7 +115,7 @@ void backward(
     LoraDxArgs b{};
     const DxKernel& kernel = *kDxKernels[sizes.kernel];
     if (p.dx != nullptr) {
-        b.w = view(weight);
+        b.w = weight.view();
         b.dtype = a.dtype, b.lora_A_dtype = a.lora_A_dtype;
         b.dy = p.dy, b.lora_A = p.lora_A, b.dx = p.dx;
         b.adds = p.adds != 0;
@@ -149,13 +128,13 @@ void backward(
 // 0 if it ran, 1 if nothing was launched, 2 if it failed later.
 template <class Arguments>
 int attempt(
-    void (*run)(const DirectWeight&, const DirectSizes&, const Arguments&, bool&),
+    void (*run)(const WeightArguments&, const DirectSizes&, const Arguments&, bool&),
     const void* weight,
     const void* sizes,
     const void* arguments) {
     bool launched = false;
     try {
-        run(*static_cast<const DirectWeight*>(weight), *static_cast<const DirectSizes*>(sizes),
+        run(*static_cast<const WeightArguments*>(weight), *static_cast<const DirectSizes*>(sizes),
             *static_cast<const Arguments*>(arguments), launched);
         return 0;
     } catch (...) {
