@@ -1,5 +1,5 @@
 // Walks through plans of the kernels for many tokens on the host, and ends with 1 and a line at the
-// first that is wrong. See test_large_plan.py.
+// first that is wrong. See test_plans.py.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

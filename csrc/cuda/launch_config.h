@@ -85,4 +85,19 @@ cudaError_t launch_in_order(
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// How many clusters of `size` CTAs the current device holds at once, 0 if none. Takes long.
+inline int clusters_at_once(const void* kernel, int size, int threads, int smem_bytes) {
+    LaunchConfig config(size, threads, smem_bytes, nullptr);
+    config.cluster(size);
+    int clusters = 0;
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveClusters(&clusters, kernel, config.get());
+    if (error == cudaSuccess)
+        return clusters;
+    cudaGetLastError();  // the answer is 0; left in place it would be taken for another call's
+    return 0;
+}
+
 }  // namespace lowbit::cuda

@@ -13,41 +13,50 @@ inline int padded_rank(int r) {
     return (r + 15) / 16 * 16;
 }
 
+// What a projection may have at the same time.
+struct ProjectionRoom {
+    int cluster;  // CTAs of a cluster, one on each SM
+    int clusters;
+};
+
+// Most of an idle device, in clusters of eight if it can hold them.
+ProjectionRoom projection_room();
+
+// SMs beside a product whose CTAs come in pairs: clusters of four leave no pair broken.
+constexpr int kBesideCluster = 4;
+inline ProjectionRoom projection_room_beside(int spare_sms) {
+    return {kBesideCluster, spare_sms / kBesideCluster};
+}
+
 // Clusters take tokens by groups; some of their CTAs divide K for one group.
 struct ProjectionTiling {
-    int tokens;   // of a group, 64 to 256
-    int parts;    // of K, each of a CTA
-    int cluster;  // CTAs of a cluster, a multiple of parts
+    int tokens;  // of a group, 64 to 256
+    int parts;   // of K, each of a CTA; they divide the cluster
     int clusters;
     int passes;  // groups of a CTA, at most
 };
 
-// K is divided as far as one pass allows: every pass reads lora_A again and adds up. Beside a
-// product, whose CTAs come in pairs, clusters of four SMs leave no pair broken. Alone, clusters of
-// eight find room on 10 of 11 SMs of an H100.
-inline ProjectionTiling tile_projection(int64_t M, int sms, bool beside) {
+// K is divided as far as one pass allows: every pass reads lora_A again and adds up.
+inline ProjectionTiling tile_projection(int64_t M, ProjectionRoom room) {
     constexpr int64_t kBox = 64, kMostTokens = 256;
-    const int cluster = beside ? 4 : 8;
-    const int64_t most_clusters = std::max((beside ? sms : sms * 10 / 11) / cluster, 1);
     M = std::max<int64_t>(M, 1);
-    int parts = cluster;
-    while (parts > 1 && M > most_clusters * (cluster / parts) * kMostTokens)
+    int parts = room.cluster;
+    while (parts > 1 && M > room.clusters * (room.cluster / parts) * kMostTokens)
         parts /= 2;
-    const int64_t groups = most_clusters * (cluster / parts);  // at the same time
+    const int64_t groups = room.clusters * (room.cluster / parts);  // at the same time
     const int64_t passes = ceil_div(M, groups * kMostTokens);
     const int64_t tokens = kBox * ceil_div(M, groups * passes * kBox);
-    const int64_t clusters = std::min(most_clusters, ceil_div(M, tokens * (cluster / parts)));
-    return {
-        static_cast<int>(tokens), parts, cluster, static_cast<int>(clusters),
-        static_cast<int>(passes)};
+    const int64_t clusters =
+        std::min<int64_t>(room.clusters, ceil_div(M, tokens * (room.cluster / parts)));
+    return {static_cast<int>(tokens), parts, static_cast<int>(clusters), static_cast<int>(passes)};
 }
 
 struct Projection {
     void* z_scaled;   // [M, padded_rank(r)] of x's dtype
     uint32_t* flags;  // cleared for the kernel that follows
     int flag_count;
-    int spare_sms;  // 0: on the whole card; otherwise on these, a multiple of 4, while a kernel
-                    // that leaves them alone runs on the others
+    int spare_sms;  // 0: on the whole card; otherwise on these, whole clusters, while a kernel that
+                    // leaves them alone runs on the others
 };
 
 // Fills z_scaled from args.x and lora_A, or from args.z_in, and args.z_out unless null. A kernel

@@ -11,8 +11,8 @@
 // quarter or an eighth; those that divide K are neighbours in a cluster. A producer thread brings
 // steps of 64 along K into a ring by TMA; each warpgroup multiplies its 64 tokens of a step with
 // the 16 or 64 columns that r fits in (rows behind lora_A's last one arrive as zeros). Then each
-// CTA adds up its share of the sums. On the whole card clusters have eight CTAs; on spare SMs four,
-// at the same time as the product that follows, which wants z at its end.
+// CTA adds up its share of the sums. On the whole card clusters have eight CTAs, where it can hold
+// such; on spare SMs four, at the same time as the product that follows, which wants z at its end.
 //
 // Bound by what an SM takes in: per 256 tokens and 1024 of K 640 KB at rank 64, 544 KB at 16, at 95
 // and 115 bytes in a nanosecond. On four SMs beside a product 12.4 us for 256 tokens, 33 for 1024
@@ -20,6 +20,8 @@
 // Callers have checked shapes, dtypes and alignment.
 
 #include "lora_project.h"
+
+#include <atomic>
 
 #include "common.cuh"
 #include "device.h"
@@ -253,8 +255,9 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(
 template <typename T, int kColumns>
 cudaError_t launch_project(const LoraMatmulArgs& a, const Projection& p, cudaStream_t stream) {
     using L = Layout<kColumns>;
-    const bool beside = p.spare_sms > 0;
-    const ProjectionTiling tiling = tile_projection(a.M, beside ? p.spare_sms : sm_count(), beside);
+    const ProjectionRoom room =
+        p.spare_sms > 0 ? projection_room_beside(p.spare_sms) : projection_room();
+    const ProjectionTiling tiling = tile_projection(a.M, room);
     Params params{};
     const CUtensorMapDataType type = tensor_map_type(a.dtype);
     cudaError_t error = make_tensor_map(params.x, type, a.x, a.M, a.w.K, {tiling.tokens, kStepK});
@@ -279,8 +282,8 @@ cudaError_t launch_project(const LoraMatmulArgs& a, const Projection& p, cudaStr
     params.flags = p.flags;
     params.flag_count = p.flag_count;
     const int threads = tiling.tokens / kBoxTokens * kWarpgroup + kWarpSize;
-    LaunchConfig config(tiling.clusters * tiling.cluster, threads, L::kSmemBytes, stream);
-    config.cluster(tiling.cluster);
+    LaunchConfig config(tiling.clusters * room.cluster, threads, L::kSmemBytes, stream);
+    config.cluster(room.cluster);
     return cudaLaunchKernelEx(config.get(), kernel, params);
 }
 
@@ -300,6 +303,35 @@ cudaError_t launch(const LoraMatmulArgs& a, const Projection& p, cudaStream_t st
 }
 
 }  // namespace
+
+ProjectionRoom projection_room() {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices];  // 16 * clusters + cluster
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices)
+        return {1, 1};
+    int found = known[device];
+    if (found == 0) {
+        const auto kernel = reinterpret_cast<const void*>(project_kernel<__nv_bfloat16, 64>);
+        ProjectionRoom room{1, std::max(sm_count(), 1)};
+        // Which sizes find room depends on how the SMs are grouped: eights on 10 of 11 SMs of an
+        // H100. Half of them may be lost before smaller clusters are better.
+        for (int size = 8; size > 1; size /= 2) {
+            const int clusters =
+                clusters_at_once(kernel, size, kMostThreads, Layout<64>::kSmemBytes);
+            if (2 * size * clusters >= sm_count() && clusters > 0) {
+                room = {size, clusters};
+                break;
+            }
+        }
+        // Of threads that ask at the same time, perhaps in different contexts, the first decides
+        // for all: workspaces are laid out by it.
+        const int own = 16 * room.clusters + room.cluster;
+        if (known[device].compare_exchange_strong(found, own))
+            found = own;
+    }
+    return {found % 16, found / 16};
+}
 
 cudaError_t
 launch_lora_project(const LoraMatmulArgs& args, const Projection& projection, cudaStream_t stream) {

@@ -24,15 +24,8 @@ int resident_clusters() {
         int clusters = 0;
         for (const void* kernel :
              {reinterpret_cast<const void*>(nf4_lora_matmul_large_kernel<__nv_bfloat16, Product>),
-              reinterpret_cast<const void*>(nf4_lora_matmul_large_kernel<__half, Product>)}) {
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
-            LaunchConfig config(kCtas, kThreads, kSmemBytes, nullptr);
-            config.cluster(kCtas);
-            if (!device_is_sm90() ||
-                cudaOccupancyMaxActiveClusters(&clusters, kernel, config.get()) != cudaSuccess)
-                clusters = 0;
-        }
-        cudaGetLastError();
+              reinterpret_cast<const void*>(nf4_lora_matmul_large_kernel<__half, Product>)})
+            clusters = device_is_sm90() ? clusters_at_once(kernel, kCtas, kThreads, kSmemBytes) : 0;
         known[device] = (clusters < kLeastClusters ? 0 : clusters) + 1;
     }
     return known[device] - 1;

@@ -40,29 +40,40 @@ inline Rates rates_of(PlanKind plan) {
 
 constexpr int64_t kMostParts = 8;  // of a tile, level
 
-// Clusters of four SMs: two pairs, so that no pair loses one.
-constexpr int kSpareSms = 4;
+constexpr int kSpareSms = kBesideCluster;
+
+// What a division may count on: SMs of the device, and what a projection in front finds room for.
+struct Machine {
+    int sms;
+    ProjectionRoom room;
+};
 
 // Until z is there, projected on the spare SMs or on all: see lora_project_sm90.cu. All SMs
 // together take in 5 TB/s.
-inline int64_t projection_time(const LoraMatmulArgs& a, int sms, int spare_sms) {
+inline int64_t projection_time(const LoraMatmulArgs& a, const Machine& machine, int spare_sms) {
     if (a.lora_A == nullptr)
         return 200;
     const bool beside = spare_sms > 0;
-    const ProjectionTiling t = tile_projection(a.M, beside ? spare_sms : sms, beside);
+    const ProjectionRoom room = beside ? projection_room_beside(spare_sms) : machine.room;
+    const ProjectionTiling t = tile_projection(a.M, room);
     const int64_t columns = a.r > 16 ? 64 : 16;
     const int64_t bytes = (t.tokens + columns) * 2 * a.w.K / t.parts;
-    const int64_t rate = std::min(columns == 16 ? 1150 : 950, 50000 / (t.clusters * t.cluster));
+    const int64_t rate = std::min(columns == 16 ? 1150 : 950, 50000 / (t.clusters * room.cluster));
     return (beside ? 150 : 0) + t.passes * (400 + bytes / rate);
 }
 
 // The best division of a plan's tiles, whole rounds and then what is left; or `best` if none is
 // better.
 inline Division divide(
-    const LoraMatmulArgs& a, PlanKind plan, int64_t tiles, int sms, int spare_sms, Division best) {
+    const LoraMatmulArgs& a,
+    PlanKind plan,
+    int64_t tiles,
+    const Machine& machine,
+    int spare_sms,
+    Division best) {
     const Rates rates = rates_of(plan);
     const int64_t steps = a.w.K / kStepK, quads = ceil_div(steps, kQuad);
-    const int clusters = (sms - spare_sms) / kCluster;
+    const int clusters = (machine.sms - spare_sms) / kCluster;
     const int64_t rounds = tiles / clusters, rest = tiles % clusters;
     const auto consider = [&](int64_t split, int64_t split_clusters, int64_t extra_steps,
                               int64_t extra) {
@@ -76,8 +87,9 @@ inline Division divide(
         d.full_tiles = static_cast<int>(full);
         d.split_tiles = static_cast<int>(split);
         d.split_clusters = static_cast<int>(split_clusters);
-        d.spare_sms = spare_sms == 0 ? 0 : (sms - d.clusters * kCluster) / kSpareSms * kSpareSms;
-        const int64_t z = a.r == 0 ? 0 : projection_time(a, sms, d.spare_sms);
+        const int left = machine.sms - d.clusters * kCluster;
+        d.spare_sms = spare_sms == 0 ? 0 : left / kSpareSms * kSpareSms;
+        const int64_t z = a.r == 0 ? 0 : projection_time(a, machine, d.spare_sms);
         const int64_t first_end = (full > 0 ? steps : extra_steps) * rates.step;
         d.time += spare_sms == 0 ? z : std::max<int64_t>(0, z - first_end);
         if (best.clusters == 0 || d.time < best.time)
@@ -98,18 +110,19 @@ inline Division divide(
     return best;
 }
 
-inline Division divide(const LoraMatmulArgs& a, int sms) {
+inline Division divide(const LoraMatmulArgs& a, const Machine& machine) {
     const int64_t row_tiles = ceil_div(a.w.N, kTileRows);
     const int64_t row_pairs = ceil_div(row_tiles, 2);
     Division best{};
     for (const int spare_sms : {kSpareSms, 0}) {
-        if (spare_sms > 0 && (a.lora_A == nullptr || a.r == 0 || sms <= 2 * spare_sms))
+        if (spare_sms > 0 && (a.lora_A == nullptr || a.r == 0 || machine.sms <= 2 * spare_sms ||
+                              machine.room.cluster < kBesideCluster))
             continue;
         for (const PlanKind plan : {kSharedX256, kSharedX128, kSharedW256}) {
             const int64_t tiles = plan == kSharedX256   ? row_pairs * ceil_div(a.M, 256)
                                   : plan == kSharedX128 ? row_pairs * ceil_div(a.M, 128)
                                                         : row_tiles * ceil_div(a.M, 512);
-            best = divide(a, plan, tiles, sms, spare_sms, best);
+            best = divide(a, plan, tiles, machine, spare_sms, best);
         }
     }
     return best;

@@ -1,0 +1,76 @@
+// Walks through divisions of nf4_lora_matmul_mid_sm90.cu and tilings of its projection on the host,
+// and ends with 1 and a line at the first that is wrong. See test_plans.py.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "cuda/nf4_lora_matmul_mid_plan.h"
+
+using namespace lowbit::cuda;
+
+namespace {
+
+[[noreturn]] void fail(const char* what, const LoraMatmulArgs& a, const Machine& machine) {
+    std::printf(
+        "%s: M %lld, N %lld, K %lld, r %d, %d SMs, room for %d clusters of %d\n", what,
+        static_cast<long long>(a.M), static_cast<long long>(a.w.N), static_cast<long long>(a.w.K),
+        a.r, machine.sms, machine.room.clusters, machine.room.cluster);
+    std::exit(1);
+}
+
+// Groups of tokens that have room in shared memory, enough of them, and whole groups of CTAs.
+const char* check_tiling(int64_t M, const ProjectionRoom& room) {
+    const ProjectionTiling t = tile_projection(M, room);
+    const int64_t groups = int64_t{t.clusters} * (room.cluster / t.parts);
+    if (t.tokens % 64 != 0 || t.tokens < 64 || t.tokens > 256)
+        return "tokens of a group";
+    if (t.parts < 1 || room.cluster % t.parts != 0)
+        return "parts of K";
+    if (t.clusters < 1 || t.clusters > room.clusters)
+        return "clusters";
+    return groups * t.tokens * t.passes < M ? "tokens are left" : nullptr;
+}
+
+const char* check_division(const LoraMatmulArgs& a, const Machine& machine) {
+    const Division d = divide(a, machine);
+    if (d.clusters < 1 || d.clusters * kCluster > machine.sms)
+        return "clusters of the product";
+    if (d.split_clusters > d.clusters || (d.split_tiles == 0) != (d.split_clusters == 0))
+        return "clusters of divided tiles";
+    if (d.spare_sms % kBesideCluster != 0 || d.clusters * kCluster + d.spare_sms > machine.sms)
+        return "spare SMs";
+    if (d.spare_sms > 0 && machine.room.cluster < kBesideCluster)
+        return "a projection beside that finds no cluster";
+    const bool level = d.split_tiles > 0 && d.split_clusters % d.split_tiles == 0;
+    if (level && d.split_clusters / d.split_tiles > kMostParts)
+        return "parts that wait for each other";
+    return nullptr;
+}
+
+}  // namespace
+
+int main() {
+    std::mt19937 random(0);
+    int level = 0;
+    for (int i = 0; i < 20000; i++) {
+        LoraMatmulArgs a{};
+        a.M = 1 + random() % (64 << random() % 13);
+        a.w.N = 16 * (1 + random() % (1 << random() % 12));
+        a.w.K = 64 * (1 + random() % (1 << random() % 9));
+        a.r = static_cast<int>(random() % 65);
+        a.lora_A = a.r > 0 ? &a : nullptr;
+        Machine machine{};
+        machine.sms = static_cast<int>(2 + random() % 160);
+        machine.room.cluster = 1 << random() % 4;
+        machine.room.clusters = std::max(1, machine.sms / machine.room.cluster);
+        const char* wrong = check_tiling(a.M, machine.room);
+        if (wrong == nullptr)
+            wrong = check_division(a, machine);
+        if (wrong != nullptr)
+            fail(wrong, a, machine);
+        const Division d = divide(a, machine);
+        level += d.split_tiles > 0 && d.split_clusters % d.split_tiles == 0;
+    }
+    std::printf("%d\n", level);
+}

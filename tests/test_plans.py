@@ -1,0 +1,39 @@
+"""Plans of CUDA kernels, walked through on the host for random sizes; nothing here needs a GPU.
+
+Who computes which tile and when is arithmetic on the host, or that host and device share: of the
+kernels for many tokens (csrc/cuda/nf4_lora_matmul_large_plan.h), and of that for some hundred
+tokens with the projection before or beside it (nf4_lora_matmul_mid_plan.h, lora_project.h).
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _run(name, tmp_path):
+    """Compile and run a program beside this file; return the numbers it prints."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("nvcc is neither on PATH nor in /usr/local/cuda")
+    source, program = Path(__file__).with_name(f"{name}.cu"), tmp_path / name
+    build = [nvcc, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-o", program, source]
+    compiled = subprocess.run(build, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    return [int(number) for number in done.stdout.split()]
+
+
+def test_tiles_riders_and_waves_of_many_tokens(tmp_path):
+    with_riders, late_starts = _run("large_plan", tmp_path)
+    assert with_riders > 1000  # of 10000
+    assert late_starts > 100  # plans whose first wave makes only z, of 5000
+
+
+def test_some_hundred_tokens_find_room_on_any_device(tmp_path):
+    (level,) = _run("mid_plan", tmp_path)
+    assert level > 1000  # of 20000
