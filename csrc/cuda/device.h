@@ -1,11 +1,24 @@
-// What launchers ask of the current device and of pointers. Host code.
+// What launchers ask of the driver, of the current device and of pointers. Host code.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 namespace lowbit::cuda {
+
+// From the driver that is loaded, so that nothing links against it; null if it has none of this
+// name that goes back to CUDA `since` (12050 for 12.5).
+template <typename Function>
+Function driver_function(const char* name, unsigned since) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion(name, &entry, since, cudaEnableDefault, &result);
+    const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return found ? reinterpret_cast<Function>(entry) : nullptr;
+}
 
 // 0 if it cannot be had.
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -16,8 +29,20 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     return value;
 }
 
+// Of the device; an MPS client with a percentage sees those that it may use.
 inline int sm_count() {
     return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Whether kernels in a stream have the SMs of a green context, fewer than sm_count. Its own context
+// decides, for the default stream the thread's.
+inline bool in_green_context(cudaStream_t stream) {
+    static const auto contexts_of =
+        driver_function<decltype(&cuStreamGetCtx_v2)>("cuStreamGetCtx", 12050);
+    CUcontext context = nullptr;
+    CUgreenCtx green = nullptr;
+    return contexts_of != nullptr && contexts_of(stream, &context, &green) == CUDA_SUCCESS &&
+           green != nullptr;
 }
 
 // Whether the current device runs the *_sm90.cu kernels: compute capability 9.0, not later ones.

@@ -25,8 +25,10 @@
 //   level      parts of equal length, which end together: each adds up a quarter of the tokens
 // Level parts wait for each other. A grid is never larger than what the card holds at once; where
 // it has to share the card, its CTAs start in order and the parts of a tile are neighbours, so that
-// one tile's, 7 clusters at most, wait for SMs while all others end. Up to some 1000 tokens, 2000
-// at ranks up to 16, four SMs stay out of the grid and project meanwhile, which hides 7 us.
+// one tile's, 7 clusters at most, wait for SMs while all others end. A green context may not hold
+// even one tile's: there the last part has all tokens, as in a row, and waits for those before it
+// alone. Up to some 1000 tokens, 2000 at ranks up to 16, four SMs stay out of the grid and project
+// meanwhile, which hides 7 us.
 //
 // Bound by decoding beside wgmma and by shared memory: per step wgmma reads 80 KB (96 with shared
 // x, see Plan), x takes 32, decoded weights 16. A step of 128 x 256 takes 0.70 us with shared W,
@@ -35,6 +37,7 @@
 //
 // Callers have checked what serves_nf4_lora_matmul_mid lists.
 
+#include "device.h"
 #include "launch_config.h"
 #include "lora_project.h"
 #include "nf4_lora_matmul_mid.h"
@@ -131,7 +134,8 @@ cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cu
     p.full_tiles = division.full_tiles;
     p.split_tiles = division.split_tiles;
     p.split_clusters = division.split_clusters;
-    p.level = division.split_tiles > 0 && division.split_clusters % division.split_tiles == 0;
+    p.level = division.split_tiles > 0 && division.split_clusters % division.split_tiles == 0 &&
+              !in_green_context(stream);
     p.waits_first = !has_first_kernel(a, division);
     p.quick_scales = quick_scales(a.w);
 

@@ -77,7 +77,7 @@ struct Params {
     int full_tiles;      // of clusters, kRowTiles x kTokenTiles tiles of CTAs: whole rounds
     int split_tiles;     // after them, fewer than clusters
     int split_clusters;  // that these are divided among
-    bool level;          // each of them among equally many
+    bool level;          // each of them among equally many, all of which find room at once
     bool waits_first;    // no kernel of this call came before
     bool quick_scales;   // four blocks of a row can be loaded as one word and share a nested absmax
 };
@@ -113,7 +113,7 @@ struct Schedule {
         begin = end = 0, owes = ends = false;
         if (cluster < p.split_clusters) {
             begin = share_begin(p, cluster), end = share_begin(p, cluster + 1);
-            owes = end % quads != 0 && !p.level;  // parts of equal length end together
+            owes = end % quads != 0 && !p.level;  // level parts end together
             ends = !owes || begin / quads != end / quads;
         }
     }

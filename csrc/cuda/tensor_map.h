@@ -4,23 +4,15 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "device.h"
 #include "weight.h"
 
 namespace lowbit::cuda {
 
-using TensorMapEncoder = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver that is loaded, so that nothing links against it; null if it has none.
-inline TensorMapEncoder tensor_map_encoder() {
-    static const TensorMapEncoder encoder = [] {
-        void* entry = nullptr;
-        cudaDriverEntryPointQueryResult result{};
-        constexpr unsigned kSince = 12000;
-        const cudaError_t error = cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &entry, kSince, cudaEnableDefault, &result);
-        const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-        return found ? reinterpret_cast<TensorMapEncoder>(entry) : nullptr;
-    }();
+// Null if the driver has none.
+inline auto tensor_map_encoder() {
+    static const auto encoder =
+        driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
     return encoder;
 }
 
@@ -30,9 +22,15 @@ inline CUtensorMapDataType tensor_map_type(Dtype dtype) {  // of the 16-bit ones
 }
 
 // A thread that has not called the runtime yet, such as one of autograd's, has no context, and the
-// encoder refuses it. Once a thread has one it keeps one.
+// encoder refuses it. Once a thread has one it keeps one; whose that is, is not for us to change.
 inline bool thread_has_context() {
     static thread_local const bool has = [] {
+        const auto current_context =
+            driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent", 4000);
+        CUcontext context = nullptr;
+        if (current_context != nullptr && current_context(&context) == CUDA_SUCCESS &&
+            context != nullptr)
+            return true;
         int device = 0;
         return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
     }();
@@ -53,7 +51,7 @@ inline cudaError_t make_tensor_map(
     int64_t columns,
     TensorMapBox box,
     CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
-    const TensorMapEncoder encode = tensor_map_encoder();
+    const auto encode = tensor_map_encoder();
     if (encode == nullptr)
         return cudaErrorNotSupported;
     const int element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8    ? 1
