@@ -115,11 +115,25 @@ def test_quantize_equals_the_reference(shape, dtype, rows, nested):
 
 @pytest.mark.parametrize("quant_type", codebooks.NAMES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-@pytest.mark.parametrize("K", [8192, 8296, 8290], ids=lambda K: f"K{K}")
+@pytest.mark.parametrize("K", [8192, 8296, 8292, 8290, 8291], ids=lambda K: f"K{K}")
 def test_every_blocksize_and_format(quant_type, blocksize, K):
-    """K: whole blocks; short last block in steps of 8; short last block in steps of 2."""
+    """K: whole blocks; short last block in steps of 8, of 4, of 2; an odd one."""
     weight = torch.randn(3, K).bfloat16()
     _check_quantize(weight, _rule(quant_type), blocksize=blocksize, nested_blocksize=32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_dtype_id)
+@pytest.mark.parametrize("K", [4104, 3420, 3421], ids=lambda K: f"K{K}")
+def test_many_rows_of_ragged_blocks(K, dtype):
+    """More of them than the device takes at once, from an aligned start and from others."""
+    for start in (0, 4, 2, 1):
+        storage = torch.randn(1500 * K + start).to(dtype)
+        weight = storage[start:].view(1500, K)
+        qweight, absmax = reference.quantize_4bit(weight, *_rule("nf4"), 64, True)
+        view = storage.cuda()[start:].view(1500, K)
+        actual = cuda.quantize_4bit(view, *_to_cuda(_rule("nf4")), None, 64, 256, True)
+        assert_bitwise_equal(actual[0], qweight, f"qweight from {start}")
+        assert_bitwise_equal(actual[1], absmax, f"absmax from {start}")
 
 
 @pytest.mark.parametrize("nested_blocksize", [32, 256, 512, 4096])
@@ -266,16 +280,17 @@ def test_dequantize_equals_the_reference(shape, rows, nested, quant_type):
         (N // 2, N - N // 2, 0, K),  # a panel of rows
         (0, N, K // 64 // 2 * 64, 64),  # a panel of columns, aligned
         (0, N, 8, K - K % 8 - 8),  # aligned to a vector
+        (0, N, 4, K - K % 4 - 4),  # to half of one
         (N // 3, 1, 3, K - 5),  # starts at an odd code
     ]
     _check_dequantize(_stored(shape, quant_type, 64, nested, rows), windows)
 
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-@pytest.mark.parametrize("K", [8192, 8256, 8290], ids=lambda K: f"K{K}")
+@pytest.mark.parametrize("K", [8192, 8256, 8296, 8292, 8290], ids=lambda K: f"K{K}")
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 def test_dequantize_every_blocksize(blocksize, K, nested):
-    """K: whole blocks up to 4096; a ragged multiple of 64; neither."""
+    """K: whole blocks up to 4096; a ragged multiple of 64; of 8; of 4; of 2."""
     windows = [(1, 2, 0, K), (0, 3, 4096, 4096), (0, 3, 64, K - 64)]
     _check_dequantize(_stored((3, K), "nf4", blocksize, nested, True), windows)
 

@@ -1,5 +1,5 @@
-// A thread's share of a weight on the way into registers: 8 elements as 16-byte loads, or 2
-// elements where columns or pointers are odd.
+// A thread's share of a weight on the way into registers: 8 or 4 elements as loads of 16 or 8
+// bytes, or 2 elements where columns or pointers are odd.
 #pragma once
 
 #include "common.cuh"
@@ -8,29 +8,31 @@ namespace lowbit::cuda {
 
 // kWidth neighbouring elements, still in their own type.
 template <typename T, int kWidth>
-struct Elements;
-
-template <typename T>
-struct Elements<T, 8> {
-    static constexpr int kWords = 2 * sizeof(T);
+struct Elements {
+    static constexpr int kWords = kWidth * sizeof(T) / 4;
     uint32_t word[kWords];
 
     __device__ __forceinline__ void load(const T* p, int64_t /*count*/) {
+        if constexpr (kWords == 2) {
+            const uint2 v = __ldg(reinterpret_cast<const uint2*>(p));
+            word[0] = v.x, word[1] = v.y;
+        } else {
 #pragma unroll
-        for (int i = 0; i < kWords; i += 4) {
-            const uint4 v = load_streaming(reinterpret_cast<const uint4*>(p) + i / 4);
-            word[i] = v.x, word[i + 1] = v.y, word[i + 2] = v.z, word[i + 3] = v.w;
+            for (int i = 0; i < kWords; i += 4) {
+                const uint4 v = load_streaming(reinterpret_cast<const uint4*>(p) + i / 4);
+                word[i] = v.x, word[i + 1] = v.y, word[i + 2] = v.z, word[i + 3] = v.w;
+            }
         }
     }
 
-    __device__ __forceinline__ void to_floats(float (&x)[8]) const {
+    __device__ __forceinline__ void to_floats(float (&x)[kWidth]) const {
         if constexpr (sizeof(T) == 4) {
 #pragma unroll
-            for (int i = 0; i < 8; i++)
+            for (int i = 0; i < kWidth; i++)
                 x[i] = __uint_as_float(word[i]);
         } else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < kWords; i++) {
                 const float2 v = unpack_pair(word[i], T{});
                 x[2 * i] = v.x, x[2 * i + 1] = v.y;
             }

@@ -10,8 +10,9 @@
 //   blocks   16-bit T, everything a multiple of 64: a thread owns 64 codes (32 bytes) and looks
 //            them up by PRMT in a table of 16 scaled values that it builds in registers;
 //            6.4 instructions per weight in all, 4.7 of them decode
-//   vectors  multiples of 8 codes (4 for fp32): a thread decodes as many codes as fill a 16-byte
-//            store, codebook in shared memory, one scale per store; 10 to 16 instructions
+//   vectors  multiples of 8 or 4 codes (fp32: 4): a thread decodes as many codes as fill a store of
+//            16 or 8 bytes, codebook in shared memory, one scale per store; 10 to 16 instructions
+//            where it has 16
 //   scalars  the rest: odd columns, windows that start at an odd code, unaligned pointers
 //
 // Bound by memory: 0.5 + 1/64 bytes read (blocksize 64, nested) and sizeof(T) written per weight,
@@ -22,6 +23,7 @@
 //
 // Callers have checked sizes, dtypes and devices.
 
+#include <algorithm>
 #include <type_traits>
 
 #include "block_decode.cuh"
@@ -140,11 +142,11 @@ __global__ void __launch_bounds__(kBlocksThreads, kBlocksPerSm) dequantize_block
 constexpr int kVectorsThreads = 256;
 constexpr int kVectorsPerThread = 4;  // independent loads in flight
 
-template <typename T>
-constexpr int kVectorWidth = 16 / sizeof(T);
+template <int kWidth>
+using PackedVector = std::conditional_t<kWidth == 8, uint32_t, uint16_t>;
 
-template <typename T>
-using PackedVector = std::conditional_t<sizeof(T) == 2, uint32_t, uint16_t>;
+template <typename T, int kWidth>
+using Vector = std::conditional_t<kWidth * sizeof(T) == 16, uint4, uint2>;
 
 // Values of codes 2b and 2b + 1; 4-byte entries make a nibble shifted left by two a byte offset.
 __device__ __forceinline__ float2
@@ -157,36 +159,34 @@ decode_byte(const float* smem_codebook, uint32_t packed, int b, float scale) {
         __fmul_rn(*reinterpret_cast<const float*>(base + (second & 0x3c)), scale)};
 }
 
-template <typename T>
-__device__ __forceinline__ uint4
+template <typename T, int kWidth>
+__device__ __forceinline__ Vector<T, kWidth>
 decode_vector(const float* smem_codebook, uint32_t packed, float scale) {
-    uint32_t out[4];
-    if constexpr (sizeof(T) == 2) {
+    uint32_t out[kWidth * sizeof(T) / 4];
 #pragma unroll
-        for (int b = 0; b < 4; b++) {
-            const float2 v = decode_byte(smem_codebook, packed, b, scale);
+    for (int b = 0; b < kWidth / 2; b++) {
+        const float2 v = decode_byte(smem_codebook, packed, b, scale);
+        if constexpr (sizeof(T) == 2) {
             out[b] = pack_pair(v.x, v.y, T{});
-        }
-    } else {
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-            const float2 v = decode_byte(smem_codebook, packed, b, scale);
+        } else {
             out[2 * b] = __float_as_uint(v.x);
             out[2 * b + 1] = __float_as_uint(v.y);
         }
     }
-    return {out[0], out[1], out[2], out[3]};
+    if constexpr (sizeof(out) == 16)
+        return {out[0], out[1], out[2], out[3]};
+    else
+        return {out[0], out[1]};
 }
 
 // The 16 words of the codebook lie in 16 banks: any 32 lookups are conflict-free.
-template <typename T, bool kNested, bool kOneRow>
+template <typename T, int kWidth, bool kNested, bool kOneRow>
 __global__ void __launch_bounds__(kVectorsThreads) dequantize_vectors_kernel(
     const WeightView w,      // scales and codes
     const Source s,          // columns, nibbles and offsets are multiples of the vector width
     const uint32_t vectors,  // rows * columns / width
-    uint4* out               // [vectors]
+    Vector<T, kWidth>* out   // [vectors]
 ) {
-    constexpr int kWidth = kVectorWidth<T>;
     __shared__ float smem_codebook[16];
     if (threadIdx.x < 16)
         smem_codebook[threadIdx.x] = w.codebook[threadIdx.x];
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kVectorsThreads) dequantize_vectors_kernel(
         const uint32_t row = kOneRow ? 0 : vector / per_row;
         const int64_t code = static_cast<int64_t>(vector - row * per_row) * kWidth;
         const int64_t byte = (s.nibble0 + row * s.nibble_stride + code) >> 1;
-        packed[j] = __ldg(reinterpret_cast<const PackedVector<T>*>(w.qweight + byte));
+        packed[j] = __ldg(reinterpret_cast<const PackedVector<kWidth>*>(w.qweight + byte));
         const int64_t offset = s.offset0 + row * s.offset_stride + code;
         scale[j] =
             block_scale<kNested>(w, s.block0 + row * s.block_stride + (offset >> w.blocksize_log2));
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kVectorsThreads) dequantize_vectors_kernel(
     for (int j = 0; j < kVectorsPerThread; j++) {
         const uint32_t vector = first + j * kVectorsThreads;
         if (vector < vectors)
-            out[vector] = decode_vector<T>(smem_codebook, packed[j], scale[j]);
+            out[vector] = decode_vector<T, kWidth>(smem_codebook, packed[j], scale[j]);
     }
 }
 
@@ -281,26 +281,31 @@ cudaError_t launch_blocks(const WeightView& w, const Source& s, T* out, cudaStre
         kernel, grid, kBlocksThreads, 0, stream, w, s, units, reinterpret_cast<uint4*>(out));
 }
 
-template <typename T, bool kNested>
+template <typename T, int kWidth, bool kNested>
 cudaError_t launch_vectors(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
-    const auto vectors = static_cast<uint32_t>(s.rows * s.columns / kVectorWidth<T>);
+    const auto vectors = static_cast<uint32_t>(s.rows * s.columns / kWidth);
     const auto grid = static_cast<unsigned>(ceil_div(vectors, kVectorsThreads * kVectorsPerThread));
-    const auto kernel = s.rows == 1 ? dequantize_vectors_kernel<T, kNested, true>
-                                    : dequantize_vectors_kernel<T, kNested, false>;
+    const auto kernel = s.rows == 1 ? dequantize_vectors_kernel<T, kWidth, kNested, true>
+                                    : dequantize_vectors_kernel<T, kWidth, kNested, false>;
     return launch_in_order(
-        kernel, grid, kVectorsThreads, 0, stream, w, s, vectors, reinterpret_cast<uint4*>(out));
+        kernel, grid, kVectorsThreads, 0, stream, w, s, vectors,
+        reinterpret_cast<Vector<T, kWidth>*>(out));
 }
 
 template <typename T, bool kNested>
 cudaError_t launch(const WeightView& w, const Source& s, T* out, cudaStream_t stream) {
-    const bool out_aligned = is_aligned(out, 16);
+    const auto fits = [&](int width) {
+        return tiles(s, width) && is_aligned(out, std::min<size_t>(16, width * sizeof(T))) &&
+               is_aligned(w.qweight, std::min(16, width / 2));
+    };
     if constexpr (sizeof(T) == 2) {
-        if (tiles(s, kUnit) && out_aligned && is_aligned(w.qweight, 16) &&
-            is_aligned(w.codebook, 16))
+        if (fits(kUnit) && is_aligned(w.codebook, 16))
             return launch_blocks<T, kNested>(w, s, out, stream);
+        if (fits(8))
+            return launch_vectors<T, 8, kNested>(w, s, out, stream);
     }
-    if (tiles(s, kVectorWidth<T>) && out_aligned && is_aligned(w.qweight, sizeof(PackedVector<T>)))
-        return launch_vectors<T, kNested>(w, s, out, stream);
+    if (fits(4))
+        return launch_vectors<T, 4, kNested>(w, s, out, stream);
     const int64_t chunks_per_row = ceil_div(s.columns / 2 + 1, kBytesPerCta);
     const int64_t grid = s.rows * chunks_per_row;
     if (grid > INT32_MAX)

@@ -15,8 +15,9 @@
 // Two kernels: `groups` (one row or whole blocks, blocksize <= 256) gives each CTA a run of blocks,
 // each block a group of lanes and each lane 8 elements. With double quantization of a weight that
 // fills the device with runs of whole nested blocks, scales wait for the mean in shared memory.
-// `blocks` gives a block to a warp and reads it twice, the second time from cache, 8 elements a
-// lane or, if columns or pointers are odd, 2.
+// `blocks` takes rows as they come, a lane 8 elements or, if columns or pointers do not allow that,
+// 4 or 2: neighbouring lanes have a block, or a warp a long one, which it reads twice, the second
+// time from cache.
 //
 // Bound by memory: 2 bytes read and 0.5 + 1/64 written per bf16 weight. At 2.95 TB/s an H100 has 25
 // lane-instructions per weight to spend; `groups` takes 13 (code_table.cuh says how). It reaches
@@ -31,6 +32,7 @@
 #include "launch_config.h"
 #include "nested_absmax.cuh"
 #include "nf4_quantize.h"
+#include "nf4_quantize_blocks.cuh"
 #include "nf4_quantize_groups.cuh"
 
 namespace lowbit::cuda {
@@ -131,59 +133,6 @@ __device__ __forceinline__ void quantize_groups(
     }
 }
 
-// A block per warp, kWidth elements per lane and step, twice: for the maximum and for the codes.
-template <typename T, int kWidth>
-__device__ __forceinline__ double
-quantize_blocks(const QuantizeArgs& a, Tables<kSmallCta>& smem, GridSum& grid) {
-    constexpr int kWarps = kSmallCta / kWarpSize;
-    const TableInputs inputs = load_table_inputs(a);
-    if (a.nested_codebook != nullptr)
-        grid.open(a.partial_sums);
-    build_tables(smem, a, inputs);
-    const int lane = threadIdx.x % kWarpSize;
-    const int64_t blocksize = int64_t{1} << a.blocksize_log2;
-    const int64_t blocks_per_row = (a.columns + blocksize - 1) >> a.blocksize_log2;
-    const int64_t blocks = a.rows * blocks_per_row;
-    const uint32_t cells = cells_of(smem.codes);
-    double sum = 0.0;
-    for (int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-         block < blocks; block += static_cast<int64_t>(gridDim.x) * kWarps) {
-        const int64_t row = block / blocks_per_row;
-        const int64_t begin = (block - row * blocks_per_row) << a.blocksize_log2;
-        const int count = static_cast<int>(min(blocksize, a.columns - begin));
-        const T* source = static_cast<const T*>(a.weight) + row * a.columns + begin;
-        uint8_t* target = a.qweight + row * ((a.columns + 1) / 2) + begin / 2;
-        float absmax = 0.0f;
-#pragma unroll 4
-        for (int i = lane * kWidth; i < count; i += kWarpSize * kWidth) {
-            Elements<T, kWidth> e;
-            e.load(source + i, count - i);
-            absmax = max_nan(absmax, e.absmax());
-        }
-        absmax = group_max(absmax, kWarpSize);
-        const float inverse = reciprocal(absmax);
-#pragma unroll 4
-        for (int i = lane * kWidth; i < count; i += kWarpSize * kWidth) {
-            Elements<T, kWidth> e;
-            e.load(source + i, count - i);
-            float x[kWidth];
-            scale_elements(e, inverse, x);
-            const uint32_t codes =
-                encode(smem.codes, cells, smem.codes.one_per_cell, smem.codes.ordered, x);
-            if constexpr (kWidth == 8) {
-                *reinterpret_cast<uint32_t*>(target + i / 2) = codes;
-            } else {
-                target[i / 2] = static_cast<uint8_t>(codes);
-            }
-        }
-        if (lane == 0) {
-            a.absmax[block] = absmax;
-            sum += absmax;
-        }
-    }
-    return sum;
-}
-
 // ---- kernels ------------------------------------------------------------------------------------
 
 // Shared memory: tables, 10 KiB; weights under way, 64 bytes per thread (fp32: 128); with
@@ -226,12 +175,19 @@ __global__ void __launch_bounds__(kSmallCta, kLargeCta / kSmallCta)
     quantize_blocks_kernel(const QuantizeArgs a) {
     __shared__ Tables<kSmallCta> smem;
     GridSum grid;
-    const double sum = quantize_blocks<T, kWidth>(a, smem, grid);
+    const TableInputs inputs = load_table_inputs(a);
+    if (a.nested_codebook != nullptr)
+        grid.open(a.partial_sums);
+    build_tables(smem, a, inputs);
+    constexpr int kWarps = kSmallCta / kWarpSize;
+    const int64_t blocksize = int64_t{1} << a.blocksize_log2;
+    const int64_t blocks = a.rows * ((a.columns + blocksize - 1) >> a.blocksize_log2);
+    const double sum = blocksize <= kWarpSize * kWidth && blocks <= INT32_MAX
+                           ? quantize_short_blocks<T, kWidth, kWarps>(a, smem.codes)
+                           : quantize_long_blocks<T, kWidth, kWarps>(a, smem.codes);
     if (a.nested_codebook == nullptr)
         return;
     grid.wait_open();
-    const int64_t blocksize = int64_t{1} << a.blocksize_log2;
-    const int64_t blocks = a.rows * ((a.columns + blocksize - 1) >> a.blocksize_log2);
     quantize_absmax(a, sum, blocks, grid, smem.nested);
 }
 
@@ -348,8 +304,13 @@ cudaError_t launch_groups(const QuantizeArgs& a, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch(const QuantizeArgs& a, cudaStream_t stream) {
-    if (a.columns % 8 != 0 || !is_aligned(a.weight, 16) || !is_aligned(a.qweight, 4))
-        return launch_blocks<T, 2>(a, stream);
+    const auto fits = [&](int width) {
+        return a.columns % width == 0 &&
+               is_aligned(a.weight, std::min(16, width * int{sizeof(T)})) &&
+               is_aligned(a.qweight, width / 2);
+    };
+    if (!fits(8))
+        return fits(4) ? launch_blocks<T, 4>(a, stream) : launch_blocks<T, 2>(a, stream);
     const bool fits_32_bits = a.columns / 8 < (int64_t{1} << 32) - (int64_t{1} << 24);
     if (a.rows > 1 || a.blocksize_log2 > 8 || !fits_32_bits)
         return launch_blocks<T, 8>(a, stream);
