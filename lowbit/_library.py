@@ -55,10 +55,13 @@ def driver_cuda_version() -> tuple[int, int] | None:
     return None if failed else (number.value // 1000, number.value % 1000 // 10)
 
 
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
 def _torch_obstacle() -> str | None:
     """Say why no compiled library can run under this torch, or None."""
-    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if found < MINIMUM_TORCH:
+    if _version(torch.__version__) < MINIMUM_TORCH:
         return f"the compiled libraries need torch 2.10 or newer, this is {torch.__version__}"
     return None
 
@@ -78,6 +81,36 @@ def _cuda_obstacle() -> str | None:
         return (
             f"built with CUDA {toolkit}, but the driver supports CUDA {driver[0]}.{driver[1]}; "
             f"update the driver, or build with a CUDA {driver[0]} toolkit"
+        )
+    return None
+
+
+def missing_code(capability: tuple[int, int]) -> str | None:
+    """Say why the CUDA library has nothing to run on a compute capability, or None.
+
+    Machine code serves later minor versions too, unless it is for one family ("90a"). PTX serves
+    all later capabilities, but the driver compiles that of its own CUDA version at most: unlike
+    machine code, which any driver of the same major version takes.
+    """
+    build = build_info()
+    if not build.get("cuda_archs"):
+        return None
+    has_ptx = False
+    for name, family, kind in re.findall(r"(\d+)([af]?)(-\w+)?", " ".join(build["cuda_archs"])):
+        code = int(name[:-1]), int(name[-1])
+        later = capability == code if family else capability >= code
+        if later and kind != "-virtual" and capability[0] == code[0]:
+            return None
+        has_ptx = has_ptx or (later and kind != "-real")
+    card = f"compute capability {capability[0]}.{capability[1]}"
+    if not has_ptx:
+        return f"built for {', '.join(build['cuda_archs'])} only, not for {card}"
+    driver = driver_cuda_version()
+    if driver and driver < _version(build["nvcc"]):
+        return (
+            f"built without machine code for {card}, and the driver, for CUDA {driver[0]}."
+            f"{driver[1]}, cannot compile the PTX of CUDA {build['nvcc']}; update the driver, or "
+            "build with LOWBIT_CUDA_ARCHS=all"
         )
     return None
 

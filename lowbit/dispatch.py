@@ -261,6 +261,20 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _obstacle(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, or None if it can."""
+    why = unavailable(backend)
+    if why is not None or backend != "cuda" or device.type != "cuda":
+        return why
+    from . import _library
+
+    return _library.missing_code(_capability_of(device))
+
+
 def _serves(
     row: Row,
     operation: str,
@@ -277,8 +291,7 @@ def _serves(
     if row.serves is not None and (layer is None or not row.serves(layer)):
         return False
     if device.type == "cuda" and row.capability > (0, 0):
-        index = torch.cuda.current_device() if device.index is None else device.index
-        capability = _capability(index)
+        capability = _capability_of(device)
         return capability >= row.capability and (row.newest is None or capability <= row.newest)
     return True
 
@@ -318,11 +331,11 @@ def _choose(
     if name is None:
         for row in TABLE:
             served = _serves(row, operation, device, dtype, tokens, layer)
-            if served and unavailable(row.backend) is None:
+            if served and _obstacle(row.backend, device) is None:
                 return row
         raise TypeError(f"lowbit::{operation} does not support {dtype} on {device.type}")
     backend, _, kernel = name.partition(":")
-    why = unavailable(backend)
+    why = _obstacle(backend, device)
     if why is not None:
         raise RuntimeError(f"backend {backend!r} was forced but cannot run here: {why}")
     rows = [row for row in TABLE if row.backend == backend and operation in row.operations]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import codebooks, dispatch, functional, ops
+from lowbit import _library, codebooks, dispatch, functional, ops
 
 X, R = (5, 128), 4
 
@@ -146,7 +146,7 @@ def test_many_tokens_leave_the_large_kernel_where_a_padded_factor_does_not_fit(N
 )  # fmt: skip
 def test_one_token_of_a_layer_beyond_its_kernel_takes_the_next(monkeypatch, N, K, kernel):
     monkeypatch.setattr(dispatch, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    monkeypatch.setattr(dispatch, "_obstacle", lambda backend, device: None)
     dispatch._choose.cache_clear()
     layer = dispatch.Layer(N, K, 64, True, 64)
     row = dispatch.choose("lora_linear", torch.device("cuda", 0), torch.bfloat16, 1, layer)
@@ -157,7 +157,7 @@ def test_one_token_of_a_layer_beyond_its_kernel_takes_the_next(monkeypatch, N, K
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
 def test_cards_without_kernels_of_their_own_have_a_fused_forward(monkeypatch, capability):
     monkeypatch.setattr(dispatch, "_capability", lambda index: capability)
-    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    monkeypatch.setattr(dispatch, "_obstacle", lambda backend, device: None)
     dispatch._choose.cache_clear()
     device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
     kernels = [
@@ -165,6 +165,19 @@ def test_cards_without_kernels_of_their_own_have_a_fused_forward(monkeypatch, ca
     ]
     dispatch._choose.cache_clear()
     assert kernels == ["nf4_lora_matmul_portable", "nf4_lora_matmul_portable", "panels"]
+
+
+def test_a_card_that_the_library_has_no_code_for_takes_the_next_backend(monkeypatch):
+    device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
+    monkeypatch.setattr(dispatch, "_capability", lambda index: (12, 0))
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    monkeypatch.setattr(_library, "build_info", lambda: {"cuda_archs": ["90a-real"]})
+    dispatch._choose.cache_clear()
+    row = dispatch.choose("lora_linear", device, torch.bfloat16, 1, layer)
+    with dispatch.force("cuda"), pytest.raises(RuntimeError, match="not for compute capability 12"):
+        dispatch.choose("lora_linear", device, torch.bfloat16, 1, layer)
+    dispatch._choose.cache_clear()
+    assert row.backend == "triton"
 
 
 def test_every_row_of_the_table_names_known_things():

@@ -363,6 +363,35 @@ def test_cuda_obstacles(monkeypatch, cuda, hip, driver, reason):
     assert found is None if reason is None else re.search(reason, found)
 
 
+@pytest.mark.parametrize(
+    ("archs", "driver", "capability", "reason"),
+    [
+        ("80 90a-real", (13, 0), (8, 0), None),
+        ("80 90a-real", (13, 0), (8, 9), None),  # a later minor version
+        ("80 90a-real", (13, 0), (9, 0), None),  # machine code: an older driver takes it
+        ("80 90a-real", (13, 0), (12, 0), r"the driver, for CUDA 13\.0, cannot compile the PTX of"),
+        ("80 90a-real", (13, 2), (12, 0), None),
+        ("80 90a-real", None, (12, 0), None),
+        ("80 90a-real", (13, 0), (7, 5), r"not for compute capability 7\.5"),
+        (
+            "90a-real",
+            (13, 2),
+            (10, 0),
+            r"built for 90a-real only, not for compute capability 10\.0",
+        ),
+        ("90a-real 80-virtual", (13, 2), (10, 0), None),
+        ("86-real", (13, 2), (8, 0), r"not for compute capability 8\.0"),
+        ("", (13, 0), (12, 0), None),  # no record
+    ],
+)
+def test_cards_without_code(monkeypatch, archs, driver, capability, reason):
+    build = {"nvcc": "13.2.51", "cuda_archs": archs.split()}
+    monkeypatch.setattr(_library, "build_info", lambda: build)
+    monkeypatch.setattr(_library, "driver_cuda_version", lambda: driver)
+    found = _library.missing_code(capability)
+    assert found is None if reason is None else re.search(reason, found)
+
+
 # ---- lowbit info ---------------------------------------------------------------------------------
 
 
