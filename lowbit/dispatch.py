@@ -102,6 +102,7 @@ class Row:
     dtypes: tuple[torch.dtype, ...] = _FLOATS
     tokens: tuple[int, int | None] = (1, None)  # least and greatest M
     serves: Callable[[Layer], bool] | None = None
+    sms: int = 0  # least
 
 
 def _fused(
@@ -109,16 +110,25 @@ def _fused(
     tokens: tuple[int, int | None],
     reason: str,
     serves: Callable[[Layer], bool] = Layer.whole_blocks,
+    sms: int = 0,
 ) -> Row:
-    return Row(_FORWARD, "cuda", "cuda", reason, kernel, (9, 0), (9, 0), _HALVES, tokens, serves)
-
-
-def _backward(kernel: str, least: int, serves: Callable[[Layer], bool], reason: str) -> Row:
     return Row(
-        _BACKWARD, "cuda", "cuda", reason, kernel, (9, 0), (9, 0), _HALVES, (least, 1 << 19),
-        serves,
+        _FORWARD, "cuda", "cuda", reason, kernel, (9, 0), (9, 0), _HALVES, tokens, serves, sms
     )  # fmt: skip
 
+
+def _backward(
+    kernel: str, least: int, serves: Callable[[Layer], bool], reason: str, sms: int = 0
+) -> Row:
+    return Row(
+        _BACKWARD, "cuda", "cuda", reason, kernel, (9, 0), (9, 0), _HALVES, (least, 1 << 19),
+        serves, sms,
+    )  # fmt: skip
+
+
+# The large kernels need nine clusters of two SMs at once. The least slices of an H100 have 16 SMs,
+# the next ones 32.
+_LARGE_SMS = 24
 
 # Of lora_linear_backward; linear_dx is the product in them.
 BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
@@ -140,6 +150,7 @@ TABLE = (
         (4096, 1 << 17),
         "W decoded once; 89 % of peak at 4096",
         Layer.short_factor,
+        _LARGE_SMS,
     ),
     _fused("nf4_lora_matmul_mid", (65, 1 << 16), "two CTAs share a decode; 96 % of peak at 1024"),
     # Up to 64 tokens, where an H200 has it 1.5 to 6.7 times as fast as panels; at 128 it is 1.2 to
@@ -159,9 +170,10 @@ TABLE = (
     ),
     _backward(
         "nf4_lora_backward_large",
-        4096,
+        2048,
         Layer.narrow_lines,
         "W decoded once; forward + backward 1.08 x dense at 4096 x 4096",
+        _LARGE_SMS,
     ),
     _backward(
         "nf4_lora_backward", 1, Layer.whole_lines, "one call; dx up to twice as fast as by panels"
@@ -257,12 +269,14 @@ def _triton_unavailable() -> str | None:
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _card(index: int) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of SMs."""
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
 
 
-def _capability_of(device: torch.device) -> tuple[int, int]:
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+def _card_of(device: torch.device) -> tuple[tuple[int, int], int]:
+    return _card(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _obstacle(backend: str, device: torch.device) -> str | None:
@@ -272,7 +286,7 @@ def _obstacle(backend: str, device: torch.device) -> str | None:
         return why
     from . import _library
 
-    return _library.missing_code(_capability_of(device))
+    return _library.missing_code(_card_of(device)[0])
 
 
 def _serves(
@@ -291,8 +305,9 @@ def _serves(
     if row.serves is not None and (layer is None or not row.serves(layer)):
         return False
     if device.type == "cuda" and row.capability > (0, 0):
-        capability = _capability_of(device)
-        return capability >= row.capability and (row.newest is None or capability <= row.newest)
+        capability, sms = _card_of(device)
+        known = row.newest is None or capability <= row.newest
+        return known and capability >= row.capability and sms >= row.sms
     return True
 
 

@@ -145,7 +145,7 @@ def test_many_tokens_leave_the_large_kernel_where_a_padded_factor_does_not_fit(N
     ],
 )  # fmt: skip
 def test_one_token_of_a_layer_beyond_its_kernel_takes_the_next(monkeypatch, N, K, kernel):
-    monkeypatch.setattr(dispatch, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(dispatch, "_card", lambda index: ((9, 0), 132))
     monkeypatch.setattr(dispatch, "_obstacle", lambda backend, device: None)
     dispatch._choose.cache_clear()
     layer = dispatch.Layer(N, K, 64, True, 64)
@@ -156,7 +156,7 @@ def test_one_token_of_a_layer_beyond_its_kernel_takes_the_next(monkeypatch, N, K
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
 def test_cards_without_kernels_of_their_own_have_a_fused_forward(monkeypatch, capability):
-    monkeypatch.setattr(dispatch, "_capability", lambda index: capability)
+    monkeypatch.setattr(dispatch, "_card", lambda index: (capability, 132))
     monkeypatch.setattr(dispatch, "_obstacle", lambda backend, device: None)
     dispatch._choose.cache_clear()
     device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
@@ -167,9 +167,26 @@ def test_cards_without_kernels_of_their_own_have_a_fused_forward(monkeypatch, ca
     assert kernels == ["nf4_lora_matmul_portable", "nf4_lora_matmul_portable", "panels"]
 
 
+@pytest.mark.parametrize(("sms", "many"), [(16, False), (32, True), (132, True)])
+def test_the_least_slices_of_a_card_have_no_kernels_for_many_tokens(monkeypatch, sms, many):
+    monkeypatch.setattr(dispatch, "_card", lambda index: ((9, 0), sms))
+    monkeypatch.setattr(dispatch, "_obstacle", lambda backend, device: None)
+    dispatch._choose.cache_clear()
+    device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
+    kernels = [
+        dispatch.choose(operation, device, torch.bfloat16, 4096, layer).kernel
+        for operation in ("lora_linear", "lora_linear_backward")
+    ]
+    dispatch._choose.cache_clear()
+    if many:
+        assert kernels == ["nf4_lora_matmul_large", "nf4_lora_backward_large"]
+    else:
+        assert kernels == ["nf4_lora_matmul_mid", "nf4_lora_backward"]
+
+
 def test_a_card_that_the_library_has_no_code_for_takes_the_next_backend(monkeypatch):
     device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
-    monkeypatch.setattr(dispatch, "_capability", lambda index: (12, 0))
+    monkeypatch.setattr(dispatch, "_card", lambda index: ((12, 0), 132))
     monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
     monkeypatch.setattr(_library, "build_info", lambda: {"cuda_archs": ["90a-real"]})
     dispatch._choose.cache_clear()

@@ -20,8 +20,8 @@
 // Grids are persistent. When the last tiles would leave half of the pairs idle, a pair with shared
 // dy takes one column tile instead of two, splits N, and sums through the other's shared memory.
 //
-// Bound by shared memory and by the latency of decoding, as the forward product is. From 4096
-// tokens on nf4_lora_matmul_dx_large_sm90.cu is faster, up to 2048 this one (H100, 2026-11).
+// Bound by shared memory and by the latency of decoding, as the forward product is. From 2048
+// tokens on nf4_lora_matmul_dx_large_sm90.cu is faster (H200, 2026-11).
 //
 // Callers have checked what serves_nf4_lora_matmul_dx lists.
 
