@@ -28,7 +28,12 @@ ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
 SPILLS = {"optimizer.cu": 24}
 
 # The part of libtorch_cuda.so's C ABI that lowbit needs; a CPU build of torch does not have it.
-STAND_IN = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
+STAND_IN = """extern "C" {
+int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }
+int aoti_torch_cuda_caching_allocator_raw_alloc(unsigned long, void**) { return 1; }
+int aoti_torch_cuda_caching_allocator_raw_delete(void*) { return 1; }
+}
+"""
 
 
 def _nvcc() -> str | None:
