@@ -155,6 +155,8 @@ def linear(
         f"floor: the larger of bytes at {ceilings['copy_gbps'] / 1e3:.2f} TB/s and flops at "
         f"{ceilings['matmul_tflops']:.0f} TFLOP/s, both measured"
     )
+    if any(row["timing"] == "graph, sustained" for row in rows):
+        rates += "; where arithmetic is the limit, times that each keeps up at the power limit"
     caption = machine(record["environment"], card=True)
     what = f"Linear layers on a GPU, {title}, {rows[0]['dtype']}, rank {rows[0]['r']}"
     return f"{what} ({caption}; {rates}; `{name}`):\n\n{table(head, body)}"

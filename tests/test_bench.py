@@ -642,7 +642,8 @@ def test_command_on_a_gpu(tmp_path):
     assert {(row["layer"], row["M"]) for row in rows if row["impl"] == "lowbit"} == {
         ("q135m", 1), ("q135m", 64), ("1024x4096", 1), ("1024x4096", 64),
     }  # fmt: skip
-    assert {row["timing"] for row in rows if row["impl"] in ("dense", "lowbit")} == {"graph"}
+    timings = {row["timing"] for row in rows if row["impl"] in ("dense", "lowbit")}
+    assert timings <= {"graph", "graph, sustained"}
     for row in rows:
         assert 0 < row["p20"] <= row["us"] <= row["p80"]
         assert row["error"] < 0.02, row["impl"]

@@ -45,8 +45,9 @@ class Row:
     floor_us: float | None = None
     extra_bytes: int | None = None  # device memory at the peak of a call, its result not counted
     error: float | None = None  # relative RMS against float64
-    # "graph", "eager", "host" for the time of the host, or "wall" for that of host and card; the
-    # last two "in a row" where calls of the same contender went before.
+    # "graph", "eager", "host" for the time of the host, or "wall" for that of host and card. A
+    # graph is "sustained" where it ran for a while before, the last two are "in a row" where calls
+    # of the same contender did.
     timing: str | None = None
     kernel: str | None = None  # what lowbit's dispatch table chose
 
