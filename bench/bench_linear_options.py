@@ -98,7 +98,7 @@ def case(layer: shapes.Layer, contenders: dict, M: int, ceilings: timing.Ceiling
         )  # fmt: skip
         calls = [functools.partial(_layer, weights, bias, x, i) for i in range(weights.copies)]
         replays[name] = timing.capture(calls * passes_for(floor, weights.copies))
-    own = own_seconds(moved, flops, ceilings)
+    own = max(own_seconds(row.bytes, row.flops, ceilings) for row in rows.values())
     measured = timing.time_replays(replays, seconds=SECONDS, rounds=ROUNDS, own_seconds=own)
     for name, times in measured.items():
         rows[name].us, rows[name].p20, rows[name].p80 = times

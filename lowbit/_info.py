@@ -50,10 +50,20 @@ def report() -> dict:
         "cpu": _cpu(),
         "cuda": _cuda(),
         "build": _library.build_info(),
-        "backends": {name: dispatch.unavailable(name) for name in dispatch.BACKENDS},
+        "backends": {name: _reason(name) for name in dispatch.BACKENDS},
         "forced": _forced(),
         "operations": _operations(),
     }
+
+
+def _reason(backend: str) -> str | None:
+    """Why a backend can run on none of the GPUs, or not at all; None if it can."""
+    why = dispatch.unavailable(backend)
+    if why is not None or backend != "cuda":
+        return why
+    gpus = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
+    reasons = [dispatch.obstacle(backend, gpu) for gpu in gpus]
+    return reasons[0] if reasons and None not in reasons else None
 
 
 def _versions() -> dict[str, str | None]:

@@ -88,20 +88,26 @@ def _cuda_obstacle() -> str | None:
 def missing_code(capability: tuple[int, int]) -> str | None:
     """Say why the CUDA library has nothing to run on a compute capability, or None.
 
-    Machine code serves later minor versions too, unless it is for one family ("90a"). PTX serves
-    all later capabilities, but the driver compiles that of its own CUDA version at most: unlike
-    machine code, which any driver of the same major version takes.
+    Machine code serves later minor versions too, unless it is for one capability ("90a"). PTX
+    serves all later capabilities, but the driver compiles that of its own CUDA version at most:
+    unlike machine code, which any driver of the same major version takes. A list with anything but
+    architectures ("native") is believed to be right.
     """
     build = build_info()
-    if not build.get("cuda_archs"):
+    parsed = [
+        re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", name)
+        for name in build.get("cuda_archs") or ()
+    ]
+    if not all(parsed) or not parsed:
         return None
     has_ptx = False
-    for name, family, kind in re.findall(r"(\d+)([af]?)(-\w+)?", " ".join(build["cuda_archs"])):
-        code = int(name[:-1]), int(name[-1])
-        later = capability == code if family else capability >= code
-        if later and kind != "-virtual" and capability[0] == code[0]:
+    for major, minor, family, kind in (match.groups() for match in parsed):
+        code = int(major), int(minor)
+        same_major = capability[0] == code[0]
+        later = capability == code if family == "a" else capability >= code
+        if later and same_major and kind != "-virtual":
             return None
-        has_ptx = has_ptx or (later and kind != "-real")
+        has_ptx = has_ptx or (later and kind != "-real" and (same_major or not family))
     card = f"compute capability {capability[0]}.{capability[1]}"
     if not has_ptx:
         return f"built for {', '.join(build['cuda_archs'])} only, not for {card}"

@@ -57,13 +57,14 @@ class Layer(NamedTuple):
         )
 
     def one_token(self) -> bool:
-        """The same, and all of x and the sums of a CTA's rows fit shared memory."""
-        return (
-            self.whole_blocks()
-            and self.K <= 1 << 15
-            and self.N <= 1 << 19
-            and self.N * self.K < 1 << 32
-        )
+        """The same, and all of x and what a CTA keeps of its rows fit shared memory, on any whole
+        card with these kernels (an H20 has 78 SMs).
+        """
+        if not self.whole_blocks() or self.K > 1 << 15:
+            return False
+        if self.r == 0:
+            return self.N <= 1 << 19 and self.N * self.K < 1 << 31
+        return self.N <= 1 << 18 and self.N * self.K <= 720_000_000
 
     def short_factor(self) -> bool:
         """The same, and where rows of lora_B must be padded (to 16 or 64), as its rank is no
@@ -142,7 +143,7 @@ BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 # 16384: 93 (98). Backward, 14336 x 4096: tensor pipes 38 (78) at M = 256, 90 (95) at 4096.
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
-    _fused("nf4_lora_gemv", (1, 1), "one launch; 78 % of copy bandwidth", Layer.one_token),
+    _fused("nf4_lora_gemv", (1, 1), "one launch; 78 % of copy bandwidth", Layer.one_token, 78),
     _fused("nf4_lora_matmul_small", (1, 64), "equal shares of W; 62 % of copy bandwidth at 8"),
     # Beyond their last M, s z may not fit the workspace.
     _fused(
@@ -183,7 +184,7 @@ TABLE = (
         OPERATIONS,
         "cuda",
         "triton",
-        "no compiled library: Triton compiles on the spot",
+        "no compiled library for the card: Triton compiles on the spot",
         capability=(8, 0),
     ),
     Row(OPERATIONS, "cpu", "cpu", "vectorized C++, fused decode and low-rank update"),
@@ -279,7 +280,7 @@ def _card_of(device: torch.device) -> tuple[tuple[int, int], int]:
     return _card(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _obstacle(backend: str, device: torch.device) -> str | None:
+def obstacle(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot run on a device, or None if it can."""
     why = unavailable(backend)
     if why is not None or backend != "cuda" or device.type != "cuda":
@@ -346,11 +347,11 @@ def _choose(
     if name is None:
         for row in TABLE:
             served = _serves(row, operation, device, dtype, tokens, layer)
-            if served and _obstacle(row.backend, device) is None:
+            if served and obstacle(row.backend, device) is None:
                 return row
         raise TypeError(f"lowbit::{operation} does not support {dtype} on {device.type}")
     backend, _, kernel = name.partition(":")
-    why = _obstacle(backend, device)
+    why = obstacle(backend, device)
     if why is not None:
         raise RuntimeError(f"backend {backend!r} was forced but cannot run here: {why}")
     rows = [row for row in TABLE if row.backend == backend and operation in row.operations]

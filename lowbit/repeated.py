@@ -70,9 +70,9 @@ def _forward_key(x, weight: WeightArgs, lora_A, lora_B, bias, records: bool) -> 
 def _backward_key(dy, x, z, lora_A, lora_B) -> tuple:
     """The same of a backward pass; what depends on the weight and scaling is its forward pass's."""
     return (
-        dy.numel(), dy.dtype, dy.device, x.numel(), x.dtype, x.device,
-        z.numel(), z.dtype, z.device, lora_A.numel(), lora_A.dtype, lora_A.device,
-        lora_B.numel(), lora_B.dtype, lora_B.device, dispatch.forced(),
+        dy.numel(), dy.dtype, dy.device, x.numel(), x.shape[-1], x.dtype, x.device,
+        z.shape, z.dtype, z.device, lora_A.shape, lora_A.dtype, lora_A.device,
+        lora_B.shape, lora_B.dtype, lora_B.device, dispatch.forced(),
     )  # fmt: skip
 
 

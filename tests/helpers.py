@@ -89,19 +89,27 @@ def assert_close_to_float64(
     assert worst <= factor * worst_low + step * top, message
 
 
-@functools.cache
-def zeros_of_many_sizes() -> list[torch.Tensor]:
-    """Device memory taken from what the allocator has free."""
+def zeros_of_many_sizes(stream: torch.cuda.Stream) -> list[torch.Tensor]:
+    """Device memory taken from what the allocator has free for a stream."""
     sizes = [1 << power for power in range(9, 26) for _ in range(4)]
-    return [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in reversed(sizes)]
+    with torch.cuda.stream(stream):
+        zeros = [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in reversed(sizes)]
+    stream.synchronize()
+    return zeros
 
 
+@functools.cache
 def kernel_unavailable(kernel: str) -> str | None:
     """Why a kernel of the CUDA library cannot run here, or None if it can."""
     if (why := dispatch.unavailable("cuda")) is not None:
         return f"the compiled CUDA backend is not there: {why}"
-    capability = torch.cuda.get_device_capability()
+    if (why := dispatch.obstacle("cuda", torch.device("cuda"))) is not None:
+        return why
+    card = torch.cuda.get_device_properties()
+    capability = card.major, card.minor
     row = next(row for row in dispatch.TABLE if row.kernel == kernel)
     if capability < row.capability or row.newest not in (None, capability):
         return f"{kernel} is compiled for {row.newest or row.capability}, this card is {capability}"
+    if card.multi_processor_count < row.sms:
+        return f"{kernel} is for {row.sms} SMs or more"
     return None

@@ -7,6 +7,7 @@
 
 #include "cuda/nf4_lora_matmul_mid_plan.h"
 
+using namespace lowbit;
 using namespace lowbit::cuda;
 
 namespace {
@@ -36,6 +37,12 @@ const char* check_division(const LoraMatmulArgs& a, const Machine& machine) {
     const Division d = divide(a, machine);
     if (d.clusters < 1 || d.clusters * kCluster > machine.sms)
         return "clusters of the product";
+    const int64_t row_tiles = ceil_div(a.w.N, kTileRows), row_pairs = ceil_div(row_tiles, 2);
+    const int64_t tiles = d.plan == kSharedX256   ? row_pairs * ceil_div(a.M, 256)
+                          : d.plan == kSharedX128 ? row_pairs * ceil_div(a.M, 128)
+                                                  : row_tiles * ceil_div(a.M, 512);
+    if (d.full_tiles + d.split_tiles != tiles)
+        return "tiles";
     if (d.split_clusters > d.clusters || (d.split_tiles == 0) != (d.split_clusters == 0))
         return "clusters of divided tiles";
     if (d.spare_sms % kBesideCluster != 0 || d.clusters * kCluster + d.spare_sms > machine.sms)

@@ -236,6 +236,21 @@ def test_direct_calls_of_backward_give_the_bits_of_the_operators(kernel, M, mast
 
 
 @pytest.mark.gpu
+def test_a_bias_whose_memory_was_freed_is_an_error():
+    """It has no address, as a layer without bias."""
+    kernel = "nf4_lora_matmul_portable"
+    _skip_without(kernel)
+    case = LayerCase((8, 272, 1024, 16), BF16, "cuda")
+    x, lora_A, lora_B = case.x, case.lora_A, case.lora_B
+    for _ in range(2):
+        lowbit.lora_matmul(x, case.q, lora_A, lora_B, 2.0, bias=case.bias)
+    case.bias.untyped_storage().resize_(0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="bias has no memory"):
+            lowbit.lora_matmul(x, case.q, lora_A, lora_B, 2.0, bias=case.bias)
+
+
+@pytest.mark.gpu
 def test_a_view_that_no_kernel_can_read_goes_to_the_operator():
     kernel = "nf4_lora_matmul_portable"
     _skip_without(kernel)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import small_partition
+from helpers import kernel_unavailable
 
 import lowbit
-from lowbit import dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -18,8 +18,9 @@ def test_products_on_eight_sms():
     green_contexts = pytest.importorskip("torch.cuda.green_contexts")
     if not green_contexts.SUPPORTED:
         pytest.skip("this torch has no green contexts")
-    if (why := dispatch.unavailable("cuda")) is not None:
-        pytest.skip(f"the compiled CUDA backend is not there: {why}")
+    for kernel, *_ in small_partition.PRODUCTS:
+        if (why := kernel_unavailable(kernel)) is not None:
+            pytest.skip(why)
     where = str(Path(lowbit.__file__).parent.parent)
     try:
         done = subprocess.run(

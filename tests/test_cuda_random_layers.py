@@ -32,7 +32,9 @@ BLOCK = 64
 
 def _poison():
     torch.cuda.empty_cache()
-    held = [torch.full((size << 18,), float("nan"), device="cuda") for size in (40, 32, 8, 2, 1)]
+    """Bytes that are NaN in every type."""
+    sizes = (64 << 20, 40 << 20, 32 << 20, 8 << 20, 2 << 20, 1 << 20)
+    held = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in sizes]
     held.clear()
 
 

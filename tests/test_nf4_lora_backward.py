@@ -434,9 +434,9 @@ def test_a_cuda_graph_of_forward_and_backward(M, masters, kernel):
         step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         captured = step()
-    later = zeros_of_many_sizes()
+    later = zeros_of_many_sizes(stream)
     for _ in range(3):
         with torch.no_grad():
             leaves[0].copy_(torch.randn_like(case.x))

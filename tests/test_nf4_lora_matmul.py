@@ -311,10 +311,10 @@ def test_a_cuda_graph_replays_with_new_inputs(kernel, M):
     case = _Case(M, 512, 1024)
     case.run(kernel)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
         y, z = case.run(kernel)
-    later = zeros_of_many_sizes()
+    later = zeros_of_many_sizes(stream)
     for _ in range(3):
         case.x.copy_(torch.randn_like(case.x))
         graph.replay()

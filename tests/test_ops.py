@@ -137,63 +137,65 @@ def test_many_tokens_leave_the_large_kernel_where_a_padded_factor_does_not_fit(N
     assert rows[0] == f"nf4_lora_matmul_{kernel}"
 
 
+@pytest.fixture
+def another_card(monkeypatch):
+    """monkeypatch; no row that is chosen for a card that is not there outlives the test."""
+    dispatch._choose.cache_clear()
+    yield monkeypatch
+    dispatch._choose.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("N", "K", "kernel"),
     [
-        (16384, 53248, "matmul_small"), (53248, 16384, "gemv"), (8192, 32768, "gemv"),
-        (1 << 20, 1024, "matmul_small"), (262144, 16384, "matmul_small"),
+        (16384, 53248, "matmul_small"), (28672, 8192, "gemv"), (8192, 32768, "gemv"),
+        (1 << 19, 1024, "matmul_small"), (95584, 32768, "matmul_small"), (128256, 4096, "gemv"),
     ],
 )  # fmt: skip
-def test_one_token_of_a_layer_beyond_its_kernel_takes_the_next(monkeypatch, N, K, kernel):
-    monkeypatch.setattr(dispatch, "_card", lambda index: ((9, 0), 132))
-    monkeypatch.setattr(dispatch, "_obstacle", lambda backend, device: None)
-    dispatch._choose.cache_clear()
+def test_one_token_of_a_layer_beyond_its_kernel_takes_the_next(another_card, N, K, kernel):
+    another_card.setattr(dispatch, "_card", lambda index: ((9, 0), 132))
+    another_card.setattr(dispatch, "obstacle", lambda backend, device: None)
     layer = dispatch.Layer(N, K, 64, True, 64)
     row = dispatch.choose("lora_linear", torch.device("cuda", 0), torch.bfloat16, 1, layer)
-    dispatch._choose.cache_clear()
     assert row.kernel == f"nf4_lora_{kernel}"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
-def test_cards_without_kernels_of_their_own_have_a_fused_forward(monkeypatch, capability):
-    monkeypatch.setattr(dispatch, "_card", lambda index: (capability, 132))
-    monkeypatch.setattr(dispatch, "_obstacle", lambda backend, device: None)
-    dispatch._choose.cache_clear()
+def test_cards_without_kernels_of_their_own_have_a_fused_forward(another_card, capability):
+    another_card.setattr(dispatch, "_card", lambda index: (capability, 132))
+    another_card.setattr(dispatch, "obstacle", lambda backend, device: None)
     device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
     kernels = [
         dispatch.choose("lora_linear", device, torch.bfloat16, M, layer).kernel for M in (1, 64, 65)
     ]
-    dispatch._choose.cache_clear()
     assert kernels == ["nf4_lora_matmul_portable", "nf4_lora_matmul_portable", "panels"]
 
 
 @pytest.mark.parametrize(("sms", "many"), [(16, False), (32, True), (132, True)])
-def test_the_least_slices_of_a_card_have_no_kernels_for_many_tokens(monkeypatch, sms, many):
-    monkeypatch.setattr(dispatch, "_card", lambda index: ((9, 0), sms))
-    monkeypatch.setattr(dispatch, "_obstacle", lambda backend, device: None)
-    dispatch._choose.cache_clear()
+def test_slices_of_a_card_take_no_kernel_that_needs_more_of_it(another_card, sms, many):
+    another_card.setattr(dispatch, "_card", lambda index: ((9, 0), sms))
+    another_card.setattr(dispatch, "obstacle", lambda backend, device: None)
     device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
     kernels = [
         dispatch.choose(operation, device, torch.bfloat16, 4096, layer).kernel
         for operation in ("lora_linear", "lora_linear_backward")
     ]
-    dispatch._choose.cache_clear()
+    one = dispatch.choose("lora_linear", device, torch.bfloat16, 1, layer)
     if many:
         assert kernels == ["nf4_lora_matmul_large", "nf4_lora_backward_large"]
     else:
         assert kernels == ["nf4_lora_matmul_mid", "nf4_lora_backward"]
+    assert one.kernel == ("nf4_lora_gemv" if sms == 132 else "nf4_lora_matmul_small")
 
 
-def test_a_card_that_the_library_has_no_code_for_takes_the_next_backend(monkeypatch):
+def test_a_card_that_the_library_has_no_code_for_takes_the_next_backend(another_card):
     device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
-    monkeypatch.setattr(dispatch, "_card", lambda index: ((12, 0), 132))
-    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
-    monkeypatch.setattr(_library, "build_info", lambda: {"cuda_archs": ["90a-real"]})
-    dispatch._choose.cache_clear()
+    another_card.setattr(dispatch, "_card", lambda index: ((12, 0), 132))
+    another_card.setattr(dispatch, "unavailable", lambda backend: None)
+    another_card.setattr(_library, "build_info", lambda: {"cuda_archs": ["90a-real"]})
     row = dispatch.choose("lora_linear", device, torch.bfloat16, 1, layer)
     with dispatch.force("cuda"), pytest.raises(RuntimeError, match="not for compute capability 12"):
         dispatch.choose("lora_linear", device, torch.bfloat16, 1, layer)
-    dispatch._choose.cache_clear()
     assert row.backend == "triton"
 
 

@@ -327,18 +327,26 @@ def test_layers_that_differ_in_one_thing_are_beside_each_other(layer):
         assert len(repeated._calls) == len(kinds)
 
 
-@pytest.mark.parametrize("trained", ["x", "lora_A", "lora_B", "bias"])
-def test_what_is_trained_later_gets_its_gradient(layer, trained):
-    case = layer(bias=True)
-    for leaf in case.leaves():
-        leaf.requires_grad_(False)
-    for _ in range(2):
-        assert not case.y().requires_grad
-    leaf = getattr(case, trained).requires_grad_()
-    first, second, third = (torch.autograd.grad(case.y(), leaf, case.dy) for _ in range(3))
-    assert case.unchecked == [False, True, False, True, True]
-    assert_same(second, first)
-    assert_same(third, first)
+def test_what_hooks_turn_is_not_taken_for_the_same(layer):
+    """As many elements in another shape."""
+    case = layer(shape=(8, K))
+    case.warm()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().contiguous()):
+        y = case.y()
+    with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        torch.autograd.grad(y, case.leaves(), case.dy)
+    assert case.checked_backward == 2
+
+
+def test_an_adapter_of_another_shape_is_refused(layer):
+    """Also where it has as many elements."""
+    case = layer(shape=(8, K))
+    case.warm()
+    y = case.y()
+    r = case.lora_A.shape[0]
+    case.lora_A.data = case.lora_A.data.reshape(2 * r, K // 2)
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.autograd.grad(y, case.leaves(), case.dy)
 
 
 def test_batched_gradients(layer):

@@ -98,6 +98,7 @@ inline const void* checked_data(
         tensor->numel() == rows * columns && tensor->size(0) == rows, argument, " must have ", rows,
         " rows and ", rows * columns, " elements, got ", tensor->size(0), " and ", tensor->numel());
     const void* data = tensor->const_data_ptr();
+    STD_TORCH_CHECK(data != nullptr || tensor->numel() == 0, argument, " has no memory");
     STD_TORCH_CHECK(is_aligned(data), argument, " must be 16-byte aligned");
     return data;
 }

@@ -16,6 +16,8 @@ Function driver_function(const char* name, unsigned since) {
     cudaDriverEntryPointQueryResult result{};
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion(name, &entry, since, cudaEnableDefault, &result);
+    if (error != cudaSuccess)
+        cudaGetLastError();  // the answer is null; left in place it would be taken for another's
     const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
     return found ? reinterpret_cast<Function>(entry) : nullptr;
 }
@@ -29,7 +31,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     return value;
 }
 
-// Of the device; an MPS client with a percentage sees those that it may use.
+// Of the device. By NVIDIA's documentation an MPS client with a percentage sees those that it may
+// use; that is untried.
 inline int sm_count() {
     return device_attribute(cudaDevAttrMultiProcessorCount);
 }

@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
     unsigned char* smem_x = smem + kTableBytes;
     Scratch& scratch = *reinterpret_cast<Scratch*>(smem + plan.scratch_bytes);
     float* sums = scratch.sums;  // [most_groups + kWarps][kRows], warp w's of group g at g + w
-    float* low_rank = sums + (plan.most_groups + kWarps) * kRows;  // [most_groups][kRows]
-    float* nested = low_rank + plan.most_groups * kRows;
+    float* low_rank = sums + (plan.most_groups + kWarps) * kRows;  // [most_groups][kRows] if r > 0
+    float* nested = low_rank + (args.r > 0 ? plan.most_groups * kRows : 0);
     const int lane = threadIdx.x % kWarpSize;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
 
@@ -171,7 +171,7 @@ size_t make_plan(const LoraMatmulArgs& args, int64_t ctas, Plan& plan) {
     const int nested_shift = w.blocksize_log2 + w.nested_blocksize_log2;
     const int64_t nested = w.absmax == nullptr ? ((most * kRows * w.K) >> nested_shift) + 2 : 0;
     return plan.scratch_bytes + sizeof(Scratch) +
-           sizeof(float) * ((2 * most + kWarps) * kRows + nested);
+           sizeof(float) * (((args.r > 0 ? 2 : 1) * most + kWarps) * kRows + nested);
 }
 
 template <typename T, bool kNested, bool kManyRanks>

@@ -2,7 +2,9 @@
 // workspace, what TMA reads, and the launch.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "launch_config.h"
 #include "nf4_lora_matmul_large_kernel.cuh"
@@ -16,19 +18,28 @@ namespace {
 template <class Product>
 int resident_clusters() {
     constexpr int kDevices = 64;
-    static std::atomic<int> known[kDevices];  // count + 1; two threads may both find out
+    static std::atomic<int> known[kDevices];
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices)
         return 0;
-    if (known[device] == 0) {
-        int clusters = 0;
+    int found = known[device];
+    if (found == 0) {
+        if (!device_is_sm90())
+            return 0;
+        int clusters = std::numeric_limits<int>::max();
         for (const void* kernel :
              {reinterpret_cast<const void*>(nf4_lora_matmul_large_kernel<__nv_bfloat16, Product>),
               reinterpret_cast<const void*>(nf4_lora_matmul_large_kernel<__half, Product>)})
-            clusters = device_is_sm90() ? clusters_at_once(kernel, kCtas, kThreads, kSmemBytes) : 0;
-        known[device] = (clusters < kLeastClusters ? 0 : clusters) + 1;
+            clusters = std::min(clusters, clusters_at_once(kernel, kCtas, kThreads, kSmemBytes));
+        // Not what a green context has room for: the device may have more.
+        if (clusters < kLeastClusters)
+            return 0;
+        // Of threads that ask at the same time, perhaps in different contexts, the first decides
+        // for all: workspaces are laid out by it.
+        if (known[device].compare_exchange_strong(found, clusters))
+            found = clusters;
     }
-    return known[device] - 1;
+    return found;
 }
 
 // Offsets of the parts of the workspace, each 256-byte aligned.

@@ -40,8 +40,6 @@ inline Rates rates_of(PlanKind plan) {
 
 constexpr int64_t kMostParts = 8;  // of a tile, level
 
-constexpr int kSpareSms = kBesideCluster;
-
 // What a division may count on: SMs of the device, and what a projection in front finds room for.
 struct Machine {
     int sms;
@@ -88,7 +86,7 @@ inline Division divide(
         d.split_tiles = static_cast<int>(split);
         d.split_clusters = static_cast<int>(split_clusters);
         const int left = machine.sms - d.clusters * kCluster;
-        d.spare_sms = spare_sms == 0 ? 0 : left / kSpareSms * kSpareSms;
+        d.spare_sms = spare_sms == 0 ? 0 : left / kBesideCluster * kBesideCluster;
         const int64_t z = a.r == 0 ? 0 : projection_time(a, machine, d.spare_sms);
         const int64_t first_end = (full > 0 ? steps : extra_steps) * rates.step;
         d.time += spare_sms == 0 ? z : std::max<int64_t>(0, z - first_end);
@@ -114,7 +112,7 @@ inline Division divide(const LoraMatmulArgs& a, const Machine& machine) {
     const int64_t row_tiles = ceil_div(a.w.N, kTileRows);
     const int64_t row_pairs = ceil_div(row_tiles, 2);
     Division best{};
-    for (const int spare_sms : {kSpareSms, 0}) {
+    for (const int spare_sms : {kBesideCluster, 0}) {
         if (spare_sms > 0 && (a.lora_A == nullptr || a.r == 0 || machine.sms <= 2 * spare_sms ||
                               machine.room.cluster < kBesideCluster))
             continue;

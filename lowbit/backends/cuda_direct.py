@@ -153,16 +153,19 @@ def _prepare_lora_linear(device: int, sizes, y_layout, z_layout, otherwise) -> C
     def direct(weight, x, lora_A, lora_B, lora_scaling, scaling, bias, y_layout=y_layout):
         if lora_A.dtype is not dtype or lora_B.dtype is not dtype:
             lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+        bias_address = 0
         if bias is not None:
             bias = cast(bias, dtype)
+            bias_address = bias.data_ptr()
+            if bias_address == 0:  # its storage was freed: an error, not a layer without bias
+                return None
         empty = _allocator(device)
         y = empty(*y_layout)
         z = None if z_layout is None else empty(*z_layout)
         pointers = _pack_product(
             x.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(),
             0 if lora_scaling is None else lora_scaling.data_ptr(),
-            0 if bias is None else bias.data_ptr(), 0,
-            0 if z is None else z.data_ptr(), y.data_ptr(), scaling,
+            bias_address, 0, 0 if z is None else z.data_ptr(), y.data_ptr(), scaling,
         )  # fmt: skip
         return (y, z) if run(weight, sizes, pointers) == 0 else None
 
@@ -195,7 +198,7 @@ def _prepare_product(device: int, sizes, y_layout, otherwise) -> Callable:
             y = otherwise(*args)
             _accept(weight)
             return y
-        if not (bias is None or bias.is_contiguous()):
+        if not (bias is None or (bias.is_contiguous() and bias.data_ptr())):
             return otherwise(*args)
         lora_B, bias = cast(lora_B, dtype), cast(bias, dtype)
         y = _allocator(device)(*y_layout)

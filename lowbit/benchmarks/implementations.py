@@ -288,7 +288,7 @@ IMPLEMENTATIONS = {
             "lowbit-panels",
             "lowbit, dequantize + cuBLAS",
             _lowbit_panels,
-            lambda: dispatch.unavailable("cuda"),
+            lambda: dispatch.obstacle("cuda", torch.device("cuda")),
         ),
         Implementation(
             "bitsandbytes",

@@ -20,6 +20,7 @@ returns results that are there already, and launches nothing.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -110,7 +111,7 @@ class Backward(linear.Benchmark):
             return []
         row, weights = next(iter(rows.values())), contenders[0].weights
         contenders = [self.empty(weights, x), *contenders]
-        single = {c.name: self.calls(c, x)[0] for c in contenders}
+        single = {c.name: _in_turn(self.calls(c, x)) for c in contenders}
         chain = tuple(range(weights.copies))
         chains = {c.name: functools.partial(self.step, c, x, chain) for c in contenders}
         measured = []
@@ -138,6 +139,12 @@ class Backward(linear.Benchmark):
 
         prepared = Prepared(call, lambda rows: y.new_zeros(len(rows), weights.K), 0)
         return Contender(Implementation(EMPTY, "no work", lambda _: prepared), prepared, weights)
+
+
+def _in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    """The next of them each time: a weight does not stay in the cache."""
+    forever = itertools.cycle(calls)
+    return lambda: next(forever)()
 
 
 def _rows(row: Row, op: str, kind: str, times: dict[str, timing.Times]) -> list[Row]:

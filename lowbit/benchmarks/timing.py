@@ -216,13 +216,13 @@ def time_replays(
         seconds: GPU time to spend on all of them together.
         rounds: the most rounds of ROUND_SAMPLES samples; fewer, to MIN_ROUNDS, when they would take
             longer than `seconds`.
-        own_seconds: what a graph runs before its samples of a round, at least once.
+        own_seconds: how long a contender runs before its samples of a round; a graph at least once.
     """
     for replay in replays.values():
         replay.run()
     estimates = {name: cuda_seconds(replay.run, 1) for name, replay in replays.items()}
     untimed = {
-        name: 0 if replay.eager else max(1, math.ceil(own_seconds / max(estimates[name], 1e-9)))
+        name: max(not replay.eager, math.ceil(own_seconds / max(estimates[name], 1e-9)))
         for name, replay in replays.items()
     }
     in_a_round = [estimates[name] * (untimed[name] + ROUND_SAMPLES) for name in replays]

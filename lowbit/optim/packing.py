@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import _library
+from .. import _library, dispatch
 from . import reference, tables
 
 ALGORITHMS = {"adamw": 0, "lion": 1}
@@ -96,9 +96,9 @@ class Layout:
 
 def operators(device: torch.device):
     """The compiled operators for a device, None where the plain reference has to do."""
-    if device.type in _library.LIBRARIES and _library.available(device.type):
-        return torch.ops.lowbit_cuda if device.type == "cuda" else torch.ops.lowbit_cpu
-    return None
+    if device.type not in _library.LIBRARIES or dispatch.obstacle(device.type, device) is not None:
+        return None
+    return torch.ops.lowbit_cuda if device.type == "cuda" else torch.ops.lowbit_cpu
 
 
 class Pack:
