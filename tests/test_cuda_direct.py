@@ -7,6 +7,7 @@ import torch
 from helpers import assert_bitwise_equal, kernel_unavailable
 from layer_case import GRADIENTS, LayerCase
 
+import lowbit
 from lowbit import dispatch
 from lowbit.backends import cuda, cuda_direct
 
