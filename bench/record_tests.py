@@ -76,13 +76,16 @@ def outcomes(cases: list[ElementTree.Element]) -> dict:
 
 def main() -> int:
     target, *arguments = sys.argv[1:]
-    runs = [run(part) for part in passes(arguments)]
-    cases = [case for _, part in runs for case in part]
-    record = {"benchmark": "tests", "environment": environment(), **outcomes(cases)}
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    Path(target).write_text(json.dumps(record, indent=1) + "\n")
+    failed, cases = False, []
+    for part in passes(arguments):
+        code, more = run(part)
+        failed, cases = failed or code != 0, cases + more
+        # After each, so that a run that is cut off leaves what there is.
+        record = {"benchmark": "tests", "environment": environment(), **outcomes(cases)}
+        Path(target).write_text(json.dumps(record, indent=1) + "\n")
     print(record["total"])
-    return int(any(code for code, _ in runs))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def machine(environment: dict, *, card: bool) -> str:
     )
 
 
+def _note(record: dict) -> str:
+    """What else is to be said of a record, as part of its caption."""
+    return f"; {record['note']}" if "note" in record else ""
+
+
 def table(head: list[str], body: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -157,6 +162,8 @@ def linear(
     )
     if any(row["timing"] == "graph, sustained" for row in rows):
         rates += "; where arithmetic is the limit, times that each keeps up at the power limit"
+    if "headline" not in record:
+        rates += _note(record)
     caption = machine(record["environment"], card=True)
     what = f"Linear layers on a GPU, {title}, {rows[0]['dtype']}, rank {rows[0]['r']}"
     return f"{what} ({caption}; {rates}; `{name}`):\n\n{table(head, body)}"
@@ -329,7 +336,7 @@ def model(name: str, record: dict) -> str:
         "A training step of a whole model, random weights, transformers' code, gradient "
         "checkpointing, bf16 adapters on all linear layers, paged 32-bit AdamW"
     )
-    parts = [f"{what} ({caption}; `{name}`):\n\n{table(head, body)}"]
+    parts = [f"{what} ({caption}{_note(record)}; `{name}`):\n\n{table(head, body)}"]
     largest = [row for row in record["rows"] if row["config"] == "llama-65b"]
     if largest and "headline" not in record:
         parts.append(_memory(largest, record["paper"]))
@@ -372,7 +379,7 @@ def loss_curve(name: str, record: dict) -> str:
 def tests(name: str, record: dict) -> str:
     """Counts, failures, and why tests were skipped."""
     counts = ", ".join(f"{count} {outcome}" for outcome, count in record["total"].items())
-    lines = [f"Tests on a GPU ({_at_commit(record)}; `{name}`): {counts}."]
+    lines = [f"Tests on a GPU ({_at_commit(record)}{_note(record)}; `{name}`): {counts}."]
     lines += [f"- failed: {failure.splitlines()[0]}" for failure in record["failures"]]
     lines += [f"- skipped {n}: {reason}" for reason, n in record["skip_reasons"].items()]
     return lines[0] + "\n\n" + "\n".join(lines[1:])

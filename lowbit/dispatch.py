@@ -134,26 +134,26 @@ _LARGE_SMS = 24
 # Of lora_linear_backward; linear_dx is the product in them.
 BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 
-# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 4.25 TB/s and 806 TFLOP/s measured on
-# the same H200 (bench/results/linear_h200.json, 2026-11-30; linear_h100.json has an H100). By ncu,
+# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 4.22 TB/s and 697 TFLOP/s that the same
+# H200 keeps up (bench/results/linear_h200.json, 2026-11-30; linear_h100.json has an H100). By ncu,
 # cold, same layer, busy of the peak and in brackets cuBLAS with a 16-bit weight
-# (counters_h200.json): gemv, M = 1: DRAM 62 % (91), issue slots 54; small, M = 8: DRAM 53 (90),
-# issue slots 52; M = 64: L1 and shared memory 67, tensor pipes 49, DRAM 40 (87); mid, M = 256:
+# (counters_h200.json): gemv, M = 1: DRAM 67 % (88), issue slots 55; small, M = 8: DRAM 53 (87),
+# issue slots 52; M = 64: L1 and shared memory 65, tensor pipes 47, DRAM 38 (87); mid, M = 256:
 # tensor pipes 66 (78), L1 75; M = 1024: 90 (94) and 76; large, M = 4096: tensor pipes 91 (96), M =
-# 16384: 93 (98). Backward, 14336 x 4096: tensor pipes 38 (78) at M = 256, 90 (95) at 4096.
+# 16384: 93 (98). Backward, 14336 x 4096: tensor pipes 38 (79) at M = 256, 90 (95) at 4096.
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
-    _fused("nf4_lora_gemv", (1, 1), "one launch; 78 % of copy bandwidth", Layer.one_token, 78),
-    _fused("nf4_lora_matmul_small", (1, 64), "equal shares of W; 62 % of copy bandwidth at 8"),
+    _fused("nf4_lora_gemv", (1, 1), "one launch; 83 % of copy bandwidth", Layer.one_token, 78),
+    _fused("nf4_lora_matmul_small", (1, 64), "equal shares of W; 63 % of copy bandwidth at 8"),
     # Beyond their last M, s z may not fit the workspace.
     _fused(
         "nf4_lora_matmul_large",
         (4096, 1 << 17),
-        "W decoded once; 89 % of peak at 4096",
+        "W decoded once; 91 % of peak at 4096",
         Layer.short_factor,
         _LARGE_SMS,
     ),
-    _fused("nf4_lora_matmul_mid", (65, 1 << 16), "two CTAs share a decode; 96 % of peak at 1024"),
+    _fused("nf4_lora_matmul_mid", (65, 1 << 16), "two CTAs share a decode; 97 % of peak at 1024"),
     # Up to 64 tokens, where an H200 has it 1.5 to 6.7 times as fast as panels; at 128 it is 1.2 to
     # 1.5 times. It is bound by issue slots and shared memory, panels by bandwidth, launches and
     # tensor cores, of which other cards have more or less beside their SMs: further on it is not
@@ -173,7 +173,7 @@ TABLE = (
         "nf4_lora_backward_large",
         2048,
         Layer.narrow_lines,
-        "W decoded once; forward + backward 1.08 x dense at 4096 x 4096",
+        "W decoded once; forward + backward 1.10 x dense at 4096 x 4096",
         _LARGE_SMS,
     ),
     _backward(
