@@ -34,6 +34,12 @@ def test_tiles_riders_and_waves_of_many_tokens(tmp_path):
     assert late_starts > 100  # plans whose first wave makes only z, of 5000
 
 
+def test_the_ring_of_many_tokens_is_read_before_it_is_written_again(tmp_path):
+    late_starts, with_riders = _run("large_ring", tmp_path)
+    assert late_starts > 100  # of 6000 plans
+    assert with_riders > 1000  # of 12000
+
+
 def test_some_hundred_tokens_find_room_on_any_device(tmp_path):
     (level,) = _run("mid_plan", tmp_path)
     assert level > 1000  # of 20000
