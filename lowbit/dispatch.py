@@ -185,6 +185,8 @@ def _choose(
     if name is None:
         for row in TABLE:
             served = _serves(row, operation, device, dtype, tokens, layer)
+            if served and row.suits is not None:
+                served = row.suits(tokens, layer, _card_of(device)[1])
             if served and obstacle(row.backend, device) is None:
                 return row
         raise TypeError(f"lowbit::{operation} does not support {dtype} on {device.type}")

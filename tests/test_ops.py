@@ -188,6 +188,25 @@ def test_slices_of_a_card_take_no_kernel_that_needs_more_of_it(another_card, sms
     assert one.kernel == ("nf4_lora_gemv" if sms == 132 else "nf4_lora_matmul_small")
 
 
+@pytest.mark.parametrize(
+    ("N", "tokens", "kernel"),
+    [
+        (4096, 2048, "mid"), (4096, 2560, "mid"), (4096, 3072, "large"), (4096, 3584, "mid"),
+        (14336, 3072, "mid"), (14336, 3584, "large"), (28672, 3072, "large"),
+        (4096, 4096, "large"), (14336, 4096, "large"), (28672, 4096, "large"),
+        (4096, 4352, "mid"), (14336, 4352, "large"), (4096, 5120, "large"), (14336, 5120, "mid"),
+        (14336, 6144, "large"), (4096, 7000, "large"), (1024, 3072, "mid"), (1024, 4096, "large"),
+    ],
+)  # fmt: skip
+def test_many_tokens_take_the_kernel_whose_waves_are_full(another_card, N, tokens, kernel):
+    """As measured with 132 SMs (bench/NOTES.md)."""
+    another_card.setattr(dispatch, "_card", lambda index: ((9, 0), 132))
+    another_card.setattr(dispatch, "obstacle", lambda backend, device: None)
+    device, layer = torch.device("cuda", 0), dispatch.Layer(N, 4096, 64, True, 16)
+    row = dispatch.choose("lora_linear", device, torch.bfloat16, tokens, layer)
+    assert row.kernel == f"nf4_lora_matmul_{kernel}"
+
+
 def test_a_card_that_the_library_has_no_code_for_takes_the_next_backend(another_card):
     device, layer = torch.device("cuda", 0), dispatch.Layer(4096, 4096, 64, True, 16)
     another_card.setattr(dispatch, "_card", lambda index: ((12, 0), 132))
