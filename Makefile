@@ -16,7 +16,7 @@ TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.10,torch==2.13.0)
 # torch comes first and is named in each later command, so that no dependency chooses another.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALL := $(PIP) "$(TORCH)" --no-build-isolation
-CSRC = $(shell find csrc -type f) tests/large_plan.cu tests/mid_plan.cu
+CSRC = $(shell find csrc -type f) tests/*.cu tests/*.cpp
 
 .PHONY: help venv install model demo test lint format wheel bench clean
 .DEFAULT_GOAL := help

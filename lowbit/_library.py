@@ -85,6 +85,7 @@ def _cuda_obstacle() -> str | None:
     return None
 
 
+@functools.cache
 def missing_code(capability: tuple[int, int]) -> str | None:
     """Say why the CUDA library has nothing to run on a compute capability, or None.
 

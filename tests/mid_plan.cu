@@ -21,7 +21,7 @@ namespace {
 }
 
 // Groups of tokens that have room in shared memory, enough of them, and whole groups of CTAs.
-const char* check_tiling(int64_t M, const ProjectionRoom& room) {
+const char* check_tiling(int64_t M, const ClusterRoom& room) {
     const ProjectionTiling t = tile_projection(M, room);
     const int64_t groups = int64_t{t.clusters} * (room.cluster / t.parts);
     if (t.tokens % 64 != 0 || t.tokens < 64 || t.tokens > 256)

@@ -97,6 +97,15 @@ class _Case:
             if exact is not None:
                 assert_close_to_float64(name, actual, exact, low)
 
+    def check_repeats(self, kernel, times):
+        """The same bits each time."""
+        y, z = self.run(kernel)
+        for _ in range(times):
+            again, z_again = self.run(kernel)
+            assert_bitwise_equal(again, y, "y")
+            if z is not None:
+                assert_bitwise_equal(z_again, z, "z")
+
 
 @pytest.mark.parametrize(("kernel", "M"), CASES)
 @pytest.mark.parametrize(("N", "K"), LAYERS)
@@ -169,11 +178,7 @@ def test_z_of_one_token_from_the_kernel_and_given(N, K, r, dtype):
 def test_projections(M, N, K, r, dtype):
     case = _Case(M, N, K, r, dtype, vector=True)
     case.check("nf4_lora_matmul_mid")
-    y, z = case.run("nf4_lora_matmul_mid")
-    for _ in range(3):
-        again, z_again = case.run("nf4_lora_matmul_mid")
-        assert_bitwise_equal(again, y, "y")
-        assert_bitwise_equal(z_again, z, "z")
+    case.check_repeats("nf4_lora_matmul_mid", 3)
 
 
 @pytest.mark.parametrize(("M", "r"), [(100, 64), (300, 16), (300, 64), (1000, 8)])
@@ -201,12 +206,7 @@ def test_lora_B_that_is_not_16_byte_aligned(M, r):
 def test_tiles_of_few_steps(M, N, K, r, dtype):
     case = _Case(M, N, K, r, dtype)
     case.check("nf4_lora_matmul_large")
-    y, z = case.run("nf4_lora_matmul_large")
-    for _ in range(3):
-        again, z_again = case.run("nf4_lora_matmul_large")
-        assert_bitwise_equal(again, y, "y")
-        if r:
-            assert_bitwise_equal(z_again, z, "z")
+    case.check_repeats("nf4_lora_matmul_large", 3)
 
 
 # On a card that holds 66 clusters the first wave makes only z, so no tile reads its chunks of W.
@@ -217,11 +217,7 @@ def test_tiles_of_few_steps(M, N, K, r, dtype):
 def test_a_first_wave_without_tiles(M, N, K, r):
     case = _Case(M, N, K, r)
     case.check("nf4_lora_matmul_large")
-    y, z = case.run("nf4_lora_matmul_large")
-    for _ in range(10):
-        again, z_again = case.run("nf4_lora_matmul_large")
-        assert_bitwise_equal(again, y, "y")
-        assert_bitwise_equal(z_again, z, "z")
+    case.check_repeats("nf4_lora_matmul_large", 10)
 
 
 OPTIONS = {

@@ -140,9 +140,12 @@ def test_many_tokens_leave_the_large_kernel_where_a_padded_factor_does_not_fit(N
 @pytest.fixture
 def another_card(monkeypatch):
     """monkeypatch; no row that is chosen for a card that is not there outlives the test."""
-    dispatch._choose.cache_clear()
+    caches = dispatch._choose, _library.missing_code
+    for cache in caches:
+        cache.cache_clear()
     yield monkeypatch
-    dispatch._choose.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize(

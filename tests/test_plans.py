@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _run(name, tmp_path):
+def _run(name, tmp_path, *flags):
     """Compile and run a program beside this file; return the numbers it prints."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         pytest.skip("nvcc is neither on PATH nor in /usr/local/cuda")
-    source, program = Path(__file__).with_name(f"{name}.cu"), tmp_path / name
-    build = [nvcc, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-o", program, source]
+    source, program = Path(__file__).with_name(name), tmp_path / "program"
+    build = [nvcc, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", *flags, "-o", program, source]
     compiled = subprocess.run(build, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
     done = subprocess.run([program], capture_output=True, text=True, timeout=120)
@@ -29,17 +29,22 @@ def _run(name, tmp_path):
 
 
 def test_tiles_riders_and_waves_of_many_tokens(tmp_path):
-    with_riders, late_starts = _run("large_plan", tmp_path)
+    with_riders, late_starts = _run("large_plan.cu", tmp_path)
     assert with_riders > 1000  # of 10000
     assert late_starts > 100  # plans whose first wave makes only z, of 5000
 
 
 def test_the_ring_of_many_tokens_is_read_before_it_is_written_again(tmp_path):
-    late_starts, with_riders = _run("large_ring", tmp_path)
+    late_starts, with_riders = _run("large_ring.cu", tmp_path)
     assert late_starts > 100  # of 6000 plans
     assert with_riders > 1000  # of 12000
 
 
 def test_some_hundred_tokens_find_room_on_any_device(tmp_path):
-    (level,) = _run("mid_plan", tmp_path)
+    (level,) = _run("mid_plan.cu", tmp_path)
     assert level > 1000  # of 20000
+
+
+def test_devices_are_asked_for_clusters_once(tmp_path):
+    (questions,) = _run("cluster_room.cpp", tmp_path, "-cudart=none")
+    assert questions > 0

@@ -6,8 +6,11 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+
+#include "device.h"
 
 namespace lowbit::cuda {
 
@@ -98,6 +101,51 @@ inline int clusters_at_once(const void* kernel, int size, int threads, int smem_
         return clusters;
     cudaGetLastError();  // the answer is 0; left in place it would be taken for another call's
     return 0;
+}
+
+// Answers for each device; static, as it starts with zeros.
+struct Answers {
+    static constexpr int kDevices = 64;
+    std::atomic<int> of_device[kDevices];
+};
+
+// What `find` says of the current device, asked once; 0 is not kept. Of threads that ask at the
+// same time, perhaps in different contexts, the first decides for all: workspaces are laid out by
+// it.
+template <typename Find>
+int once_per_device(Answers& answers, Find find) {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= Answers::kDevices)
+        return 0;
+    std::atomic<int>& known = answers.of_device[device];
+    int found = known;
+    if (found != 0)
+        return found;
+    const int own = find();
+    return own == 0 || known.compare_exchange_strong(found, own) ? own : found;
+}
+
+// CTAs of a cluster, one on each SM, and how many clusters there are at the same time.
+struct ClusterRoom {
+    int cluster;
+    int clusters;
+};
+
+// Clusters of at most `most` CTAs, less than 16, that find room on an idle device. It depends on
+// how its SMs are grouped: eights on 10 of 11 SMs of an H100. Half of the SMs may be lost before
+// smaller clusters are better. Lets the kernel take the shared memory.
+inline ClusterRoom
+room_for_clusters(Answers& answers, const void* kernel, int most, int threads, int smem_bytes) {
+    const int sms = std::max(sm_count(), 1);
+    const int found = once_per_device(answers, [&] {
+        for (int size = most; size > 1; size /= 2) {
+            const int clusters = clusters_at_once(kernel, size, threads, smem_bytes);
+            if (clusters > 0 && 2 * size * clusters >= sms)
+                return 16 * clusters + size;
+        }
+        return 16 * sms + 1;
+    });
+    return found == 0 ? ClusterRoom{1, sms} : ClusterRoom{found % 16, found / 16};
 }
 
 }  // namespace lowbit::cuda

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "launch_config.h"
 #include "nf4_lora_matmul.h"
 
 namespace lowbit::cuda {
@@ -13,18 +14,12 @@ inline int padded_rank(int r) {
     return (r + 15) / 16 * 16;
 }
 
-// What a projection may have at the same time.
-struct ProjectionRoom {
-    int cluster;  // CTAs of a cluster, one on each SM
-    int clusters;
-};
-
 // Most of an idle device, in clusters of eight if it can hold them.
-ProjectionRoom projection_room();
+ClusterRoom projection_room();
 
 // SMs beside a product whose CTAs come in pairs: clusters of four leave no pair broken.
 constexpr int kBesideCluster = 4;
-inline ProjectionRoom projection_room_beside(int spare_sms) {
+inline ClusterRoom projection_room_beside(int spare_sms) {
     return {kBesideCluster, spare_sms / kBesideCluster};
 }
 
@@ -37,7 +32,7 @@ struct ProjectionTiling {
 };
 
 // K is divided as far as one pass allows: every pass reads lora_A again and adds up.
-inline ProjectionTiling tile_projection(int64_t M, ProjectionRoom room) {
+inline ProjectionTiling tile_projection(int64_t M, ClusterRoom room) {
     constexpr int64_t kBox = 64, kMostTokens = 256;
     M = std::max<int64_t>(M, 1);
     int parts = room.cluster;

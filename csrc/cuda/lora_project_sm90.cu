@@ -21,8 +21,6 @@
 
 #include "lora_project.h"
 
-#include <atomic>
-
 #include "common.cuh"
 #include "device.h"
 #include "launch_config.h"
@@ -255,7 +253,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(
 template <typename T, int kColumns>
 cudaError_t launch_project(const LoraMatmulArgs& a, const Projection& p, cudaStream_t stream) {
     using L = Layout<kColumns>;
-    const ProjectionRoom room =
+    const ClusterRoom room =
         p.spare_sms > 0 ? projection_room_beside(p.spare_sms) : projection_room();
     const ProjectionTiling tiling = tile_projection(a.M, room);
     Params params{};
@@ -304,33 +302,10 @@ cudaError_t launch(const LoraMatmulArgs& a, const Projection& p, cudaStream_t st
 
 }  // namespace
 
-ProjectionRoom projection_room() {
-    constexpr int kDevices = 64;
-    static std::atomic<int> known[kDevices];  // 16 * clusters + cluster
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices)
-        return {1, 1};
-    int found = known[device];
-    if (found == 0) {
-        const auto kernel = reinterpret_cast<const void*>(project_kernel<__nv_bfloat16, 64>);
-        ProjectionRoom room{1, std::max(sm_count(), 1)};
-        // Which sizes find room depends on how the SMs are grouped: eights on 10 of 11 SMs of an
-        // H100. Half of them may be lost before smaller clusters are better.
-        for (int size = 8; size > 1; size /= 2) {
-            const int clusters =
-                clusters_at_once(kernel, size, kMostThreads, Layout<64>::kSmemBytes);
-            if (2 * size * clusters >= sm_count() && clusters > 0) {
-                room = {size, clusters};
-                break;
-            }
-        }
-        // Of threads that ask at the same time, perhaps in different contexts, the first decides
-        // for all: workspaces are laid out by it.
-        const int own = 16 * room.clusters + room.cluster;
-        if (known[device].compare_exchange_strong(found, own))
-            found = own;
-    }
-    return {found % 16, found / 16};
+ClusterRoom projection_room() {
+    static Answers answers;
+    const auto kernel = reinterpret_cast<const void*>(project_kernel<__nv_bfloat16, 64>);
+    return room_for_clusters(answers, kernel, 8, kMostThreads, Layout<64>::kSmemBytes);
 }
 
 cudaError_t

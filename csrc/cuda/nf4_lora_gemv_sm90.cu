@@ -30,8 +30,8 @@
 #include "nf4_lora_gemv.h"
 
 #include <algorithm>
-#include <atomic>
 
+#include "launch_config.h"
 #include "nf4_lora_gemv_operands.cuh"
 #include "nf4_lora_gemv_plan.cuh"
 #include "nf4_lora_gemv_rows.cuh"
@@ -177,67 +177,28 @@ size_t make_plan(const LoraMatmulArgs& args, int64_t ctas, Plan& plan) {
 template <typename T, bool kNested, bool kManyRanks>
 cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
     const auto kernel = nf4_lora_gemv_kernel<T, kNested, kManyRanks>;
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {1, 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.blockDim = kThreads + kZThreads;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = 2;
-
-    // How many clusters fit at one CTA per SM depends on how the chip's SMs are grouped: asked for
-    // once per device. Half the SMs may be lost before smaller clusters, which read more of lora_A
-    // per CTA, are the better choice.
-    constexpr int kMaxDevices = 64;
-    static std::atomic<int> known[kMaxDevices];  // 16 * CTAs + cluster size
-    int device = 0, sms = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess)
-        return error;
-    int fit = known[device % kMaxDevices].load(std::memory_order_acquire);
-    if (fit == 0) {
-        error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
-        if (error != cudaSuccess)
-            return error;
-        fit = 16 * sms + 1;
-        for (int size = kMaxCluster; size > 1; size /= 2) {
-            int clusters = 0;
-            config.gridDim = size;
-            config.dynamicSmemBytes = kMaxSharedBytes;
-            attributes[0].val.clusterDim.x = size;
-            error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-            if (error != cudaSuccess)
-                return error;
-            if (2 * clusters * size >= sms) {
-                fit = 16 * clusters * size + size;
-                break;
-            }
-        }
-        known[device % kMaxDevices].store(fit, std::memory_order_release);
-    }
-
+    // Smaller clusters read more of lora_A per CTA.
+    static Answers answers;
+    constexpr int kCtaThreads = kThreads + kZThreads;
+    const ClusterRoom room = room_for_clusters(
+        answers, reinterpret_cast<const void*>(kernel), kMaxCluster, kCtaThreads, kMaxSharedBytes);
     const bool exchange = args.r > 0 && args.lora_A != nullptr;
-    const int cluster = exchange ? fit % 16 : 1;
-    const int64_t ctas = ctas_of(args, exchange ? fit / 16 : sms, cluster);
+    const int cluster = exchange ? room.cluster : 1;
+    const int64_t ctas =
+        ctas_of(args, exchange ? room.cluster * room.clusters : std::max(1, sm_count()), cluster);
     Plan plan;
-    config.dynamicSmemBytes = make_plan(args, ctas, plan);
-    config.gridDim = static_cast<unsigned>(ctas);
-    attributes[0].val.clusterDim.x = cluster;
+    const size_t smem_bytes = make_plan(args, ctas, plan);
+    LaunchConfig config(static_cast<unsigned>(ctas), kCtaThreads, smem_bytes, stream);
+    config.cluster(cluster);
     CUtensorMap lora_A{};
     if (kManyRanks && exchange) {
-        error = make_tensor_map(
+        const cudaError_t error = make_tensor_map(
             lora_A, tensor_map_type(args.dtype), args.lora_A, args.r, args.w.K,
             {16 * rank_tiles(args.r), kZColumns}, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
         if (error != cudaSuccess)
             return error;
     }
-    return cudaLaunchKernelEx(&config, kernel, args, plan, lora_A);
+    return cudaLaunchKernelEx(config.get(), kernel, args, plan, lora_A);
 }
 
 template <typename T, bool kNested>

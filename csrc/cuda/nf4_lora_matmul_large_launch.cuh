@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 
 #include "launch_config.h"
@@ -14,16 +13,12 @@
 namespace lowbit::cuda {
 namespace {
 
-// How many clusters the current device holds at once; 0 if too few for the kernel. Asked once.
+// How many clusters the current device holds at once; 0 if too few for the kernel. That is not
+// kept: a green context may have room for few where the device has more.
 template <class Product>
 int resident_clusters() {
-    constexpr int kDevices = 64;
-    static std::atomic<int> known[kDevices];
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices)
-        return 0;
-    int found = known[device];
-    if (found == 0) {
+    static Answers answers;
+    return once_per_device(answers, [] {
         if (!device_is_sm90())
             return 0;
         int clusters = std::numeric_limits<int>::max();
@@ -31,15 +26,8 @@ int resident_clusters() {
              {reinterpret_cast<const void*>(nf4_lora_matmul_large_kernel<__nv_bfloat16, Product>),
               reinterpret_cast<const void*>(nf4_lora_matmul_large_kernel<__half, Product>)})
             clusters = std::min(clusters, clusters_at_once(kernel, kCtas, kThreads, kSmemBytes));
-        // Not what a green context has room for: the device may have more.
-        if (clusters < kLeastClusters)
-            return 0;
-        // Of threads that ask at the same time, perhaps in different contexts, the first decides
-        // for all: workspaces are laid out by it.
-        if (known[device].compare_exchange_strong(found, clusters))
-            found = clusters;
-    }
-    return found;
+        return clusters < kLeastClusters ? 0 : clusters;
+    });
 }
 
 // Offsets of the parts of the workspace, each 256-byte aligned.

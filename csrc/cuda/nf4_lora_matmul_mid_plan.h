@@ -43,7 +43,7 @@ constexpr int64_t kMostParts = 8;  // of a tile, level
 // What a division may count on: SMs of the device, and what a projection in front finds room for.
 struct Machine {
     int sms;
-    ProjectionRoom room;
+    ClusterRoom room;
 };
 
 // Until z is there, projected on the spare SMs or on all: see lora_project_sm90.cu. All SMs
@@ -52,7 +52,7 @@ inline int64_t projection_time(const LoraMatmulArgs& a, const Machine& machine, 
     if (a.lora_A == nullptr)
         return 200;
     const bool beside = spare_sms > 0;
-    const ProjectionRoom room = beside ? projection_room_beside(spare_sms) : machine.room;
+    const ClusterRoom room = beside ? projection_room_beside(spare_sms) : machine.room;
     const ProjectionTiling t = tile_projection(a.M, room);
     const int64_t columns = a.r > 16 ? 64 : 16;
     const int64_t bytes = (t.tokens + columns) * 2 * a.w.K / t.parts;
