@@ -136,8 +136,8 @@ struct ClusterRoom {
 // smaller clusters are better. Lets the kernel take the shared memory.
 inline ClusterRoom
 room_for_clusters(Answers& answers, const void* kernel, int most, int threads, int smem_bytes) {
-    const int sms = std::max(sm_count(), 1);
     const int found = once_per_device(answers, [&] {
+        const int sms = std::max(sm_count(), 1);
         for (int size = most; size > 1; size /= 2) {
             const int clusters = clusters_at_once(kernel, size, threads, smem_bytes);
             if (clusters > 0 && 2 * size * clusters >= sms)
@@ -145,7 +145,8 @@ room_for_clusters(Answers& answers, const void* kernel, int most, int threads, i
         }
         return 16 * sms + 1;
     });
-    return found == 0 ? ClusterRoom{1, sms} : ClusterRoom{found % 16, found / 16};
+    return found == 0 ? ClusterRoom{1, std::max(sm_count(), 1)}
+                      : ClusterRoom{found % 16, found / 16};
 }
 
 }  // namespace lowbit::cuda
