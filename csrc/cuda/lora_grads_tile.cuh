@@ -318,7 +318,7 @@ __device__ __forceinline__ void run_pass(const GradPass& pass, uint8_t* smem_raw
     wait_for_previous_kernel();
     let_next_kernel_start();
     if (warp == kComputeWarps) {
-        if (threadIdx.x % kWarpSize == 0)
+        if (elect_lane())
             load_part<P>(maps, p, smem);
     } else if (P::kProjects && warp < kComputeWarps - P::kSumWarps) {
         float* projection = reinterpret_cast<float*>(smem_raw + (smem - raw) + P::kProjection);

@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
          first += gridDim.x / size * cluster_tokens) {
         if (threadIdx.x < consumers)
             multiply<T, kColumns>(p, steps, smem, smem_raw + (smem - raw) + L::kSums, ring);
-        else if (threadIdx.x == consumers)
+        else if (elect_lane())
             load<kColumns>(p, steps, first + offset, smem, ring);
         __syncwarp();
         cluster_sync_unaligned();  // by all threads: it waits for each that has not left

@@ -29,7 +29,7 @@ __device__ __forceinline__ void prefetch_inputs(
         prefetch_l2(w.nested_offset);
     if (kNested && warp == 1 && lane < 8)
         prefetch_l2(w.nested_codebook + lane * 32);
-    if (lane != 0)
+    if (!elect_lane())
         return;
     if (kNested && warp == 0 && share.rows > 0) {
         const int shift = w.blocksize_log2 + w.nested_blocksize_log2;

@@ -151,7 +151,7 @@ __device__ __forceinline__ void send_z_parts_wgmma(
     Scratch& scratch,
     const Meanwhile& meanwhile) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kZWarps;
-    const bool copies = threadIdx.x == kThreads;
+    const bool copies = warp == 0;
     const ZShare share(args.w.K);
     const int count = share.end - share.begin;
     const uint32_t a_bytes = z_rows_bytes(args.r), stage_bytes = a_bytes + kZTokenBytes;
@@ -164,7 +164,7 @@ __device__ __forceinline__ void send_z_parts_wgmma(
         load_bulk(
             to + a_bytes, static_cast<const T*>(args.x) + chunk * kZColumns, kZRowBytes, barrier);
     };
-    if (copies) {
+    if (copies && elect_lane()) {
         for (int i = 0; i < min(count, kZStages); i++)
             copy(i);
     }
@@ -185,7 +185,7 @@ __device__ __forceinline__ void send_z_parts_wgmma(
         if (i > 0 && i - 1 + kZStages < count) {
             wgmma_wait<1>();
             named_barrier(kZBarrier, kZThreads);
-            if (copies)
+            if (copies && elect_lane())
                 copy(i - 1 + kZStages);
             __syncwarp();
         }

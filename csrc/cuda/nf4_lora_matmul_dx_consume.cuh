@@ -129,14 +129,14 @@ __device__ __forceinline__ void store_output(
     const int thread = threadIdx.x - P::kProducers;
     const int group = thread / kWarpgroup;
     const int warp = thread % kWarpgroup / kWarpSize, lane = thread % kWarpSize;
-    const bool stores = thread % kWarpgroup == 0;
+    const bool stores = warp == 0;
     const int column0 = tile.column0 + group * 64;
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
         if (tile.split && c / (kChunks / 2) != blockIdx.x % kCluster)
             continue;
         const uint32_t buffer = smem + P::kOutput + (group * 2 + c % 2) * kChunkBytes;
-        if (stores)
+        if (stores && elect_lane())
             wait_stores_read<1>();
         named_barrier(1 + group, kWarpgroup);
 #pragma unroll
@@ -154,7 +154,7 @@ __device__ __forceinline__ void store_output(
         }
         fence_async_proxy();
         named_barrier(1 + group, kWarpgroup);
-        if (stores) {
+        if (stores && elect_lane()) {
             const int token0 = tile.token0 + c * kChunkTokens;
             if (adds)
                 add_tile(maps.dx, buffer, column0, token0);
@@ -185,7 +185,7 @@ consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_ge
             add_halves<P>(d, smem, smem_generic);
         store_output<T, P>(d, maps, tile, p.adds, smem);
     }
-    if (own == 0)
+    if (own < kWarpSize && elect_lane())
         wait_stores_read<0>();
 }
 

@@ -125,17 +125,18 @@ __device__ __forceinline__ void load_last_step(
 
 template <typename T, class P>
 __device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint32_t smem) {
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
+    const int lane = threadIdx.x % kWarpSize;
     const int rank = blockIdx.x % kCluster;
     const int own_row = P::kSharesW ? rank * P::kOwnRows : 0;  // the first that this CTA decodes
     const int unit = warp % P::kUnits;
     const int unit_block = unit % 2, unit_row = unit / 2 * kUnitRows;
-    const bool loads_dy = unit == 0 && lane == 0;
+    const bool loads_dy = unit == 0;
     const uint32_t peer = in_cta(smem, rank ^ 1) - smem;
     const int tiles = tile_count<P>(p);
 
     PackedLoader<P> loader{maps, p, smem, own_row, tiles, tile_at<P>(p, 0), 0, 0, 0};
-    if (threadIdx.x == 0) {
+    if (warp == 0 && elect_lane()) {
         loader.load_next();
         loader.load_next();
     }
@@ -191,7 +192,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint3
                     const uint32_t full = smem + P::kFull + at.slot * 8;
                     const uint32_t stage = smem + at.slot * P::kStageBytes;
                     barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
-                    if (loads_dy) {
+                    if (loads_dy && elect_lane()) {
                         barrier_arrive_expect(full, P::kArrivingBytes);
                         load_dy<P>(maps, tile, step, stage, full);
                     }
@@ -208,7 +209,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint3
                     step += P::kStride;
                     at.advance(P::kStride);
                 }
-                if (turn == 0 && threadIdx.x == 0) {
+                if (turn == 0 && warp == 0 && elect_lane()) {
                     barrier_wait(packed_empty, buffer_parity);
                     loader.load_next();
                 }
@@ -220,7 +221,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint3
         for (; step < tile.steps; step += P::kStride, at.advance(P::kStride)) {
             const uint32_t full = smem + P::kFull + at.slot * 8;
             barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
-            if (loads_dy)
+            if (loads_dy && elect_lane())
                 load_last_step<P>(
                     maps, p, tile, p.r > 0 && step == tile.steps - 1,
                     smem + at.slot * P::kStageBytes, full);

@@ -154,12 +154,13 @@ __device__ __forceinline__ void decode_weight(
         named_barrier(kDecoderBarrier, kTaskLanes);
 
         const int index = at.index;
-        if (lane == 0) {
+        if (lane < kWarpSize && elect_lane()) {
             const int before = index - plan.slots;  // the chunk that had this slot
             if (before >= 0)
                 wait_for_count(p.done + before, kCtas * plan.clusters, kSlotPollNs);
-            store_tile(ring, staging_address, 0, place.line);
-            store_tile(ring, staging_address + kTaskBytes / 2, 0, place.line + place.block_lines);
+            store_tile_kept(ring, staging_address, 0, place.line);
+            store_tile_kept(
+                ring, staging_address + kTaskBytes / 2, 0, place.line + place.block_lines);
             commit_stores();
         }
         at.task += gridDim.x;
@@ -168,7 +169,7 @@ __device__ __forceinline__ void decode_weight(
             place = at.place<Product>(plan);
             load_packed(p, place, lane, packed);  // while the stores end
         }
-        if (lane == 0) {
+        if (lane < kWarpSize && elect_lane()) {
             wait_stores();
             increment_release(p.ready + index);
         }

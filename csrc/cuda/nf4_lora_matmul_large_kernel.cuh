@@ -110,34 +110,36 @@ __device__ __forceinline__ void load_operands(
         const uint32_t tasks = range.panels * kTasksPerPanel;
         const int line = (job.sequence - range.first_sequence) * kPanelRows + rank * kCtaRows;
         bool known_z = false;
-        for (int k = 0; k < plan.steps; k++, pipe.step++) {
-            const int chunk = k / kChunkSteps;
-            const int index = chunk_index(plan, wave, chunk);
-            if (k % kChunkSteps == 0) {
-                if (!known_ready)
-                    wait_for_count(p.ready + index, tasks, kReadyPollNs);
-                known_ready = false;
-                fence_async_proxy_global();
+        const int first_index = chunk_index(plan, wave, 0), step_lines = ring_line(plan, 0, 1);
+        int slot = first_index % plan.slots;
+        for (int chunk = 0; chunk < plan.chunks; chunk++) {
+            const int index = first_index + chunk;
+            if (!known_ready)
+                wait_for_count(p.ready + index, tasks, kReadyPollNs);
+            known_ready = false;
+            fence_async_proxy_global();
+            const int begin = chunk * kChunkSteps, end = min(begin + kChunkSteps, plan.steps);
+            int step_line = ring_line(plan, slot, 0) + line;
+            slot = slot + 1 == plan.slots ? 0 : slot + 1;
+            for (int k = begin; k < end; k++, pipe.step++, step_line += step_lines) {
+                if (k == min(kLookAhead - 1, plan.steps - 1))
+                    next.look_up(plan, cluster, wave + 1);
+                // A look ahead while stages are full, so that what is ready costs no wait.
+                if (k == begin + kLookAhead) {
+                    const bool last = chunk == plan.chunks - 1;
+                    if (!last || wave + 1 < plan.waves)
+                        known_ready = load_acquire(p.ready + index + 1) >=
+                                      (last ? next.range.panels * kTasksPerPanel : tasks);
+                    if (last && plan.z_depth > 0)
+                        known_z = load_acquire(p.z_ready + job.token_tile) >= kConsumers;
+                }
+                if (!Product::kIsForward && riding.take(plan, k)) {
+                    load_rider_step(p, maps, pipe, rider, rank, rider.steps - riding.left - 1);
+                    pipe.step++;
+                }
+                load_x(maps.x, k * kStepDepth, job.token_tile, kWBytes);
+                load_tile_kept(pipe.w(), maps.ring_load, 0, step_line, pipe.full());
             }
-            if (k == min(kLookAhead - 1, plan.steps - 1))
-                next.look_up(plan, cluster, wave + 1);
-            // A look ahead while stages are full, so that what is ready costs no wait.
-            if (k % kChunkSteps == kLookAhead) {
-                const bool last = chunk == plan.chunks - 1;
-                if (!last || wave + 1 < plan.waves)
-                    known_ready = load_acquire(p.ready + index + 1) >=
-                                  (last ? next.range.panels * kTasksPerPanel : tasks);
-                if (last && plan.z_depth > 0)
-                    known_z = load_acquire(p.z_ready + job.token_tile) >= kConsumers;
-            }
-            if (!Product::kIsForward && riding.take(plan, k)) {
-                load_rider_step(p, maps, pipe, rider, rank, rider.steps - riding.left - 1);
-                pipe.step++;
-            }
-            load_x(maps.x, k * kStepDepth, job.token_tile, kWBytes);
-            load_tile(
-                pipe.w(), maps.ring_load, 0,
-                ring_line(plan, index % plan.slots, k % kChunkSteps) + line, pipe.full());
         }
         if (plan.rank_columns > 0) {
             if (plan.z_depth > 0) {
@@ -189,7 +191,7 @@ __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 1)
         if (warp == 0) {
             wait_for_previous_kernel();
             let_next_kernel_start();
-            if (threadIdx.x == 0)
+            if (elect_lane())
                 load_operands<Product>(p, maps, smem_address, rank, cluster, first);
             __syncwarp();
         } else if (warp <= kDecoderWarps) {

@@ -253,6 +253,16 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// One lane of a warp whose lanes are together, always the same one. Behind it ptxas knows that a
+// bulk copy has one lane; behind any other condition it makes a loop over the lanes around each
+// copy.
+__device__ __forceinline__ bool elect_lane() {
+    uint32_t elected;
+    asm volatile("{.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;}"
+                 : "=r"(elected));
+    return elected != 0;
+}
+
 // ---- bulk copies --------------------------------------------------------------------------------
 
 // Ordinary stores to shared memory before it are visible to bulk copies and wgmma after it.
@@ -294,13 +304,24 @@ load_tile(uint32_t destination, const CUtensorMap& map, int column, int row, uin
         : "memory");
 }
 
+// What L2 makes room with, as createpolicy encodes it.
+constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
+
 // Read once: gives way in L2 to what is read again.
 __device__ __forceinline__ void load_tile_once(
     uint32_t destination, const CUtensorMap& map, int column, int row, uint32_t barrier) {
-    constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // as createpolicy encodes it
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
                  ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
                  "l"(&map), "r"(barrier), "r"(column), "r"(row), "l"(kEvictFirst)
+                 : "memory");
+}
+
+// The opposite: stays in L2.
+__device__ __forceinline__ void load_tile_kept(
+    uint32_t destination, const CUtensorMap& map, int column, int row, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
+                 "l"(&map), "r"(barrier), "r"(column), "r"(row), "l"(kEvictLast)
                  : "memory");
 }
 
@@ -338,7 +359,16 @@ store_tile(const CUtensorMap& map, uint32_t source, int column, int row) {
         : "memory");
 }
 
-// The same, added to what is there in the map's 16-bit type, each sum rounded.
+// The same for what is read again soon, and then written again: it stays in L2.
+__device__ __forceinline__ void
+store_tile_kept(const CUtensorMap& map, uint32_t source, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group"
+                 ".L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(&map),
+                 "r"(source), "r"(column), "r"(row), "l"(kEvictLast)
+                 : "memory");
+}
+
+// Shared to global memory, added to what is there in the map's 16-bit type, each sum rounded.
 __device__ __forceinline__ void
 add_tile(const CUtensorMap& map, uint32_t source, int column, int row) {
     asm volatile(
