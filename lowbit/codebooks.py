@@ -11,10 +11,24 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
-# Tables are made on the CPU whatever torch.device context is in force: they are cached.
+
+def cached(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """functools.cache for tables, which must not depend on what was in force when the first caller
+    came: they name their device and dtype, and what is made under a dispatch mode (FakeTensorMode),
+    no ordinary tensor, is not kept.
+    """
+    kept = functools.cache(make)
+
+    @functools.wraps(make)
+    def table(*args):
+        return make(*args) if torch._C._len_torch_dispatch_stack() > 0 else kept(*args)
+
+    return table
+
 
 # QLoRA, appendix E: sixteen NormalFloat values; `normal_float(4)` derives them and a test shows
 # equality.
@@ -75,15 +89,19 @@ def normal_float(bits: int) -> torch.Tensor:
     # Seven decimals and single precision, as the published NF4 constants were made; exact
     # arithmetic would move them by up to 8 ulp.
     offset = round((1 - 1 / (2 * levels) + 1 - 1 / (2 * levels - 2)) / 2, 7)
-    positive = ndtri(torch.linspace(offset, 0.5, levels // 2 + 1, device="cpu")[:-1].numpy())
-    negative = -ndtri(torch.linspace(offset, 0.5, levels // 2, device="cpu")[:-1].numpy())
+
+    def quantiles(count: int):
+        steps = torch.linspace(offset, 0.5, count + 1, dtype=torch.float32, device="cpu")
+        return ndtri(steps[:-1].numpy())
+
+    positive, negative = quantiles(levels // 2), -quantiles(levels // 2 - 1)
     halves = [torch.from_numpy(half).double() for half in (positive, negative)]
     zero = torch.zeros(1, dtype=torch.float64, device="cpu")
     values = torch.cat([*halves, zero]).sort().values
     return (values / values.max()).float()
 
 
-@functools.cache
+@cached
 def _table(name: str) -> torch.Tensor:
     if name == "nf4":
         return torch.tensor(_NF4, dtype=torch.float32, device="cpu")
@@ -139,28 +157,27 @@ def thresholds(
     return (ascending[:-1] + ascending[1:]) * 0.5, order[first].to(torch.uint8)
 
 
-@functools.cache
+@cached
 def _fp4_thresholds() -> tuple[torch.Tensor, torch.Tensor]:
     boundaries = torch.tensor(_FP4_BOUNDARIES, dtype=torch.float32, device="cpu")
-    below = torch.tensor(-math.inf, device="cpu")
+    below = torch.tensor(-math.inf, dtype=torch.float32, device="cpu")
     # |x| > t and x < 0 must be `not x >= -t`: step the mirrored boundary down one ulp to turn >
     # into >=.
     negative = torch.nextafter(-boundaries.flip(0), below)
-    zero = torch.nextafter(
-        torch.zeros(1, device="cpu"), below
-    )  # x < 0 is -0 (code 8), x >= 0 is +0
+    # x < 0 is -0 (code 8), x >= 0 is +0
+    zero = torch.nextafter(torch.zeros(1, dtype=torch.float32, device="cpu"), below)
     order = [code + 8 for code in reversed(_FP4_BY_MAGNITUDE)] + list(_FP4_BY_MAGNITUDE)
     return torch.cat([negative, zero, boundaries]), torch.tensor(
         order, dtype=torch.uint8, device="cpu"
     )
 
 
-@functools.cache
+@cached
 def _dynamic_map() -> torch.Tensor:
     values = [0.0, 1.0]
     exponent_bits = 7
     for i in range(exponent_bits):
-        edges = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         means = (edges[:-1] + edges[1:]) / 2.0
         scale = 10.0 ** (i - exponent_bits + 1)
         values += (scale * means).tolist()
@@ -168,12 +185,13 @@ def _dynamic_map() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
-@functools.cache
+@cached
 def _fp8_map() -> torch.Tensor:
     every = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
     values = torch.unique(every[every.isfinite()])  # 253 values: both zeros are one
     # Three codes are left. Values above 1 keep the table strictly ascending and are never chosen.
-    return torch.cat([values / values.max(), torch.tensor([2.0, 3.0, 4.0], device="cpu")])
+    rest = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float32, device="cpu")
+    return torch.cat([values / values.max(), rest])
 
 
 def nested_codebook(name: str = "dynamic") -> torch.Tensor:
@@ -211,7 +229,7 @@ def nested_thresholds(values: torch.Tensor) -> torch.Tensor:
         fp32 [255] ascending; code = #{j : x > thresholds[j]}.
     """
     middle = (values[:-1] + values[1:]) * 0.5
-    below = torch.nextafter(middle, torch.tensor(-math.inf, device=values.device))
+    below = torch.nextafter(middle, middle.new_tensor(-math.inf))
     odd = torch.arange(middle.numel(), device=values.device) % 2 == 1
     return torch.where(
         odd, below, middle

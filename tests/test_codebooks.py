@@ -6,9 +6,11 @@ import sys
 import pytest
 import scipy.stats
 import torch
+from helpers import assert_bitwise_equal
 
 import lowbit
 from lowbit import codebooks
+from lowbit.optim import tables
 
 
 def test_normal_float_4_equals_the_published_values():
@@ -176,3 +178,37 @@ def test_tables_do_not_follow_a_device_context():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+TABLES = [(codebooks._table, name) for name in codebooks.NAMES]
+TABLES += [(t,) for t in (codebooks._fp4_thresholds, codebooks._dynamic_map, codebooks._fp8_map)]
+TABLES += [(tables._unsigned_map,), (tables.state_tables, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", TABLES, ids=lambda call: "-".join(map(str, call[1:])))
+def test_tables_do_not_depend_on_the_default_dtype(call, dtype):
+    """Whoever comes first makes them for all: models are built under their own default dtype."""
+    make, *arguments = call
+    expected = make(*arguments)
+    torch.set_default_dtype(dtype)
+    try:
+        made = make.__wrapped__(*arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for actual, right in zip(
+        *(t if isinstance(t, tuple) else (t,) for t in (made, expected)), strict=True
+    ):
+        assert_bitwise_equal(actual, right)
+
+
+def test_tables_made_under_a_mode_are_not_kept():
+    """In a process of its own, where nobody has made them before."""
+    code = """
+import torch, lowbit
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    lowbit.codebook("nf4"), lowbit.codebook("fp4")
+assert lowbit.quantize(torch.randn(2, 64)).dequantize().isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

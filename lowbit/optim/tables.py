@@ -10,8 +10,6 @@ Source: 8-bit Optimizers via Block-wise Quantization (Dettmers et al. 2022), sec
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -22,11 +20,11 @@ BLOCK = 256  # elements per scale; the kernels' kStateBlock
 EXPONENT_BITS = 7
 
 
-@functools.cache
+@codebooks.cached
 def _unsigned_map() -> torch.Tensor:
     values = [0.0, 1.0]
     for i in range(EXPONENT_BITS):
-        edges = torch.linspace(0.1, 1, 2 ** (i + 1) + 1, device="cpu")
+        edges = torch.linspace(0.1, 1, 2 ** (i + 1) + 1, dtype=torch.float32, device="cpu")
         values += (10.0 ** (i - EXPONENT_BITS + 1) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
@@ -41,7 +39,7 @@ def zero_code(state: int) -> int:
     return int((state_codebook(state) == 0).nonzero())
 
 
-@functools.cache
+@codebooks.cached
 def state_tables(states: int) -> torch.Tensor:
     """[states, 2, 256] fp32: each state's codebook, and its 255 thresholds with an infinity."""
     rows = []
