@@ -193,3 +193,30 @@ def test_frozen_parameters_cost_nothing():
     optimizer.step()
     assert list(optimizer.state) == [trained]
     assert optimizer.state_bytes()["device"] == 2 * 4 * 512
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_default_device_and_dtype_do_not_matter(cls, device):
+    """Programs set them for what they make themselves."""
+
+    def train(default_device, default_dtype):
+        parameters = make_parameters(device=device)
+        for step in range(3):
+            give_gradients(parameters, step)
+            if step == 0:
+                optimizer = cls(parameters, lr=1e-2, seed=3, skip_nonfinite=True)
+                parameters[1].grad = None
+            torch.set_default_device(default_device)
+            torch.set_default_dtype(default_dtype)
+            try:
+                optim.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+            finally:
+                torch.set_default_device(None)
+                torch.set_default_dtype(torch.float32)
+        return [t for p in parameters for t in (p.detach(), *optimizer.state[p].values())]
+
+    expected = train(None, torch.float32)
+    for actual, right in zip(train("meta", torch.bfloat16), expected, strict=True):
+        assert_bitwise_equal(actual, right)

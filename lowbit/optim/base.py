@@ -209,7 +209,8 @@ class PackedOptimizer(torch.optim.Optimizer):
         if all(g is not None for g in grads):
             return pack.every_slot, pack.parameters, grads
         slots = [i for i, g in enumerate(grads) if g is not None]
-        return torch.tensor(slots), [pack.parameters[i] for i in slots], [grads[i] for i in slots]
+        rows = torch.tensor(slots, dtype=torch.int64, device="cpu")
+        return rows, [pack.parameters[i] for i in slots], [grads[i] for i in slots]
 
     def _checked_table(self, pack, slots, parameters, grads, groups):
         """The step's table, None for the plain path; raises if a pair does not fit."""
@@ -349,7 +350,8 @@ class PackedOptimizer(torch.optim.Optimizer):
             self._waiting = [p for group in self.param_groups for p in group["params"]]
             self._adopt(list(loaded))
         for pack in self._packs:
-            pack.steps.copy_(torch.tensor([loaded[p].step for p in pack.parameters]))
+            steps = [loaded[p].step for p in pack.parameters]
+            pack.steps.copy_(torch.tensor(steps, dtype=torch.float32, device="cpu"))
             for row, parameter in enumerate(pack.parameters):
                 for state, view in enumerate(pack.moments(row)):
                     loaded[parameter].write(state, view, write_moment)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from . import reference
-from .packing import operators
+from .packing import host_table, operators
 
 GRADIENT_ROW = 4  # int64 numbers of the kernels' GradientRow
 
@@ -44,7 +44,7 @@ def clip_grad_norm_(
         if gradient.layout is not torch.strided:
             raise RuntimeError(f"clip_grad_norm_ needs dense gradients, got {gradient.layout}")
     if not gradients:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     tables = {device: _table(group) for device, group in _by_device(gradients).items()}
     norm, _ = _norm(tables, gradients[0].device)
     if error_if_nonfinite and not norm.isfinite():
@@ -83,9 +83,7 @@ def _table(gradients: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Ten
     ops, device = _kernels(gradients), gradients[0].device
     if ops is None:
         return gradients, None, 0
-    table = torch.empty(
-        GRADIENT_ROW * len(gradients), dtype=torch.int64, pin_memory=device.type == "cuda"
-    )
+    table = host_table(GRADIENT_ROW * len(gradients), device.type == "cuda")
     chunks = ops.gradient_table(gradients, table)
     return gradients, table.to(device, non_blocking=True), chunks
 

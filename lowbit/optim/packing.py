@@ -112,15 +112,17 @@ class Pack:
         counts = [p.numel() for p in self.parameters]
         self.layout = layout = Layout(counts, self.states, coded, SLAB_BYTES)
         self.groups, self.positions = (list(column) for column in zip(*places, strict=True))
-        self.counts = torch.tensor(counts)
+        self.counts = torch.tensor(counts, dtype=torch.int64, device="cpu")
         columns = (layout.offsets, counts, layout.first_chunks, self.groups, self.positions)
-        self.rows = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(self.device)
-        self.steps = torch.zeros(len(counts), device=self.device)
-        self.numbers = torch.zeros((len(counts), NUMBERS), device=self.device)
+        rows = torch.tensor(columns, dtype=torch.int64, device="cpu")
+        self.rows = rows.t().contiguous().to(self.device)
+        floats = {"dtype": torch.float32, "device": self.device}
+        self.steps = torch.zeros(len(counts), **floats)
+        self.numbers = torch.zeros((len(counts), NUMBERS), **floats)
         self.tables = tables.state_tables(self.states).to(self.device)
         self.slabs = [self._new_slab(*place) for place in layout.slabs]
         self.slab_of = [i for i, s in enumerate(self.slabs) for _ in range(s.first, s.last)]
-        self.every_slot = torch.arange(len(counts))
+        self.every_slot = torch.arange(len(counts), device="cpu")
         self._captured: list[torch.Tensor] = []
 
     def _new_slab(self, first, last, chunks, elements) -> Slab:
@@ -158,7 +160,7 @@ class Pack:
         """The step's host table, and the index of the first pair that cannot be stepped or -1."""
         pointers = POINTER * len(self.parameters)
         on_gpu = self.device.type == "cuda"
-        table = torch.empty(pointers + groups.numel(), dtype=torch.int64, pin_memory=on_gpu)
+        table = host_table(pointers + groups.numel(), on_gpu)
         table[pointers:] = groups
         index = self.device.index if on_gpu else -1
         bad = operators(self.device).optimizer_table(
@@ -232,6 +234,11 @@ def write_moment(view, state: int, moment: torch.Tensor) -> None:
     scales.copy_(new_scales)
 
 
+def host_table(count: int, pinned: bool) -> torch.Tensor:
+    """Uninitialized int64 [count], whatever torch's default device is."""
+    return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=pinned)
+
+
 def group_numbers(groups: Sequence[dict]) -> torch.Tensor:
     """The bits of every group's numbers, int64 [groups * 8]."""
     rows = []
@@ -239,7 +246,7 @@ def group_numbers(groups: Sequence[dict]) -> torch.Tensor:
         sign = -1.0 if group["maximize"] else 1.0
         numbers = (group["lr"], *group["betas"], group.get("eps", 0.0), group["weight_decay"], sign)
         rows.append([*map(float, numbers), 0.0, 0.0])
-    return torch.tensor(rows, dtype=torch.float64).view(-1).view(torch.int64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").view(-1).view(torch.int64)
 
 
 def block_starts(counts: Sequence[int]) -> list[int]:

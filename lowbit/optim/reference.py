@@ -53,7 +53,7 @@ def lion(p, g, moments, step: int, group: dict) -> torch.Tensor:
 
 
 def _fp32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).float())
+    return float(torch.tensor(value, dtype=torch.float64, device="cpu").float())
 
 
 RULES = {"adamw": adamw, "lion": lion}
@@ -77,4 +77,4 @@ def round_randomly(x: torch.Tensor, seed: int, step: int, position: int) -> torc
 def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """sqrt of the sum of all squares, fp32, summed in fp64."""
     squares = [g.double().square().sum() for g in gradients]
-    return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
+    return torch.stack(squares).sum().sqrt().float()
