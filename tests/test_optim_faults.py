@@ -220,3 +220,19 @@ def test_default_device_and_dtype_do_not_matter(cls, device):
     expected = train(None, torch.float32)
     for actual, right in zip(train("meta", torch.bfloat16), expected, strict=True):
         assert_bitwise_equal(actual, right)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_autograd_notices_what_changed(cls, device):
+    """A step and clipping are changes in place like any other."""
+    weight = torch.nn.Parameter(torch.randn(4, 4, device=device))
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    gradient = weight.grad = torch.ones_like(weight)
+    optimizer = cls([weight], lr=1e-2)
+    y = x @ weight
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    version = gradient._version
+    optim.clip_grad_norm_([weight], 1.0)
+    assert gradient._version > version

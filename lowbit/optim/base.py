@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from .. import memory
 from . import clipping, state_dicts
@@ -168,23 +169,24 @@ class PackedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _planned(self, packs: list[Pack]) -> list[tuple]:
-        """(pack, slots, gradients, table) of the packs that have something to do."""
+        """(pack, slots, parameters, gradients, table) of the packs that have something to do."""
         groups, planned = group_numbers(self.param_groups), []
         for pack in packs:
             slots, parameters, grads = self._pairs(pack)
             if grads:
                 table = self._checked_table(pack, slots, parameters, grads, groups)
-                planned.append((pack, slots, grads, table))
+                planned.append((pack, slots, parameters, grads, table))
         return planned
 
     def _step_packs(self, planned: list[tuple]) -> None:
-        inputs = self._inputs([gradient for _, _, grads, _ in planned for gradient in grads])
+        inputs = self._inputs([gradient for *_, grads, _ in planned for gradient in grads])
         ways = [self._begin(pack) for pack, *_ in planned]
-        for (pack, slots, grads, table), how in zip(planned, ways, strict=True):
+        for (pack, slots, parameters, grads, table), how in zip(planned, ways, strict=True):
             if table is None:
                 pack.plain_step(slots.tolist(), grads, self.param_groups, inputs)
             else:
                 pack.step(table, how, inputs)
+                increment_version(parameters)  # kernels that get addresses leave that to us
 
     def _begin(self, pack: Pack) -> str:
         first = next((slab.first for slab in pack.slabs if slab.on_host), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch.autograd.graph import increment_version
 
 from . import reference
 from .packing import host_table, operators
@@ -110,6 +111,7 @@ def _scale(gradients, table, chunks: int, norm: torch.Tensor, max_norm: float) -
     norm = norm.to(device)
     if table is not None:
         operators(device).clip_gradients(table, chunks, norm, max_norm)
+        increment_version(gradients)  # a kernel that gets addresses leaves that to us
         return
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
