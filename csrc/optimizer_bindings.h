@@ -29,9 +29,12 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
     return true;
 }
 
-// False for a tensor whose storage was freed under it (resized to nothing).
+// False for a tensor whose storage was freed under it (resized to nothing). Its address does not
+// tell: that of a view is then its offset.
 inline bool has_memory(const Tensor& t) {
-    return t.numel() == 0 || t.const_data_ptr() != nullptr;
+    int64_t storage_bytes = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage_bytes));
+    return t.numel() == 0 || storage_bytes > 0;
 }
 
 // Writes (parameter, gradient) addresses to table [tensors, 2]; rows whose slot is not listed stay

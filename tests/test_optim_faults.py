@@ -61,6 +61,11 @@ def _freed_parameter(p):
     p.untyped_storage().resize_(0)
 
 
+def _freed_view(p):
+    p.data = torch.ones(2 * p.numel(), device=p.device)[p.numel() :]
+    p.untyped_storage().resize_(0)
+
+
 def _freed_gradient(p):
     p.grad.untyped_storage().resize_(0)
 
@@ -81,13 +86,14 @@ def _other_dtype(p):
         (_short_parameter, r"b \(parameter 1 of group 0\) had 256 elements .* and has 10 now"),
         (_half_parameter, r"b \(parameter 1 of group 0\) was float32 on .* and is float16"),
         (_freed_parameter, r"the memory of b \(parameter 1 of group 0\) was freed"),
+        (_freed_view, r"the memory of b \(parameter 1 of group 0\) was freed"),
         (_freed_gradient, r"the memory of the gradient of b \(parameter 1 of group 0\) was freed"),
         (
             _other_shape,
             r"the gradient of b .* must have the parameter's shape \[16, 16\], got \[256\]",
         ),
     ],
-    ids=["sparse", "shortened", "converted", "freed", "gradient-freed", "other-shape"],
+    ids=["sparse", "shortened", "converted", "freed", "view", "gradient-freed", "other-shape"],
 )
 def test_a_refused_step_changes_nothing(device, spoil, message):
     parameters = make_parameters(device=device)
