@@ -44,7 +44,7 @@ def matmul(x: torch.Tensor, w: QuantizedWeight | torch.Tensor, bias: torch.Tenso
     """
     x = _autocast(x)
     weight = _weight_args(x, w)
-    _check_bias(x, weight, bias)
+    bias = _bias(x, weight, bias)
     y = calls.run("linear", _rows(x), *weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.N)
 
@@ -113,7 +113,7 @@ def lora_matmul(
         if y is not None:
             return y
     weight = _weight_args(x, w)
-    _check_bias(x, weight, bias)
+    bias = _bias(x, weight, bias)
     rows = _rows(x)
     if adapter_index is not None:
         y = _mixed_adapters(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index)
@@ -213,6 +213,8 @@ def _dense_args(x: torch.Tensor, w: torch.Tensor) -> WeightArgs:
             f"{w.dtype} {list(w.shape)}; "
             "packed bytes need lowbit.QuantizedWeight around them"
         )
+    if w.numel() == 0:
+        raise ValueError(f"w must not be empty, got {list(w.shape)}")
     if w.dtype != x.dtype:
         if not _casts(x):
             raise TypeError(f"w must have x's dtype {x.dtype}, got {w.dtype}; cast one of them")
@@ -222,13 +224,14 @@ def _dense_args(x: torch.Tensor, w: torch.Tensor) -> WeightArgs:
     return WeightArgs(w.detach(), None, None, None, None, None, w.shape[0], w.shape[1], 0, 0, True)
 
 
-def _check_bias(x: torch.Tensor, weight: WeightArgs, bias: torch.Tensor | None) -> None:
+def _bias(x: torch.Tensor, weight: WeightArgs, bias: torch.Tensor | None) -> torch.Tensor | None:
     if bias is None:
-        return
+        return None
     if bias.shape != (weight.N,):
         raise ValueError(f"bias must be [N] = [{weight.N}], got {list(bias.shape)}")
     if bias.device != x.device:
         raise ValueError(f"bias must be on x's device {x.device}, got {bias.device}")
+    return bias if bias.is_contiguous() else bias.contiguous()
 
 
 def _adapter(x, weight: WeightArgs, lora_A, lora_B) -> tuple[torch.Tensor, torch.Tensor]:

@@ -241,7 +241,7 @@ def _checked_member(x, width, w, lora_A, lora_B, scaling, bias, dropout_p) -> Me
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     weight = functional._weight_args(x, w, width)
-    functional._check_bias(x, weight, bias)
+    bias = functional._bias(x, weight, bias)
     if lora_A is None or lora_B is None:
         if lora_A is not lora_B:
             raise ValueError("lora_A and lora_B must both be given, or both be None")

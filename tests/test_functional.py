@@ -232,6 +232,29 @@ def test_batch_shapes_strides_and_empty_inputs(device):
     assert (lora_A.grad == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bias_may_have_any_strides(device, dtype):
+    p = _problem((5, 48, 64, 4), dtype, device)
+    adapter = p["lora_A"], p["lora_B"]
+    for base, view in (
+        (torch.randn(1), lambda b: b.expand(48)),
+        (torch.randn(96), lambda b: b[::2]),
+    ):
+        base = base.to(p["x"]).requires_grad_()
+        strided, plain = view(base), view(base).contiguous()
+        for call in (
+            lambda bias: lowbit.matmul(p["x"], p["w"], bias),
+            lambda bias: lowbit.lora_matmul(p["x"], p["w"], *adapter, 2.0, bias=bias),
+            lambda bias: lowbit.lora_matmul_group(
+                p["x"], [p["w"]], *([t] for t in adapter), 2.0, biases=[bias]
+            )[0],
+        ):
+            y, expected = call(strided), call(plain)
+            assert_bitwise_equal(y, expected, "y")
+            gradients = (torch.autograd.grad(t, base, p["dy"])[0] for t in (y, expected))
+            assert_bitwise_equal(*gradients, "d_bias")
+
+
 def test_only_what_is_needed_gets_a_gradient(device):
     p = _problem((5, 48, 64, 4), torch.float32, device)
     lora_B = p["lora_B"].requires_grad_()
@@ -548,6 +571,12 @@ def _bad(p, **changes):
         ({"w": "nf4"}, TypeError, "w must be a QuantizedWeight or a tensor"),
         ({"w": torch.randn(48, 64).half()}, TypeError, "w must have x's dtype torch.float32"),
         ({"w": torch.randn(64, 48).t()}, ValueError, "w must be contiguous"),
+        ({"w": torch.randn(0, 64)}, ValueError, r"w must not be empty, got \[0, 64\]"),
+        (
+            {"x": torch.randn(5, 0), "w": torch.randn(48, 0), "lora_A": torch.randn(4, 0)},
+            ValueError,
+            "w must not be empty",
+        ),
         ({"lora_A": torch.randn(4, 63)}, ValueError, r"lora_A must be \[r, K\] with K = 64"),
         ({"lora_A": torch.randn(0, 64)}, ValueError, "r >= 1"),
         (
