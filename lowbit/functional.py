@@ -156,9 +156,9 @@ def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter
         )
     mine = index.unsqueeze(1) == torch.arange(adapters, device=x.device)  # [M, adapters]
     per_row = (mine * scale).repeat_interleave(r, dim=1)
-    dropped = torch.ops.lowbit.dropout(x, dropout_p, _seed(x, dropout_p)) if dropout_p else x
+    dropped = calls.run("dropout", x, dropout_p, _seed(x, dropout_p)) if dropout_p else x
     z = (dropped @ stacked_A.to(x.dtype).t()) * per_row.to(x.dtype)
-    return torch.ops.lowbit.linear(x, *weight, bias) + z @ stacked_B.to(x.dtype).t()
+    return calls.run("linear", x, *weight, bias) + z @ stacked_B.to(x.dtype).t()
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:

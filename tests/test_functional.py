@@ -426,6 +426,33 @@ def test_second_derivatives_are_refused(device, of, operators):
         dx.square().sum().backward()
 
 
+@pytest.mark.parametrize("of", ["x", "lora_A", "lora_B", "bias"])
+def test_derivatives_in_forward_mode_are_refused(device, of):
+    """Not taken for zero."""
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    names = ("x", "lora_A", "lora_B", "bias")
+
+    def single(value):
+        x, A, B, bias = ({**p, of: value}[name] for name in names)
+        return lowbit.lora_matmul(x, p["w"], A, B, 2.0, bias=bias)
+
+    def mixed(value):
+        x, A, B, bias = ({**p, of: value}[name] for name in names)
+        index = torch.zeros(5, dtype=torch.int64, device=device)
+        return lowbit.lora_matmul(x, p["w"], A[None], B[None], 2.0, bias=bias, adapter_index=index)
+
+    def group(value):
+        x, A, B, bias = ({**p, of: value}[name] for name in names)
+        return lowbit.lora_matmul_group(x, [p["w"]], [A], [B], 2.0, biases=[bias])[0]
+
+    for function in (single, mixed, group) if of in ("x", "bias") else (single, group):
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            torch.func.jvp(function, (p[of],), (torch.ones_like(p[of]),))
+    w = torch.ones(48, device=device)
+    _, tangent = torch.func.jvp(lambda w: w * single(p[of]), (w,), (w,))  # of something else
+    assert_bitwise_equal(tangent, single(p[of]))
+
+
 def test_a_gradient_of_x_alone_is_a_constant(device):
     p = _problem((5, 48, 64, 4), torch.float32, device)
     x = p["x"].detach().clone().requires_grad_()
