@@ -312,6 +312,19 @@ def test_autocast(device, dtype):
     assert_bitwise_equal(y, direct, "y")
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_backward_under_autocast(device, backend):
+    """Gradients of fp32 adapters are not rounded for it."""
+    p = _problem((70, 48, 64, 4), torch.float32, device)
+    leaves = [p["lora_A"].requires_grad_(), p["lora_B"].requires_grad_()]
+    with lowbit.dispatch.force(backend) if backend else contextlib.nullcontext():
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y = lowbit.lora_matmul(p["x"], p["w"], *leaves, 2.0).sum()
+            gradients = torch.autograd.grad(y, leaves, retain_graph=True)
+        for actual, expected in zip(gradients, torch.autograd.grad(y, leaves), strict=True):
+            assert_bitwise_equal(actual, expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_replays_dropout(device, use_reentrant):
     p = _problem((9, 48, 64, 4), torch.float32, device)

@@ -47,9 +47,10 @@ def linear_low_rank(x, *rest):
 def lora_linear_backward(dy, x, z, *rest):
     *weight, lora_A, lora_B, lora_scaling, scaling, dropout_p, seed = rest[:-5]
     dense = dequantize_4bit(*weight, dy.dtype)
-    gradients = reference.lora_linear_backward(
-        dy, x, z, dense, lora_A, lora_B, lora_scaling, scaling, dropout_p, seed
-    )
+    with torch.autocast(dy.device.type, enabled=False):  # it would cast the fp32 products
+        gradients = reference.lora_linear_backward(
+            dy, x, z, dense, lora_A, lora_B, lora_scaling, scaling, dropout_p, seed
+        )
     return tuple(
         g if need else g.new_empty(0) for g, need in zip(gradients, rest[-5:], strict=True)
     )
