@@ -260,6 +260,20 @@ def _forward_of(module: nn.Module) -> Callable | None:
     return getattr(getattr(type(module), "unfused", type(module)), "forward", None)
 
 
+class _Names(dict):
+    """What a function finds by name, as its module has it now, but lowbit's rotation in place of
+    transformers' own.
+    """
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        super().__init__({name: names[name] for name in ("__builtins__", "__name__")})
+        self._names, self._own = names, names[patterns.ROTARY]
+
+    def __missing__(self, name: str) -> Any:
+        value = self._names[name]
+        return pointwise.rotary if value is self._own else value
+
+
 @functools.cache
 def _with_rotary(forward: Callable) -> Callable:
     """A forward with lowbit's rotation in place of transformers' own."""
@@ -268,7 +282,7 @@ def _with_rotary(forward: Callable) -> Callable:
     names, closure = forward.__globals__, forward.__closure__
     decorated = getattr(forward, "__wrapped__", None)
     if decorated is None:
-        names = {**names, patterns.ROTARY: pointwise.rotary}
+        names = _Names(names)
     else:  # the decorator stays, around a copy of what it decorates
         copied = types.CellType(_with_rotary(decorated))
         closure = tuple(copied if cell.cell_contents is decorated else cell for cell in closure)

@@ -81,7 +81,6 @@ def is_rms_norm(forward: Callable) -> bool:
     return undecorated and _does(forward, ["self", "hidden_states"], _NORM)
 
 
-@functools.cache
 def uses_rotary(forward: Callable) -> bool:
     """Whether the rotation that a forward calls by its usual name is transformers' own."""
     if not inspect.isfunction(forward):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import relative_rms
 
-from lowbit import patterns, pointwise
+from lowbit import fusing, patterns, pointwise
 
 
 def rotate_half(x):
@@ -108,3 +108,27 @@ def test_gated_activation(device, dtype, shape):
     ):
         allowed = 2 * relative_rms(rough, true) + torch.finfo(dtype).eps / 2
         assert relative_rms(got, true) <= allowed, name
+
+
+def test_what_a_forward_finds_in_its_module_may_change(monkeypatch):
+    """Other libraries replace functions of transformers' modules, at any time."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    config = llama.LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    config._attn_implementation = "eager"
+    attention = llama.LlamaAttention(config, 0)
+    forward = fusing._with_rotary(llama.LlamaAttention.forward)
+    x, positions = torch.randn(2, 3, 64), (torch.ones(2, 3, 16), torch.zeros(2, 3, 16))
+    found = []
+
+    def note(name):
+        function = getattr(llama, name)
+        monkeypatch.setattr(llama, name, lambda *a, **k: found.append(name) or function(*a, **k))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pointwise, "rotary", lambda q, k, *_: found.append("ours") or (q, k))
+        forward(attention, x, positions, None)
+    note("eager_attention_forward")
+    note("apply_rotary_pos_emb")
+    y, _ = forward(attention, x, positions, None)
+    assert found == ["ours", "apply_rotary_pos_emb", "eager_attention_forward"]
+    torch.testing.assert_close(y, attention(x, positions, None)[0])
