@@ -198,6 +198,7 @@ class _FusedMLP(_Fused):
         inputs = (*args, *kwargs.values())
         act_fn, activation = self.__dict__[_ACTIVATION]
         known = len(inputs) == 1 and self.act_fn is act_fn
+        known = known and not (isinstance(act_fn, nn.Module) and has_hooks(act_fn))
         if not known or not shares(inputs[0]) or why_separate_mlp(layers) is not None:
             return self.unfused.forward(self, *args, **kwargs)
         return compute_gated_mlp(layers, inputs[0], activation)

@@ -9,7 +9,7 @@ from torch import nn
 
 import lowbit
 from lowbit import prepare
-from lowbit.nn import QLoRAGatedMLP, QLoRAGroup
+from lowbit.nn import QLoRAGatedMLP, QLoRAGroup, QLoRALinear
 
 
 def kinds(model):
@@ -136,11 +136,35 @@ def test_what_changes_after_fusing_is_honoured():
         layer.register_forward_hook(lambda *_: calls.append(1))
     before = model(x)
     assert len(calls) == 2
+    for layer in (model[0].k_proj, model[1].up_proj):
+        layer._forward_hooks.clear()
+    model[1].act_fn.register_forward_hook(lambda *_: calls.append(2))
+    torch.testing.assert_close(model(x), before)
+    assert calls == [1, 1, 2]
     model[1].act_fn = nn.ReLU()
     assert not torch.allclose(model(x), before)
     fused = model(x)
     lowbit.unfuse(model)
     assert torch.equal(model(x), fused)
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward"])
+def test_hooks_of_all_modules_are_honoured(kind):
+    """As profilers and counters of operations set them."""
+    model, x, seen = prepare(nn.Sequential(Attention(), GatedMLP()), r=4), torch.randn(5, 64), []
+    lowbit.fuse(model)
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    handle = register(lambda module, *_: seen.append(module))
+    try:
+        model(x).sum().backward()
+    finally:
+        handle.remove()
+    layers = [m for m in model.modules() if isinstance(m, QLoRALinear)]
+    assert layers
+    assert {id(m) for m in layers} <= {id(m) for m in seen}
+    count = len(seen)
+    model(x)
+    assert len(seen) == count
 
 
 def test_errors():

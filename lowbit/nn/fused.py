@@ -18,6 +18,11 @@ from ..grouped import lora_matmul_group
 from .linear import Linear4bit
 from .qlora import QLoRALinear
 
+# torch changes these in place.
+_HOOKS_OF_ALL = tuple(
+    getattr(nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -151,6 +156,8 @@ def shares(x: torch.Tensor) -> bool:
 
 def why_separate(layers: Sequence[nn.Module]) -> str | None:
     """Why layers cannot be computed as a group, or None if they can."""
+    if any(_HOOKS_OF_ALL):
+        return "all modules have hooks, which would not be called"
     first = layers[0]
     for layer in layers:
         kind = type(layer)
