@@ -576,8 +576,11 @@ def test_merge_reports_its_error_and_unmerge_restores_every_bit():
     assert report.update == pytest.approx((layer.delta_weight().norm() / exact.norm()).item())
     x = torch.randn(3, K)
     torch.testing.assert_close(layer(x), x @ merged.t() + layer.bias)
+    used = [layer.weight, *layer.buffers()]
     for name, value in layer.state_dict().items():  # base and adapter, not the merged weight
         assert_bitwise_equal(value, before[name], name)
+    # Other threads may call the layer while its state dict is made.
+    assert all(a is b for a, b in zip([layer.weight, *layer.buffers()], used, strict=True))
     with pytest.raises(ValueError, match="merged already"):
         layer.merge()
     with pytest.raises(RuntimeError, match=r"call unmerge\(\) before loading"):

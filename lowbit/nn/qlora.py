@@ -15,6 +15,7 @@ from torch import nn
 from .. import codebooks
 from ..functional import lora_matmul
 from ..quantization import quantize
+from ..state import state_entries
 from ..weight import QuantizedWeight
 from .linear import Linear4bit, _dense_linear
 
@@ -274,16 +275,10 @@ class QLoRALinear(Linear4bit):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        if self._unmerged is None:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            return
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         # Base and adapter are saved: a merged weight beside the adapter would count it twice.
-        merged = self.quantized_weight
-        self._adopt(self._unmerged)
-        try:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-        finally:
-            self._adopt(merged)
+        if self._unmerged is not None:
+            destination.update(state_entries(self._unmerged, prefix + "weight"))
 
     def _inspect_state(self, state_dict, prefix: str, assign: bool):
         qw, problems = super()._inspect_state(state_dict, prefix, assign)
