@@ -196,7 +196,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         version, shared = config["version"], config["shared"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r})") from None
-    if not known or not isinstance(shared, dict):
+    known = known and isinstance(shared, dict)
+    known = known and all(isinstance(name, str) for name in shared.values())
+    if not known or not all(isinstance(options, dict) for options in config["layers"].values()):
         raise CheckpointError(f"{path} does not describe a lowbit model")
     if version != FORMAT_VERSION:
         raise CheckpointError(

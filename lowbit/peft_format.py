@@ -238,6 +238,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: peft_type must be LORA, got {kind!r}")
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{path} is damaged: r = {r!r}, lora_alpha = {alpha!r}")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise CheckpointError(f"{path} is damaged: lora_dropout = {dropout!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise CheckpointError(f"{path} is damaged: {field} = {config[field]!r}")
     for field, meaning in _UNSUPPORTED.items():
         if config.get(field):
             raise ValueError(f"{path}: {field} = {config[field]!r}: lowbit has no {meaning}")

@@ -280,17 +280,21 @@ def _check_fields(key: str, fields: Any, quant_type: str, own: bool) -> None:
     def size(value) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
-    shape = fields.get("shape")
+    def blocksize(name: str) -> bool:
+        return size(fields.get(name)) and fields[name] in BLOCKSIZES
+
+    shape, dtype = fields.get("shape"), fields.get("dtype")
     checks = {
         "quant_type": fields.get("quant_type") == quant_type,
-        "blocksize": fields.get("blocksize") in BLOCKSIZES,
-        "dtype": fields.get("dtype") in _DTYPES,
+        "blocksize": blocksize("blocksize"),
+        "dtype": isinstance(dtype, str) and dtype in _DTYPES,
         "shape": isinstance(shape, list) and bool(shape) and all(size(n) for n in shape),
     }
     if "nested_offset" in fields or "nested_blocksize" in fields:
         offset = fields.get("nested_offset")
-        checks["nested_offset"] = isinstance(offset, (int, float)) and math.isfinite(offset)
-        checks["nested_blocksize"] = fields.get("nested_blocksize") in BLOCKSIZES
+        largest = torch.finfo(torch.float32).max
+        checks["nested_offset"] = isinstance(offset, (int, float)) and abs(offset) <= largest
+        checks["nested_blocksize"] = blocksize("nested_blocksize")
         checks["nested_dtype"] = fields.get("nested_dtype") == "float32"
     if own:
         checks["layout"] = fields.get("layout") in ("rows", "flat")

@@ -204,6 +204,18 @@ def test_other_kinds_of_adapters_are_refused(tmp_path, field, value, message):
     assert all(a is b for a, b in zip(model.modules(), before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rank_pattern", ["1.0"]), ("alpha_pattern", 5), ("lora_dropout", "0.1"), ("lora_dropout", 1)],
+)
+def test_damaged_options_are_named(tmp_path, field, value):
+    model = saved_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(CheckpointError, match=f"is damaged: {field}"):
+        adapters.load_adapter(model, tmp_path)
+
+
 def test_dora_of_peft_is_refused(tmp_path):
     peft = pytest.importorskip("peft", reason="needs PEFT")
     config = peft.LoraConfig(r=4, target_modules=["0"], use_dora=True)

@@ -271,6 +271,9 @@ DAMAGES = {
     "odd blocksize": (BLOB, blob_with(blocksize=48), "blocksize = 48"),
     "unknown dtype": (BLOB, blob_with(dtype="int8"), "dtype = 'int8'"),
     "text shape": (BLOB, blob_with(shape="64x128"), "shape = '64x128'"),
+    "offset beyond fp32": (BLOB, blob_with(nested_offset=1e300), "nested_offset = 1e"),
+    "broken blocksize": (BLOB, blob_with(blocksize=64.0), "blocksize = 64.0"),
+    "dtype of a list": (BLOB, blob_with(dtype=["float32"]), "dtype = "),
     "infinite offset": (BLOB, blob_with(nested_offset=float("inf")), "nested_offset = inf"),
     "other blocksize": (BLOB, blob_with(blocksize=128), r"weight.absmax must be uint8 \[64\]"),
 }

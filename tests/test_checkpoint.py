@@ -247,6 +247,14 @@ DAMAGES = {
     "no bias": (change_tensor("first.bias", None), "first.bias is in only one"),
     "config no JSON": (change_config(lambda t: t[:-9]), "lowbit_config.json is damaged"),
     "config list": (change_config(lambda t: "[]"), "lowbit_config.json is damaged"),
+    "config layer no dict": (
+        change_config(lambda t: json.dumps({**json.loads(t), "layers": {"first": 4}})),
+        "does not describe",
+    ),
+    "config shared": (
+        change_config(lambda t: json.dumps({**json.loads(t), "shared": {"first": []}})),
+        "does not describe",
+    ),
     "config version": (change_config(lambda t: t.replace('sion": 1', 'sion": 9')), "version 9"),
     "config options": (change_config(lambda t: t.replace('"r": 4', '"q": 4')), "layer first"),
     "config layer": (change_config(lambda t: t.replace('"first"', '"third"')), "third is a 4-bit"),
