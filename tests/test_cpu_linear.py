@@ -238,6 +238,20 @@ def test_bits_do_not_depend_on_the_threads(dtype, M):
             assert_bitwise_equal(a, b, label)
 
 
+@pytest.mark.parametrize("M", [1, 3, 70])
+def test_what_an_earlier_product_left_in_memory_does_not_matter(dtype, M):
+    """The products keep their memory: rows are padded in it, with zeros, whatever it held."""
+    case, earlier = Case(M, 96, 320, 12, dtype), Case(200, 96, 320, 64, dtype)
+    for tensor in (earlier.x, earlier.dy, *earlier.adapter[:2]):
+        tensor.fill_(float("nan"))
+    y, z = case.forward()
+    clean = (y, z, *case.backward(z))
+    earlier.backward(earlier.forward()[1])
+    y, z = case.forward()
+    for label, a, b in zip(("y", "z", *GRADIENTS), (y, z, *case.backward(z)), clean, strict=True):
+        assert_bitwise_equal(a, b, label)
+
+
 # ---- contract ------------------------------------------------------------------------------------
 
 

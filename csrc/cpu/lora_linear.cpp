@@ -38,12 +38,15 @@ struct RowReduction {
             for (int64_t chunk = first; chunk < last; ++chunk) {
                 float* const out = reinterpret_cast<float*>(packed.get()) + chunk * rows * kChunk;
                 const int64_t begin = chunks.begin(chunk), n = chunks.end(chunk) - begin;
+                const int64_t padding = chunks.words(chunk) - n;
                 for (int64_t j = 0; j < rows; ++j) {
                     const float* const column = thin + begin * r + j;
                     for (int64_t i = 0; i < n; ++i) {
                         const float value = j < r ? column[i * r] : 1.0f;
                         out[j * kChunk + i] = scale != nullptr ? value * scale[j] : value;
                     }
+                    // What the zeros of B meet must not be a NaN that an earlier product left.
+                    std::memset(out + j * kChunk + n, 0, padding * sizeof(float));
                 }
             }
         });
