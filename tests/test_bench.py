@@ -248,8 +248,14 @@ def test_passes_fill_a_replay():
 def test_rounds_fit_the_time():
     assert timing.rounds_that_fit([0.01, 0.04], seconds=0.72, most=20) == 14
     assert timing.rounds_that_fit([0.001], seconds=0.7, most=20) == 20
-    assert timing.rounds_that_fit([0.5, 0.5], seconds=0.7, most=20) == 6
+    assert timing.rounds_that_fit([0.5, 0.5], seconds=0.7, most=20) == 4
     assert timing.rounds_that_fit([0.5, 0.5], seconds=0.7, most=1) == 1
+
+
+def test_samples_take_a_third_of_the_own_time():
+    assert timing.samples_of(0.005, own_seconds=0) == 3
+    assert timing.samples_of(0.005, own_seconds=0.3) == 20
+    assert timing.samples_of(0.5, own_seconds=0.3) == 3
 
 
 def test_only_arithmetic_is_timed_at_the_power_limit():

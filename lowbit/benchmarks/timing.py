@@ -5,10 +5,11 @@ A kernel of a few microseconds is shorter than the time to launch it. A `Replay`
 graph of many launches, and `time_replays` queues all rounds before it waits: the card never waits
 for the host.
 
-A card at its power limit takes a tenth of a second to come to rest: a product then takes up to 20 %
+A card at its power limit takes tenths of a second to come to rest: a product then takes up to 20 %
 longer than after a pause, or after a contender that waits for memory (H200, 2026-11). So where
-arithmetic is the limit, a contender is timed after it has run for that long: its time is the one it
-keeps up.
+arithmetic is the limit, a contender is timed after it has run for that long, and for a third as
+long: its time is the one it keeps up. After 0.1 s the ratio of two products was still up to 3 % off
+what a second of each gives, after 0.3 s up to 1 %.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import torch
 
 Times = tuple[float, float, float]  # median, p20, p80
 
-MIN_ROUNDS = 6
-ROUND_SAMPLES = 3  # one after the other
-SUSTAINED_SECONDS = 0.1  # for the card to come to rest
+MIN_ROUNDS = 4
+ROUND_SAMPLES = 3  # one after the other, at least
+SUSTAINED_SECONDS = 0.3  # for the card to come to rest
 # Of host and wall times: rounds that are not counted, samples of a contender in a row, and how many
 # of these, the first, are not.
 WARM_ROUNDS, IN_A_ROW, COLD = 3, 6, 2
@@ -206,6 +207,11 @@ def rounds_that_fit(estimates: Sequence[float], seconds: float, most: int) -> in
     return max(min(MIN_ROUNDS, most), min(most, fitting))
 
 
+def samples_of(estimate: float, own_seconds: float) -> int:
+    """Samples of a contender in a round, one after the other, that take `estimate` seconds each."""
+    return max(ROUND_SAMPLES, math.ceil(own_seconds / 3 / max(estimate, 1e-9)))
+
+
 def time_replays(
     replays: dict[str, Replay], *, seconds: float, rounds: int, own_seconds: float = 0.0
 ) -> dict[str, Times]:
@@ -214,9 +220,10 @@ def time_replays(
     Args:
         replays: by name; eager ones run last in a round, since the card idles before them.
         seconds: GPU time to spend on all of them together.
-        rounds: the most rounds of ROUND_SAMPLES samples; fewer, to MIN_ROUNDS, when they would take
-            longer than `seconds`.
-        own_seconds: how long a contender runs before its samples of a round; a graph at least once.
+        rounds: the most rounds of ROUND_SAMPLES samples or more; fewer, to MIN_ROUNDS, when they
+            would take longer than `seconds`.
+        own_seconds: how long a contender runs before its samples of a round, which take a third of
+            that; a graph at least once.
     """
     for replay in replays.values():
         replay.run()
@@ -225,7 +232,8 @@ def time_replays(
         name: max(not replay.eager, math.ceil(own_seconds / max(estimates[name], 1e-9)))
         for name, replay in replays.items()
     }
-    in_a_round = [estimates[name] * (untimed[name] + ROUND_SAMPLES) for name in replays]
+    samples = {name: samples_of(estimate, own_seconds) for name, estimate in estimates.items()}
+    in_a_round = [estimates[name] * (untimed[name] + samples[name]) for name in replays]
     events: dict[str, list] = {name: [] for name in replays}
     captured = [name for name, replay in replays.items() if not replay.eager]
     others = [name for name, replay in replays.items() if replay.eager]
@@ -238,7 +246,7 @@ def time_replays(
                 torch.cuda.synchronize()
             for _ in range(untimed[name]):
                 replay.run()
-            for _ in range(ROUND_SAMPLES):
+            for _ in range(samples[name]):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 replay.run()
