@@ -248,7 +248,7 @@ def test_passes_fill_a_replay():
 def test_rounds_fit_the_time():
     assert timing.rounds_that_fit([0.01, 0.04], seconds=0.72, most=20) == 14
     assert timing.rounds_that_fit([0.001], seconds=0.7, most=20) == 20
-    assert timing.rounds_that_fit([0.5, 0.5], seconds=0.7, most=20) == 4
+    assert timing.rounds_that_fit([0.5, 0.5], seconds=0.7, most=20) == 3
     assert timing.rounds_that_fit([0.5, 0.5], seconds=0.7, most=1) == 1
 
 

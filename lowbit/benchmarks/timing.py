@@ -27,7 +27,7 @@ import torch
 
 Times = tuple[float, float, float]  # median, p20, p80
 
-MIN_ROUNDS = 4
+MIN_ROUNDS = 3
 ROUND_SAMPLES = 3  # one after the other, at least
 SUSTAINED_SECONDS = 0.3  # for the card to come to rest
 # Of host and wall times: rounds that are not counted, samples of a contender in a row, and how many
