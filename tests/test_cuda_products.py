@@ -13,7 +13,7 @@ from layer_case import GRADIENTS, LayerCase
 
 import lowbit
 from lowbit import dispatch, reference
-from lowbit.backends import cuda
+from lowbit.backends import composed, cuda
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -178,3 +178,21 @@ def test_no_product_needs_memory_of_the_weight_s_size(gpu, direction):
     before = torch.cuda.memory_allocated()
     product(x, *q.args(), *rest)
     assert torch.cuda.max_memory_allocated() - before <= 20 << 20
+
+
+# Tokens behind the last 64 of them, rows that are aligned and rows that are not.
+@pytest.mark.parametrize("M", [63, 64, 4994, 5569])
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=_dtype_id)
+def test_wide_products_sum_all_tokens(M, aligned, dtype, device):
+    """cuBLAS left out the last of 5569 or 4994 tokens of rows that were not aligned."""
+    N, r = 768, 8
+    dy = torch.randn(M, N if aligned else N + 1, device=device).to(dtype)[:, :N]
+    z = torch.randn(M, r, device=device).to(dtype)
+    z[-2:] = 1.0
+    dy[-2:] = 64.0  # half of the sum
+    exact = dy.double().t() @ z.double()
+    for rows in (dy.t(), dy.t().contiguous()):  # the second: unaligned by M
+        wide = composed.mm_wide(rows, z)
+        assert wide.dtype == torch.float32
+        assert ((wide - exact).norm() / exact.norm()).item() < 1e-5
