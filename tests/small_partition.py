@@ -1,4 +1,4 @@
-"""Runs in a process of its own for test_cuda_partition.py: products on 8 SMs of the device.
+"""Runs in a process of its own for test_cuda_room.py: products on 8 SMs of the device.
 
 Prints for each product how far it is from that of the whole device, relative and as a norm. A
 kernel whose CTAs wait for others that cannot start would hang.

@@ -145,6 +145,10 @@ cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cu
         return error;
     LaunchConfig config(kCluster * division.clusters, P::kThreads, P::kSmemBytes, stream);
     config.cluster(kCluster);
+    // Level parts wait for each other: beside a kernel of another stream whose CTAs do so too, each
+    // may hold the SMs that the other one needs.
+    if (p.level)
+        config.cooperative();
     return cudaLaunchKernelEx(config.get(), kernel, maps, p);
 }
 

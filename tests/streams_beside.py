@@ -1,0 +1,62 @@
+"""Forward products of four random layers, each on a stream of its own, by kernels whose CTAs wait
+for each other; run by test_cuda_room.py in a process of its own.
+
+Prints a line per round: how many results have other bits than those of the layer alone. Until
+2026-11 two kernels could each hold SMs that the other one waited for, after 9 of these rounds or
+before (H200).
+"""
+
+import random
+
+import torch
+
+import lowbit
+from lowbit import dispatch
+
+KERNELS = ("nf4_lora_matmul_large", "nf4_lora_matmul_mid")
+TOKENS = {
+    "nf4_lora_matmul_large": (2304, 3000, 4096),
+    "nf4_lora_matmul_mid": (256, 700, 1024, 3000),
+}
+ROUNDS, CALLS, RANK = 40, 25, 16
+
+
+def layer(kernel: str, draw: random.Random):
+    """A call of the layer's product."""
+    M, N, K = draw.choice(TOKENS[kernel]), 64 * draw.randint(8, 80), 64 * draw.randint(8, 70)
+
+    def values(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda") * shape[-1] ** -0.5
+
+    x, w, A, B = values(M, K), lowbit.quantize(values(N, K)), values(RANK, K), values(N, RANK)
+
+    def call() -> torch.Tensor:
+        with dispatch.force(f"cuda:{kernel}"):
+            return lowbit.lora_matmul(x, w, A, B, 1.5)
+
+    return call
+
+
+@torch.no_grad()
+def main() -> None:
+    draw = random.Random(1)
+    torch.manual_seed(1)
+    lowest, highest = torch.cuda.Stream.priority_range()
+    for number in range(ROUNDS):
+        calls = [layer(kernel, draw) for kernel in (*KERNELS, *KERNELS)]
+        alone = [call() for call in calls]
+        priorities = (lowest, lowest, highest, highest) if number % 2 else (lowest,) * 4
+        streams = [torch.cuda.Stream(priority=priority) for priority in priorities]
+        torch.cuda.synchronize()
+        for _ in range(CALLS):
+            results = []
+            for call, stream in zip(calls, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(call())
+        torch.cuda.synchronize()
+        differ = sum(not torch.equal(a, b) for a, b in zip(results, alone, strict=True))
+        print(f"round {number}: {differ} differ", flush=True)
+
+
+if __name__ == "__main__":
+    main()
