@@ -15,6 +15,7 @@ ROUNDING = {
     torch.bfloat16: 2.0**-8 / 2,
     torch.float64: 2.0**-53,
 }
+BLOCK = 64
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:
@@ -87,6 +88,43 @@ def assert_close_to_float64(
     )
     assert rms <= factor * rms_low + step, message
     assert worst <= factor * worst_low + step * top, message
+
+
+def _block_rms(t: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] -> RMS of each block; the last ones may be smaller."""
+
+    def sums(values):
+        rows, columns = -t.shape[0] % BLOCK, -t.shape[1] % BLOCK
+        padded = torch.nn.functional.pad(values, (0, columns, 0, rows))
+        return padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((1, 3))
+
+    return (sums(t.square()) / sums(torch.ones_like(t))).sqrt()
+
+
+def assert_blocks_close_to_float64(
+    name: str, actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, steps: int = 0
+) -> None:
+    """No block is off by more than 4 times plain torch's error and a rounding step of the output.
+
+    The error of plain torch is the larger of the block's own and the whole tensor's. So a small
+    part that is wrong cannot hide in a large tensor.
+
+    Args:
+        name, actual, exact, plain: as in assert_close_to_float64.
+        steps: rounding steps of the tensor's RMS that are allowed on top, where plain torch may be
+            right by luck: it has few elements, or was computed in fp32.
+    """
+    a, e, p = (t.detach().double().reshape(-1, t.shape[-1]) for t in (actual, exact, plain))
+    error, plain_error = _block_rms(a - e), _block_rms(p - e)
+    allowed = 4 * torch.maximum(plain_error, plain_error.square().mean().sqrt())
+    allowed += ROUNDING[actual.dtype] * _block_rms(e)
+    step = max(ROUNDING[actual.dtype], ROUNDING[plain.dtype])
+    allowed += steps * step * e.square().mean().sqrt()
+    wrong = ~(error <= allowed)  # NaN as well
+    assert not wrong.any(), (
+        f"{name} {list(actual.shape)}: {int(wrong.sum())} of {wrong.numel()} blocks are wrong, "
+        f"first at {wrong.nonzero()[0].tolist()}"
+    )
 
 
 def zeros_of_many_sizes(stream: torch.cuda.Stream) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from helpers import ROUNDING, assert_bitwise_equal, kernel_unavailable
+from helpers import assert_bitwise_equal, assert_blocks_close_to_float64, kernel_unavailable
 from layer_case import LayerCase
 
 from lowbit import dispatch
@@ -27,12 +27,11 @@ FORWARD = {
 }
 BACKWARD = {"nf4_lora_backward": (1, 3000), "nf4_lora_backward_large": (256, 6000)}
 SEEDS = range(12)
-BLOCK = 64
 
 
 def _poison():
+    """What the allocator hands out next is NaN in every type."""
     torch.cuda.empty_cache()
-    """Bytes that are NaN in every type."""
     sizes = (64 << 20, 40 << 20, 32 << 20, 8 << 20, 2 << 20, 1 << 20)
     held = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in sizes]
     held.clear()
@@ -53,29 +52,6 @@ def _case(kernel, tokens, seed):
     return LayerCase(size, dtype, "cuda", **options)
 
 
-def _block_rms(t):
-    """[rows, columns] -> RMS of each block; the last ones may be smaller."""
-    rows, columns = -t.shape[0] % BLOCK, -t.shape[1] % BLOCK
-
-    def sums(values):
-        padded = torch.nn.functional.pad(values, (0, columns, 0, rows))
-        return padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((1, 3))
-
-    return (sums(t.square()) / sums(torch.ones_like(t))).sqrt()
-
-
-def _check(name, actual, exact, plain):
-    """No block is off by more than 4 times plain torch's error and a rounding step."""
-    error, plain_error = _block_rms(actual.double() - exact), _block_rms(plain.double() - exact)
-    step = ROUNDING[actual.dtype] * _block_rms(exact)
-    allowed = 4 * torch.maximum(plain_error, plain_error.square().mean().sqrt()) + step
-    wrong = ~(error <= allowed)  # NaN as well
-    assert not wrong.any(), (
-        f"{name} {list(actual.shape)}: {int(wrong.sum())} of {wrong.numel()} blocks are wrong, "
-        f"first at {wrong.nonzero()[0].tolist()}"
-    )
-
-
 def _run(case, call, names, results):
     """Three times the same bits, and all of them near `results` of the formulas."""
     exact, plain = case.formulas(torch.float64), case.formulas(case.dtype)
@@ -86,7 +62,7 @@ def _run(case, call, names, results):
         if first is None:
             first = actual
         for name, a, f, i in zip(names, actual, first, results, strict=True):
-            _check(name, a, exact[i], plain[i])
+            assert_blocks_close_to_float64(name, a, exact[i], plain[i])
             assert_bitwise_equal(a, f, name)
 
 
