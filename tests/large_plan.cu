@@ -25,23 +25,6 @@ struct Case {
     std::exit(1);
 }
 
-// Quotients around multiples of the divisor, and those of any numbers.
-void check_division(std::mt19937& random) {
-    constexpr uint32_t kMost = 0x7fffffff;
-    for (int i = 0; i < 100000; i++) {
-        const auto divisor = static_cast<uint32_t>(1 + random() % (kMost >> i % 31));
-        const Divisor by = make_divisor(static_cast<int>(divisor));
-        const uint32_t multiple = kMost / divisor * divisor;
-        for (const uint32_t n :
-             {multiple - 1, multiple, kMost, static_cast<uint32_t>(random() % kMost)}) {
-            if (divide(static_cast<int>(n), by) == static_cast<int>(n / divisor))
-                continue;
-            std::printf("%u / %u is wrong\n", n, divisor);
-            std::exit(1);
-        }
-    }
-}
-
 // Only from the start on, every wave has a tile: what is decoded is read, before its slot is used
 // again.
 void check_waves(const Case& c, const Plan& plan) {
@@ -135,7 +118,6 @@ void check_riders(const Case& c, const Plan& plan, const std::vector<int>& u_wav
 int main() {
     std::mt19937 random(0);
     auto below = [&](int limit) { return static_cast<int64_t>(random() % limit); };
-    check_division(random);
     int with_riders = 0, late_starts = 0;
     for (int i = 0; i < 5000; i++) {
         const int64_t most_tokens = i % 3 == 0 ? 3000 : i % 3 == 1 ? 20000 : 70000;

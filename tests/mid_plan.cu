@@ -55,6 +55,30 @@ const char* check_division(const LoraMatmulArgs& a, const Machine& machine) {
     return nullptr;
 }
 
+// What clusters look up about divided tiles, by plain division and by searching.
+const char* check_split_tiles(const LoraMatmulArgs& a, const Division& d) {
+    const int steps = static_cast<int>(a.w.K / kStepK), quads = (steps + kQuad - 1) / kQuad;
+    const SplitTiles split = make_split_tiles(d.split_tiles, d.split_clusters, steps);
+    const auto begin = [&](int cluster) {
+        return static_cast<int>(int64_t{d.split_tiles} * quads * cluster / d.split_clusters);
+    };
+    int first = 0, last = 0;
+    for (int tile = 0; tile < d.split_tiles; tile++) {
+        while (begin(first + 1) <= tile * quads)
+            first++;
+        while (begin(last + 1) < (tile + 1) * quads)
+            last++;
+        if (split.first_cluster(tile) != first || split.last_cluster(tile) != last)
+            return "clusters of a divided tile";
+    }
+    for (int cluster = 0; cluster <= d.split_clusters; cluster++) {
+        const int at = begin(cluster);
+        if (split.shares.begin(cluster) != at || divide(at, split.by_quads) != at / quads)
+            return "shares of divided tiles";
+    }
+    return nullptr;
+}
+
 }  // namespace
 
 int main() {
@@ -74,9 +98,11 @@ int main() {
         const char* wrong = check_tiling(a.M, machine.room);
         if (wrong == nullptr)
             wrong = check_division(a, machine);
+        const Division d = divide(a, machine);
+        if (wrong == nullptr && d.split_tiles > 0)
+            wrong = check_split_tiles(a, d);
         if (wrong != nullptr)
             fail(wrong, a, machine);
-        const Division d = divide(a, machine);
         level += d.split_tiles > 0 && d.split_clusters % d.split_tiles == 0;
     }
     std::printf("%d\n", level);

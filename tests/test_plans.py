@@ -28,6 +28,11 @@ def _run(name, tmp_path, *flags):
     return [int(number) for number in done.stdout.split()]
 
 
+def test_division_by_what_the_host_knows(tmp_path):
+    (unequal,) = _run("divisor.cu", tmp_path)
+    assert unequal > 1000  # of 20000
+
+
 def test_tiles_riders_and_waves_of_many_tokens(tmp_path):
     with_riders, late_starts = _run("large_plan.cu", tmp_path)
     assert with_riders > 1000  # of 10000

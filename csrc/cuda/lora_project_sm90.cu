@@ -23,6 +23,7 @@
 
 #include "common.cuh"
 #include "device.h"
+#include "divisor.h"
 #include "launch_config.h"
 #include "tensor_map.h"
 #include "wgmma_sm90.cuh"
@@ -60,7 +61,10 @@ struct Params {
     int steps;   // K / 64
     int r;       // at most kColumns
     int tokens;  // of a group, a multiple of 64
-    int parts;   // of K, each of a CTA; those of a group are neighbours in a cluster
+    // Of K, each of a CTA; those of a group are neighbours in a cluster. Like the cluster's size a
+    // power of two.
+    int parts_log2;
+    int cluster_log2;
     int stages;
     void* z_out;     // [M, r] or null
     void* z_scaled;  // [M, z_columns]
@@ -168,14 +172,15 @@ store_z(const Params& p, const float (&z)[4], int64_t m, int column) {
 // Share number `part` of a group's sums, from the CTAs that divide K, in its order.
 template <typename T, int kColumns>
 __device__ __forceinline__ void add_up(const Params& p, int part, int token0, uint32_t smem_sums) {
-    const int share = p.tokens * kColumns / 4 / p.parts;  // in fours
+    const int parts = 1 << p.parts_log2;
+    const int share = p.tokens * kColumns / 4 >> p.parts_log2;  // in fours
     const int first_cta = cluster_rank() - part;
     for (int i = part * share + threadIdx.x; i < (part + 1) * share; i += blockDim.x) {
         const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
         const uint32_t at = smem_sums + sum_offset<kColumns>(row, column);
         float z[4] = {};
 #pragma unroll 4
-        for (int from = 0; from < p.parts; from++) {
+        for (int from = 0; from < parts; from++) {
             const float4 v = load_remote(in_cta(at, first_cta + from));
             z[0] += v.x, z[1] += v.y, z[2] += v.z, z[3] += v.w;
         }
@@ -204,13 +209,14 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     __syncthreads();
     clear_flags(p.flags, p.flag_count);
 
-    const int size = cluster_size(), part = cluster_rank() % p.parts;
-    const int cluster_tokens = size / p.parts * p.tokens;
-    const int offset = cluster_rank() / p.parts * p.tokens;
-    const Steps steps{p.steps * part / p.parts, p.steps * (part + 1) / p.parts};
+    const int group = cluster_rank() >> p.parts_log2;
+    const int part = cluster_rank() - (group << p.parts_log2);
+    const int cluster_tokens = p.tokens << (p.cluster_log2 - p.parts_log2);
+    const int offset = group * p.tokens;
+    const Steps steps{p.steps * part >> p.parts_log2, p.steps * (part + 1) >> p.parts_log2};
     Ring ring;
-    for (int first = blockIdx.x / size * cluster_tokens; first < p.M;
-         first += gridDim.x / size * cluster_tokens) {
+    for (int first = (blockIdx.x >> p.cluster_log2) * cluster_tokens; first < p.M;
+         first += (gridDim.x >> p.cluster_log2) * cluster_tokens) {
         if (threadIdx.x < consumers)
             multiply<T, kColumns>(p, steps, smem, smem_raw + (smem - raw) + L::kSums, ring);
         else if (elect_lane())
@@ -228,20 +234,20 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(
     const T* z_in,              // [M, r]
     const float* lora_scaling,  // [r] or null
     const float scaling,
-    const int64_t M,
+    const int count,  // M columns
     const int r,
     const int columns,
+    const Divisor by_columns,
     T* z_scaled,  // [M, columns]
     uint32_t* flags,
     const int flag_count) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     clear_flags(flags, flag_count);
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x;
-    if (i >= M * columns)
+    const int i = blockIdx.x * kScaleThreads + threadIdx.x;
+    if (i >= count)
         return;
-    const int64_t m = i / columns;
-    const int j = static_cast<int>(i % columns);
+    const int m = divide(i, by_columns), j = i - m * columns;
     float z = 0;
     if (j < r)
         z = __fmul_rn(to_float(z_in[m * r + j]), column_scale(lora_scaling, scaling, j));
@@ -272,7 +278,8 @@ cudaError_t launch_project(const LoraMatmulArgs& a, const Projection& p, cudaStr
     params.steps = static_cast<int>(a.w.K / kStepK);
     params.r = a.r;
     params.tokens = tiling.tokens;
-    params.parts = tiling.parts;
+    params.parts_log2 = log2_of(tiling.parts);
+    params.cluster_log2 = log2_of(room.cluster);
     params.stages = std::min(L::kMostStages, L::kRing / (tiling.tokens * kLineBytes + L::kABytes));
     params.z_out = a.z_out;
     params.z_scaled = p.z_scaled;
@@ -289,12 +296,14 @@ template <typename T>
 cudaError_t launch(const LoraMatmulArgs& a, const Projection& p, cudaStream_t stream) {
     const int columns = padded_rank(a.r);
     if (a.lora_A == nullptr) {
+        const auto count = static_cast<int>(a.M * columns);
         const auto grid =
-            static_cast<unsigned>(std::max<int64_t>(ceil_div(a.M * columns, kScaleThreads), 1));
+            static_cast<unsigned>(std::max<int64_t>(ceil_div(count, kScaleThreads), 1));
         const LaunchConfig config(grid, kScaleThreads, 0, stream);
         return cudaLaunchKernelEx(
             config.get(), scale_kernel<T>, static_cast<const T*>(a.z_in), a.lora_scaling, a.scaling,
-            a.M, a.r, columns, static_cast<T*>(p.z_scaled), p.flags, p.flag_count);
+            count, a.r, columns, make_divisor(std::max(columns, 1)), static_cast<T*>(p.z_scaled),
+            p.flags, p.flag_count);
     }
     return columns == 16 ? launch_project<T, 16>(a, p, stream)
                          : launch_project<T, 64>(a, p, stream);

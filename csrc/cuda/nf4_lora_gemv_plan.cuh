@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "divisor.h"
 #include "nf4_lora_matmul.h"
 
 namespace lowbit::cuda {
@@ -33,10 +34,23 @@ constexpr int kBarrier = 1;   // of the warps of the weight
 constexpr int kZBarrier = 2;  // of those of z
 constexpr int kYBarrier = 3;  // of all: what y is added up from is there
 
+// Of a CTA's warps, the steps that each takes and one more; 1 for 0.
+struct RunDivisors {
+    Divisor by_each, by_longer;
+};
+
+inline RunDivisors make_run_divisors(uint32_t steps) {
+    const auto each = static_cast<int>(steps / kWarps);
+    return {make_divisor(each > 0 ? each : 1), make_divisor(each + 1)};
+}
+
 // Of CTA i: groups_each groups, one more if i < groups_extra.
 struct Plan {
     uint32_t groups_each, groups_extra;
-    uint32_t steps;          // per group: K / 1024, rounded up
+    uint32_t steps;  // per group: K / 1024, rounded up
+    Divisor by_steps, by_rank_tiles;
+    RunDivisors runs, runs_of_more;  // with groups_each groups, with one more
+    int cluster_log2;
     uint32_t most_groups;    // of a CTA
     uint32_t stages_bytes;   // offset of the stages of z
     uint32_t scratch_bytes;  // offset of Scratch
@@ -100,9 +114,11 @@ struct Share {
         return min((first_group + group) * kRows, N - kRows);
     }
 
-    __device__ __forceinline__ uint32_t warp_of(uint32_t step) const {
+    __device__ __forceinline__ uint32_t warp_of(const Plan& plan, uint32_t step) const {
+        const RunDivisors& runs = groups > plan.groups_each ? plan.runs_of_more : plan.runs;
         const uint32_t longer = extra * (each + 1);
-        return step < longer ? step / (each + 1) : extra + (step - longer) / each;
+        return step < longer ? divide(step, runs.by_longer)
+                             : extra + divide(step - longer, runs.by_each);
     }
 };
 

@@ -40,8 +40,9 @@ __device__ __forceinline__ void prefetch_steps(
     uint32_t end) {
     const uint32_t lane = threadIdx.x % kWarpSize;
     unit += lane / 16;
-    const uint32_t row = share.row_of(unit / plan.steps, N) + lane / 4 % kRows;
-    const uint32_t k = unit % plan.steps * kStep + lane % 4 * (kStep / 4);
+    const uint32_t group = divide(unit, plan.by_steps);
+    const uint32_t row = share.row_of(group, N) + lane / 4 % kRows;
+    const uint32_t k = (unit - group * plan.steps) * kStep + lane % 4 * (kStep / 4);
     if (unit < end && k < K)
         prefetch_l2(qweight + (row * K + k) / 2);
 }
@@ -105,8 +106,8 @@ __device__ __forceinline__ void store_y(
         const uint32_t row = share.row_of(group, static_cast<uint32_t>(args.w.N)) + i % kRows;
         if (row < (share.first_group + group) * kRows)
             continue;  // stored by the group before
-        const uint32_t first = share.warp_of(group * plan.steps);
-        const uint32_t last = share.warp_of((group + 1) * plan.steps - 1);
+        const uint32_t first = share.warp_of(plan, group * plan.steps);
+        const uint32_t last = share.warp_of(plan, (group + 1) * plan.steps - 1);
         float y = 0;
 #pragma unroll 1
         for (uint32_t warp = first; warp <= last; warp++)

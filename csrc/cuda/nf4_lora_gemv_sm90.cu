@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
     const Share share(plan, N);
     if (warp >= kWarps) {
         if (plan.exchange)
-            prefetch_lora_a<T>(args);
+            prefetch_lora_a<T>(args, plan);
         cluster_wait();
         wait_for_previous_kernel();
         let_next_kernel_start();
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads + kZThreads, 1) nf4_lora_gemv_kernel(
     }
     uint32_t unit = warp * share.each + min(static_cast<uint32_t>(warp), share.extra);
     const uint32_t unit_end = unit + share.each + (warp < share.extra);
-    uint32_t group = unit / plan.steps, step = unit % plan.steps;
+    uint32_t group = divide(unit, plan.by_steps), step = unit - group * plan.steps;
     prefetch_inputs<T, kNested>(args, share, share.row_of(group, N), step, unit < unit_end);
     cluster_wait();  // in front of the first loads: it empties L1
     wait_for_previous_kernel();
@@ -164,6 +164,10 @@ size_t make_plan(const LoraMatmulArgs& args, int64_t ctas, Plan& plan) {
     plan.groups_each = static_cast<uint32_t>(groups / ctas);
     plan.groups_extra = static_cast<uint32_t>(groups % ctas);
     plan.steps = static_cast<uint32_t>(ceil_div(w.K, kStep));
+    plan.by_steps = make_divisor(static_cast<int>(plan.steps));
+    plan.by_rank_tiles = make_divisor(std::max(1, rank_tiles(args.r)));
+    plan.runs = make_run_divisors(plan.groups_each * plan.steps);
+    plan.runs_of_more = make_run_divisors((plan.groups_each + 1) * plan.steps);
     plan.most_groups = static_cast<uint32_t>(most);
     plan.exchange = args.r > 0 && args.lora_A != nullptr;
     plan.stages_bytes = kTableBytes + plan.steps * 2 * kStep;
@@ -188,6 +192,7 @@ cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
         ctas_of(args, exchange ? room.cluster * room.clusters : std::max(1, sm_count()), cluster);
     Plan plan;
     const size_t smem_bytes = make_plan(args, ctas, plan);
+    plan.cluster_log2 = log2_of(cluster);
     LaunchConfig config(static_cast<unsigned>(ctas), kCtaThreads, smem_bytes, stream);
     config.cluster(cluster);
     CUtensorMap lora_A{};

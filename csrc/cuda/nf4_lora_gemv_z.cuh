@@ -96,9 +96,9 @@ __device__ __forceinline__ void low_rank_term(
     if (!plan.exchange) {
         meanwhile();
     } else if constexpr (kManyRanks) {
-        send_z_parts_wgmma<T>(args, lora_A, shared_address(stages), scratch, meanwhile);
+        send_z_parts_wgmma<T>(args, plan, lora_A, shared_address(stages), scratch, meanwhile);
     } else {
-        send_z_parts_mma<T>(args, stages, scratch, meanwhile);
+        send_z_parts_mma<T>(args, plan, stages, scratch, meanwhile);
     }
     __syncwarp();
     const float2 z = finish_z<T>(args, plan, scale, scratch);

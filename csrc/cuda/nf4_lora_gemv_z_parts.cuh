@@ -15,18 +15,20 @@ namespace {
 struct ZShare {
     int begin, end;
 
-    __device__ __forceinline__ explicit ZShare(int64_t K) {
+    __device__ __forceinline__ ZShare(const Plan& plan, int64_t K) {
         const int chunks = static_cast<int>(K) / kZColumns;
-        const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
-        begin = chunks * rank / size, end = chunks * (rank + 1) / size;
+        const int rank = static_cast<int>(cluster_rank());
+        begin = chunks * rank >> plan.cluster_log2;
+        end = chunks * (rank + 1) >> plan.cluster_log2;
     }
 };
 
 // A line of lora_A is a row of a chunk. Of more than 16 rows a cluster asks for 16, in turn.
 template <typename T>
-__device__ __forceinline__ void prefetch_lora_a(const LoraMatmulArgs& args) {
-    const ZShare share(args.w.K);
-    const int first = static_cast<int>(blockIdx.x / cluster_size()) % rank_tiles(args.r) * 16;
+__device__ __forceinline__ void prefetch_lora_a(const LoraMatmulArgs& args, const Plan& plan) {
+    const ZShare share(plan, args.w.K);
+    const int cluster = blockIdx.x >> plan.cluster_log2, tiles = rank_tiles(args.r);
+    const int first = (cluster - divide(cluster, plan.by_rank_tiles) * tiles) * 16;
     const int thread = threadIdx.x % kZThreads;
     const int row = first + thread % 16;
     const T* a = static_cast<const T*>(args.lora_A) + row * args.w.K;
@@ -86,11 +88,12 @@ __device__ __forceinline__ void multiply_chunk(
 template <typename T, typename Meanwhile>
 __device__ __forceinline__ void send_z_parts_mma(
     const LoraMatmulArgs& args,
+    const Plan& plan,
     unsigned char* stages,
     Scratch& scratch,
     const Meanwhile& meanwhile) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kZWarps;
-    const ZShare share(args.w.K);
+    const ZShare share(plan, args.w.K);
     const int stage_bytes = z_warp_stage_bytes(args.r);
     stages += warp * kZWarpStages * stage_bytes;
     int copied = share.begin + warp;
@@ -146,13 +149,14 @@ __device__ __forceinline__ void send_z_parts_mma(
 template <typename T, typename Meanwhile>
 __device__ __forceinline__ void send_z_parts_wgmma(
     const LoraMatmulArgs& args,
+    const Plan& plan,
     const CUtensorMap& lora_A,
     uint32_t stages,
     Scratch& scratch,
     const Meanwhile& meanwhile) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kZWarps;
     const bool copies = warp == 0;
-    const ZShare share(args.w.K);
+    const ZShare share(plan, args.w.K);
     const int count = share.end - share.begin;
     const uint32_t a_bytes = z_rows_bytes(args.r), stage_bytes = a_bytes + kZTokenBytes;
     const uint32_t full = shared_address(scratch.z_full);

@@ -177,6 +177,7 @@ consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_ge
         {0, 0},
         0};
     const int tiles = tile_count<P>(p);
+    cluster_wait_unaligned();
     for (int index = 0; index < tiles; index++) {
         const Tile tile = tile_at<P>(p, index);
         float d[P::kTokens / 2];

@@ -123,8 +123,11 @@ __device__ __forceinline__ void load_last_step(
     }
 }
 
+constexpr int kTablesBarrier = 3;
+
 template <typename T, class P>
-__device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint32_t smem) {
+__device__ __forceinline__ void
+produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
     const int lane = threadIdx.x % kWarpSize;
     const int rank = blockIdx.x % kCluster;
@@ -156,6 +159,13 @@ __device__ __forceinline__ void produce(const Maps& maps, const Params& p, uint3
     Position<P> at{step, 1};
     Tile tile = tile_at<P>(p, 0);
     StoredScale stored[2] = {load(tile, step), load(tile, step + P::kStride)};
+    const bool nests = p.w.absmax_8bit != nullptr;
+    const float nested_offset = nests && threadIdx.x == 0 ? __ldg(p.w.nested_offset) : 0.0f;
+    load_tables<P>(p.w, nests, tables);
+    if (threadIdx.x == 0)
+        tables[kTableFloats] = nested_offset;
+    named_barrier(kTablesBarrier, P::kProducers);
+    cluster_wait_unaligned();  // up to here nothing was the other CTA's
 
     for (int index = 0; index < tiles; index++) {
         const Tile next = tile_at<P>(p, min(index + 1, tiles - 1));

@@ -66,20 +66,15 @@ __global__ void __launch_bounds__(P::kThreads, 1)
         wait_for_previous_kernel();
     if (!p.is_last)
         let_next_kernel_start();
-    const auto floats = [&](int at) { return reinterpret_cast<float*>(smem_generic + at); };
-    if (threadIdx.x < 16)
-        floats(P::kCodebook)[threadIdx.x] = __ldg(p.w.codebook + threadIdx.x);
-    if (p.w.absmax_8bit != nullptr && threadIdx.x < 256)
-        floats(P::kNestedCodebook)[threadIdx.x] = __ldg(p.w.nested_codebook + threadIdx.x);
-    if (p.w.absmax_8bit != nullptr && threadIdx.x == 0)
-        *floats(P::kNestedOffset) = __ldg(p.w.nested_offset);
     __syncthreads();
-    cluster_sync_unaligned();
+    // Produce and consume wait. Thread 0 has fenced its barriers; a release would wait for all of
+    // memory.
+    cluster_arrive_relaxed();
     constexpr bool kMovesRegisters = P::kTokens == 256;
     if (threadIdx.x < P::kProducers) {
         if (kMovesRegisters)
             shrink_registers<104>();
-        produce<T, P>(maps, p, smem);
+        produce<T, P>(maps, p, smem, reinterpret_cast<float*>(smem_generic + P::kCodebook));
         __syncwarp();
         if (blockIdx.x / kCluster < p.split_tiles) {  // the two of add_halves
             cluster_sync_unaligned();
@@ -162,8 +157,11 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     p.steps = static_cast<int>(ceil_div(a.w.N, kStepN));
     p.first_column = static_cast<int>(columns.first * kTileColumns);
     p.column_groups = static_cast<int>(ceil_div(columns.count, P::kColumnTiles));
-    p.token_groups = static_cast<int>(ceil_div(a.M, P::kTokens * P::kTokenTiles));
-    p.slab_groups = kSlabTokens / (P::kTokens * P::kTokenTiles);
+    const auto token_groups = static_cast<int>(ceil_div(a.M, P::kTokens * P::kTokenTiles));
+    p.last_slab = (token_groups - 1) / P::kSlabGroups;
+    p.last_slab_groups = token_groups - p.last_slab * P::kSlabGroups;
+    p.by_column_groups = make_divisor(p.column_groups);
+    p.by_last_slab_groups = make_divisor(p.last_slab_groups);
     p.full_tiles = static_cast<int>(tiles - rest);
     p.split_tiles = static_cast<int>(rest * P::kColumnTiles);
     p.is_first = columns.first == 0;
@@ -175,8 +173,9 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     error = allow_shared_memory<kKernel>(P::kSmemBytes);
     if (error != cudaSuccess)
         return error;
-    const int grid = kCluster * std::min(clusters, std::max(p.full_tiles, p.split_tiles));
-    LaunchConfig config(grid, P::kThreads, P::kSmemBytes, stream);
+    p.clusters = std::min(clusters, std::max(p.full_tiles, p.split_tiles));
+    p.by_clusters = make_divisor(p.clusters);
+    LaunchConfig config(kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
     config.cluster(kCluster);
     return cudaLaunchKernelEx(config.get(), kKernel, maps, p);
 }

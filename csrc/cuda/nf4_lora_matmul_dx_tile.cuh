@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include "divisor.h"
 #include "nf4_lora_matmul_dx.h"
 #include "nf4_lora_matmul_stages.cuh"
 
@@ -33,6 +34,7 @@ struct Plan {
     static constexpr bool kSharesW = kSharesW_;
     static constexpr int kColumnTiles = kSharesW ? 1 : 2;  // of a cluster
     static constexpr int kTokenTiles = kCluster / kColumnTiles;
+    static constexpr int kSlabGroups = kSlabTokens / (kTokens * kTokenTiles);
     static constexpr int kStages = kRingStages;
     static constexpr int kProducerWarps = kTokens == 256 ? 4 : 8;
     static constexpr int kProducers = kProducerWarps * kWarpSize;
@@ -53,7 +55,7 @@ struct Plan {
     static constexpr int kOutput = kPacked + 2 * kPackedBytes;
     static constexpr int kCodebook = kOutput + 4 * kChunkBytes;
     static constexpr int kNestedCodebook = kCodebook + 16 * 4;
-    static constexpr int kNestedOffset = kNestedCodebook + 256 * 4;
+    static constexpr int kNestedOffset = kCodebook + kTableFloats * 4;
     static constexpr int kFull = kNestedOffset + 16;
     static constexpr int kEmpty = kFull + kStages * 8;
     static constexpr int kPackedFull = kEmpty + kStages * 8;
@@ -76,9 +78,11 @@ struct Params {
     int r;
     int steps;  // N / 64, rounded up
     int first_column;
-    // Tiles of clusters. They are counted within a column group of a slab first, a slab being at
-    // most slab_groups of the token groups.
-    int column_groups, token_groups, slab_groups;
+    // Tiles of clusters. They are counted within a column group of a slab first, a slab being
+    // kSlabGroups of the token groups, and the last one what is left.
+    int column_groups, last_slab, last_slab_groups;
+    int clusters;
+    Divisor by_column_groups, by_last_slab_groups, by_clusters;
     int full_tiles;   // tiles of clusters: kColumnTiles x kTokenTiles tiles of CTAs
     int split_tiles;  // after them, tiles of CTAs whose N a cluster splits: at most one each
     bool is_first;    // of the products of a call
@@ -97,16 +101,16 @@ struct Tile {
 
 template <class P>
 __device__ __forceinline__ int tile_count(const Params& p) {
-    const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
-    const int full = p.full_tiles > cluster ? (p.full_tiles - cluster - 1) / clusters + 1 : 0;
+    const int cluster = blockIdx.x / kCluster;
+    const int full = divide(p.full_tiles - cluster + p.clusters - 1, p.by_clusters);
     return full + (cluster < p.split_tiles);
 }
 
 template <class P>
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     const int rank = blockIdx.x % kCluster;
-    const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
-    int number = cluster + index * clusters;
+    const int cluster = blockIdx.x / kCluster;
+    int number = cluster + index * p.clusters;
     int column_tile = P::kSharesW ? 0 : rank;
     Tile t{0, 0, 0, p.steps, p.steps, number >= p.full_tiles};
     if (t.split) {
@@ -116,11 +120,13 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
         t.first_step = rank * t.steps;
         t.weight_steps = min(t.steps, p.steps - t.first_step);
     }
-    const int slab = number / (p.slab_groups * p.column_groups);
-    const int in_slab = number - slab * (p.slab_groups * p.column_groups);
-    const int groups = min(p.slab_groups, p.token_groups - slab * p.slab_groups);
-    const int column_group = in_slab / groups;
-    const int token_group = slab * p.slab_groups + in_slab - column_group * groups;
+    const int slab = divide(number / P::kSlabGroups, p.by_column_groups);
+    const int in_slab = number - slab * (P::kSlabGroups * p.column_groups);
+    const bool last = slab == p.last_slab;
+    const int groups = last ? p.last_slab_groups : P::kSlabGroups;
+    const int column_group =
+        last ? divide(in_slab, p.by_last_slab_groups) : in_slab / P::kSlabGroups;
+    const int token_group = slab * P::kSlabGroups + in_slab - column_group * groups;
     t.column0 = p.first_column + (column_group * P::kColumnTiles + column_tile) * kTileColumns;
     t.token0 = token_group * P::kTokenTiles * P::kTokens;
     t.token0 += P::kSharesW ? rank * P::kTokens : 0;

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 
+#include "divisor.h"
 #include "nf4_lora_matmul.h"  // ceil_div
 
 namespace lowbit::cuda {
@@ -59,26 +60,6 @@ constexpr int64_t kRingBytes = 24 << 20;  // at most, for a small M
 
 // Chunks decoded by prepare_kernel. With 1 all CTAs wait for the next one.
 constexpr int kFirstChunks = 2;  // at most the ring's chunks
-
-// Division by what only the host knows: a few instructions where `/` takes about 30, and both the
-// first tile and the ring's first chunks wait for some of them. Exact for 0 <= n < 2^31.
-struct Divisor {
-    uint32_t multiplier;  // 2^(31 + shift) / divisor, rounded up
-    int shift;
-};
-
-inline Divisor make_divisor(int divisor) {
-    int shift = 0;
-    while (int64_t{1} << shift < divisor)
-        shift++;
-    const uint64_t product = uint64_t{1} << (31 + shift);
-    return {static_cast<uint32_t>((product + divisor - 1) / divisor), shift};
-}
-
-__host__ __device__ inline int divide(int n, const Divisor& by) {
-    const uint64_t product = uint64_t{2 * static_cast<uint32_t>(n)} * by.multiplier;
-    return static_cast<int>(static_cast<uint32_t>(product >> 32) >> by.shift);
-}
 
 // What all groups of `tiles` token tiles have in common.
 struct GroupSize {

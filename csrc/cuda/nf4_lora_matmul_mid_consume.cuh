@@ -212,6 +212,7 @@ __device__ __forceinline__ void consume(const Maps& maps, const Params& p, uint3
                      {0, 0},   0};
     const Schedule schedule(p);
     const int tiles = schedule.count();
+    cluster_wait_unaligned();
     for (int index = 0; index < tiles; index++) {
         const Tile tile = tile_at<P>(p, schedule, index);
         Sums<P> d;

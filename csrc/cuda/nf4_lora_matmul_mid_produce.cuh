@@ -143,20 +143,6 @@ load_x(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t fu
 
 constexpr int kTablesBarrier = 4;
 
-// What decoding looks up: the codebook, then that of the scales. Only the producers need it, and it
-// comes at the same time as the first packed weights.
-template <bool kNested, class P>
-__device__ __forceinline__ void load_tables(const WeightView& w, float* tables) {
-    if (threadIdx.x < 16)
-        tables[threadIdx.x] = __ldg(w.codebook + threadIdx.x);
-    if constexpr (kNested) {
-#pragma unroll
-        for (int i = threadIdx.x; i < kNestedCodes; i += P::kProducers)
-            tables[16 + i] = __ldg(w.nested_codebook + i);
-    }
-    named_barrier(kTablesBarrier, P::kProducers);
-}
-
 template <typename T, bool kNested, class P>
 __device__ __forceinline__ void
 produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
@@ -176,7 +162,6 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         loader.load_next();
     }
     __syncwarp();
-    load_tables<kNested, P>(p.w, tables);
     int buffer = 0;
     uint32_t buffer_parity = 0;
     const uint32_t packed_swizzle = P::kPackedRow == 128 ? lane % 8 : lane / 2 % 4;
@@ -194,6 +179,10 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
 
     int step = warp / P::kUnits;
     Position<P> at{step, 1};
+    load_tables<P>(p.w, kNested, tables);
+    named_barrier(kTablesBarrier, P::kProducers);
+    cluster_wait_unaligned();  // up to here nothing was the other CTA's
+
     for (int index = 0; index < tiles; index++) {
         const Tile next = tile_at<P>(p, schedule, min(index + 1, tiles - 1));
         const auto next_block = static_cast<uint32_t>(lane_row(next) * p.steps + next.first_step);

@@ -74,7 +74,9 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     if (p.waits_first)
         wait_for_previous_kernel();
     __syncthreads();
-    cluster_sync_unaligned();
+    // Produce and consume wait. Thread 0 has fenced its barriers; a release would wait for all of
+    // memory.
+    cluster_arrive_relaxed();
     constexpr bool kMovesRegisters = P::kTokens == 256;
     if (threadIdx.x < P::kProducers) {
         if (kMovesRegisters)
@@ -131,9 +133,12 @@ cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cu
     p.r = a.r;
     p.steps = static_cast<int>(a.w.K / kStepK);
     p.token_groups = static_cast<int>(ceil_div(a.M, P::kTokens * P::kTokenTiles));
+    p.clusters = division.clusters;
+    p.by_token_groups = make_divisor(p.token_groups);
+    p.by_clusters = make_divisor(p.clusters);
     p.full_tiles = division.full_tiles;
-    p.split_tiles = division.split_tiles;
-    p.split_clusters = division.split_clusters;
+    if (division.split_tiles > 0)
+        p.split = make_split_tiles(division.split_tiles, division.split_clusters, p.steps);
     p.level = division.split_tiles > 0 && division.split_clusters % division.split_tiles == 0 &&
               !in_green_context(stream);
     p.waits_first = !has_first_kernel(a, division);

@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include "divisor.h"
 #include "nf4_lora_matmul.h"
 #include "nf4_lora_matmul_stages.cuh"
 
@@ -12,7 +13,6 @@ namespace {
 
 constexpr int kStepK = 64;  // a row of a step is one swizzled line of 128 bytes
 constexpr int kTileRows = 128;
-constexpr int kNestedCodes = 256;
 
 // Shared memory in this order: stages (x, then W), two groups of packed weights, staged output, 16
 // codebook values and 256 nested ones, barriers. 231 584 bytes at most.
@@ -46,7 +46,7 @@ struct Plan {
     static constexpr int kPacked = kStages * kStageBytes;
     static constexpr int kOutput = kPacked + 2 * kPackedBytes;
     static constexpr int kTables = kOutput + 4 * kChunkBytes;
-    static constexpr int kFull = kTables + (16 + kNestedCodes) * 4;
+    static constexpr int kFull = kTables + kTableFloats * 4;
     static constexpr int kEmpty = kFull + kStages * 8;
     static constexpr int kPackedFull = kEmpty + kStages * 8;
     static constexpr int kPackedEmpty = kPackedFull + 2 * 8;
@@ -65,6 +65,38 @@ struct Maps {
     CUtensorMap packed;  // bytes of W [N, K/2]
 };
 
+// Four neighbouring scales are loaded together, so K is divided in units of four steps.
+constexpr int kQuad = 4;
+
+// Tiles whose quads, in a row, clusters divide evenly.
+struct SplitTiles {
+    EqualPieces shares;  // of the clusters
+    int quads;           // of a tile
+    int clusters;
+    int clusters_before;  // (clusters - 1) / quads
+    Divisor by_quads, by_tiles;
+
+    // The clusters that have the first and the last quad of a tile.
+    __host__ __device__ int first_cluster(int tile) const {
+        return divide(tile * clusters + clusters_before, by_tiles);
+    }
+    __host__ __device__ int last_cluster(int tile) const {
+        return divide((tile + 1) * clusters - 1, by_tiles);
+    }
+};
+
+// tiles > 0. There are at least as many quads as clusters, so that each has some.
+inline SplitTiles make_split_tiles(int tiles, int clusters, int steps) {
+    const int quads = (steps + kQuad - 1) / kQuad;
+    return {
+        cut_evenly(tiles * quads, clusters),
+        quads,
+        clusters,
+        (clusters - 1) / quads,
+        make_divisor(quads),
+        make_divisor(tiles)};
+}
+
 struct Params {
     WeightView w;
     const void* lora_B;
@@ -72,14 +104,15 @@ struct Params {
     float* partials;  // [CTAs][quarters][kTileRows kTokens / 4]
     uint32_t* flags;  // [CTAs], 1 when the CTA's partial is there; zeroed by the kernel before
     int r;
-    int steps;           // K / 64
-    int token_groups;    // token tiles of a cluster beside each other
-    int full_tiles;      // of clusters, kRowTiles x kTokenTiles tiles of CTAs: whole rounds
-    int split_tiles;     // after them, fewer than clusters
-    int split_clusters;  // that these are divided among
-    bool level;          // each of them among equally many, all of which find room at once
-    bool waits_first;    // no kernel of this call came before
-    bool quick_scales;   // four blocks of a row can be loaded as one word and share a nested absmax
+    int steps;         // K / 64
+    int token_groups;  // token tiles of a cluster beside each other
+    int clusters;
+    Divisor by_token_groups, by_clusters;
+    int full_tiles;     // of clusters, kRowTiles x kTokenTiles tiles of CTAs: whole rounds
+    SplitTiles split;   // after them, fewer than clusters; all 0 if there are none
+    bool level;         // each of them among equally many, all of which find room at once
+    bool waits_first;   // no kernel of this call came before
+    bool quick_scales;  // four blocks of a row can be loaded as one word and share a nested absmax
 };
 
 // What one CTA does in one go, the same rows and steps in the whole cluster, whose CTAs free each
@@ -90,31 +123,25 @@ struct Tile {
     int part, parts;  // of K, one cluster each
 };
 
-// Four neighbouring scales are loaded together, so K is divided in units of four steps.
-constexpr int kQuad = 4;
-
-// The split tiles' quads in a row, divided evenly: where the share of a cluster begins.
-__device__ __forceinline__ int share_begin(const Params& p, int cluster) {
-    const uint32_t quads = p.split_tiles * ((p.steps + kQuad - 1) / kQuad);
-    return quads * cluster / p.split_clusters;
-}
-
 // A cluster's share reaches into two tiles at most. What it has of the second, which another
 // cluster ends, comes first, whole tiles follow, and last what it has of the first: that other
 // cluster finds the partial sums of this one when it comes to its end.
 struct Schedule {
     int full, begin, end;
+    int first_tile, last_tile;  // that it has the share's first and last quad of
     bool owes, ends;
 
     __device__ __forceinline__ Schedule(const Params& p) {
-        const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
-        const int quads = (p.steps + kQuad - 1) / kQuad;
-        full = p.full_tiles > cluster ? (p.full_tiles - cluster - 1) / clusters + 1 : 0;
-        begin = end = 0, owes = ends = false;
-        if (cluster < p.split_clusters) {
-            begin = share_begin(p, cluster), end = share_begin(p, cluster + 1);
-            owes = end % quads != 0 && !p.level;  // level parts end together
-            ends = !owes || begin / quads != end / quads;
+        const int cluster = blockIdx.x / kCluster;
+        full = divide(p.full_tiles - cluster + p.clusters - 1, p.by_clusters);
+        begin = end = first_tile = last_tile = 0, owes = ends = false;
+        if (cluster < p.split.clusters) {
+            begin = p.split.shares.begin(cluster), end = p.split.shares.begin(cluster + 1);
+            first_tile = divide(begin, p.split.by_quads);
+            last_tile = divide(end - 1, p.split.by_quads);
+            // Level parts end together.
+            owes = end != (last_tile + 1) * p.split.quads && !p.level;
+            ends = !owes || first_tile != last_tile;
         }
     }
     __device__ __forceinline__ int count() const {
@@ -125,32 +152,27 @@ struct Schedule {
 template <class P>
 __device__ __forceinline__ Tile tile_at(const Params& p, const Schedule& schedule, int index) {
     const int rank = blockIdx.x % kCluster;
-    const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
-    int number = cluster + (index - schedule.owes) * clusters;
+    const int cluster = blockIdx.x / kCluster;
+    int number = cluster + (index - schedule.owes) * p.clusters;
     Tile t{0, 0, 0, p.steps, p.steps, 0, 1};
     bool ends = true;
     const bool owed = schedule.owes && index == 0;
     if (owed || index == schedule.owes + schedule.full) {
-        const int quads = (p.steps + kQuad - 1) / kQuad;
-        const int of_split = owed ? (schedule.end - 1) / quads : schedule.begin / quads;
-        const int tile_begin = of_split * quads, tile_end = tile_begin + quads;
+        const int of_split = owed ? schedule.last_tile : schedule.first_tile;
+        const int tile_begin = of_split * p.split.quads, tile_end = tile_begin + p.split.quads;
         const int begin = max(schedule.begin, tile_begin), end = min(schedule.end, tile_end);
         number = p.full_tiles + of_split;
         t.first_step = (begin - tile_begin) * kQuad;
         t.weight_steps = min((end - tile_begin) * kQuad, p.steps) - t.first_step;
         ends = end == tile_end;
-        int first = cluster, last = cluster;
-        while (share_begin(p, first) > tile_begin)
-            first--;
-        while (share_begin(p, last + 1) < tile_end)
-            last++;
-        t.part = cluster - first, t.parts = last - first + 1;
+        const int first = p.split.first_cluster(of_split);
+        t.part = cluster - first, t.parts = p.split.last_cluster(of_split) - first + 1;
     }
     t.steps = t.weight_steps + (ends && p.r > 0);
-    const int row_tile = number / p.token_groups * P::kRowTiles + (P::kSharesW ? 0 : rank);
-    const int token_tile = number % p.token_groups * P::kTokenTiles + (P::kSharesW ? rank : 0);
-    t.row0 = row_tile * kTileRows;
-    t.token0 = token_tile * P::kTokens;
+    const int row_group = divide(number, p.by_token_groups);
+    const int token_group = number - row_group * p.token_groups;
+    t.row0 = (row_group * P::kRowTiles + (P::kSharesW ? 0 : rank)) * kTileRows;
+    t.token0 = (token_group * P::kTokenTiles + (P::kSharesW ? rank : 0)) * P::kTokens;
     return t;
 }
 

@@ -19,7 +19,7 @@ gather_z(const Problem& p, uint32_t smem, int token0, bool writes, int threads) 
     constexpr int kBatch = 8;  // loads under way
     const int rank = (p.r + 15) / 16 * 16, tokens = token_tiles<Tile>(p) * Tile::kTokens;
     for (int i = threadIdx.x; i < Tile::kTokens * rank; i += threads) {
-        const int token = i / rank, j = i - token * rank, m = token0 + token;
+        const int token = divide(i, p.by_rank), j = i - token * rank, m = token0 + token;
         const bool inside = m < p.M && j < p.r;
         float z = 0.0f;
         if (p.z_in != nullptr && inside)

@@ -121,14 +121,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int lane = threadIdx.x % kWarpSize, g = lane / 4;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
     const int row_group = warp % Tile::kRowGroups, group = warp / Tile::kRowGroups;
-    const Piece piece = piece_of(blockIdx.x, p.total_units);
-    const auto first_row = [&](int tile) {
-        return tile / token_tiles<Tile>(p) * Tile::kRows + row_group * kWarpRows;
+    const Piece piece = own_piece(p.shares);
+    const auto row_tile = [&](int tile) {
+        return Tile::kOneTokenTile ? tile : divide(tile, p.by_token_tiles);
     };
-    const auto first_token = [&](int tile) { return tile % token_tiles<Tile>(p) * Tile::kTokens; };
+    const auto first_row = [&](int tile) {
+        return row_tile(tile) * Tile::kRows + row_group * kWarpRows;
+    };
+    const auto first_token = [&](int tile) {
+        return (tile - row_tile(tile) * token_tiles<Tile>(p)) * Tile::kTokens;
+    };
     // In the segment that ends with unit `end`.
     const auto run_to = [&](int end) {
-        const Segment s(piece.begin, end, p.units);
+        const Segment s(piece.begin, end, p.shares);
         return Run{first_row(s.tile), first_token(s.tile), s.first * Tile::kUnit, s.count};
     };
     const auto block_at = [&](const Run& run, int unit) {
@@ -154,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     int buffer = 0;
     for (int end = piece.end; end > piece.begin;) {
-        const Segment s(piece.begin, end, p.units);
+        const Segment s(piece.begin, end, p.shares);
         end -= s.count;
         if (p.r > 0 && s.finishes && group == 0 && run.row0 + lane < p.w.N)
             prefetch_l2(
@@ -213,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             continue;
         }
         const int row0 = first_row(s.tile), token0 = first_token(s.tile);
-        const int tile_begin = s.tile * p.units;
+        const int tile_begin = s.tile * p.shares.units;
         if (p.r > 0) {
             if (token_tiles<Tile>(p) > 1) {
                 named_barrier(kFinishBarrier, Tile::kFinishers);
@@ -241,7 +246,7 @@ struct Plan {
     int groups;
     int token_tiles;
     int units;
-    int total_units;
+    int tiles;
     int slices;
     int ctas;
 };
@@ -254,9 +259,9 @@ Plan make_plan(const LoraMatmulArgs& a) {
     const int rows = kWarpRows * (kWarps / plan.groups);
     plan.token_tiles = static_cast<int>(ceil_div(a.M, plan.tokens));
     plan.units = static_cast<int>(ceil_div(blocks, kStepBlocks * plan.groups));
-    plan.total_units = static_cast<int>(ceil_div(a.w.N, rows)) * plan.token_tiles * plan.units;
+    plan.tiles = static_cast<int>(ceil_div(a.w.N, rows)) * plan.token_tiles;
     plan.slices = static_cast<int>(std::min<int64_t>(ceil_div(blocks, kProjectWarps), kMaxSlices));
-    plan.ctas = std::min(sm_count(), plan.total_units);
+    plan.ctas = std::min(sm_count(), plan.units * plan.tiles);
     return plan;
 }
 
@@ -324,11 +329,12 @@ cudaError_t launch(const LoraMatmulArgs& a, cudaStream_t stream) {
     problem.y = a.y;
     problem.M = static_cast<int>(a.M);
     problem.r = a.r;
+    problem.by_rank = make_divisor(std::max(16, (a.r + 15) / 16 * 16));
     problem.blocks = static_cast<int>(a.w.K / kBlock);
     problem.row_bytes = static_cast<int>(a.w.K / 2);
     problem.token_tiles = plan.token_tiles;
-    problem.units = plan.units;
-    problem.total_units = plan.total_units;
+    problem.by_token_tiles = make_divisor(plan.token_tiles);
+    problem.shares = make_shares(plan.units, plan.tiles, plan.ctas);
     switch (plan.tokens) {
     case 8:
         return launch_matmul<T, 8, 4>(problem, plan.ctas, stream);

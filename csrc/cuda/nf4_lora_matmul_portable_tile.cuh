@@ -66,11 +66,12 @@ struct Problem {
     void* y;
     int M;
     int r;
+    Divisor by_rank;  // padded to a multiple of 16; if r > 0
     int blocks;       // of a row
     int row_bytes;    // of codes
     int token_tiles;  // neighbours among the tiles: the same rows
-    int units;        // per tile
-    int total_units;
+    Divisor by_token_tiles;
+    Shares shares;
 };
 
 template <typename Tile>

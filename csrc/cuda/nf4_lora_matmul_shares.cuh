@@ -8,11 +8,23 @@
 #pragma once
 
 #include "common.cuh"
+#include "divisor.h"
 
 namespace lowbit::cuda {
 namespace {
 
 constexpr int kBlock = 64;  // codes along K that a lane quad decodes at a time: 32 bytes
+
+// How the units of all tiles are shared out.
+struct Shares {
+    EqualPieces pieces;  // one for each CTA
+    int units;           // of a tile
+    Divisor by_units;
+};
+
+inline Shares make_shares(int units, int tiles, int ctas) {
+    return {cut_evenly(units * tiles, ctas), units, make_divisor(units)};
+}
 
 // A run of units within one tile.
 struct Segment {
@@ -22,12 +34,12 @@ struct Segment {
     bool finishes;  // it has the tile's last unit
     bool whole;
 
-    __device__ __forceinline__ Segment(int begin, int end, int units) {
-        tile = (end - 1) / units;
-        const int tile_begin = tile * units;
+    __device__ __forceinline__ Segment(int begin, int end, const Shares& shares) {
+        tile = divide(end - 1, shares.by_units);
+        const int tile_begin = tile * shares.units;
         first = max(begin - tile_begin, 0);
         count = end - tile_begin - first;
-        finishes = end == tile_begin + units;
+        finishes = end == tile_begin + shares.units;
         whole = finishes && first == 0;
     }
 };
@@ -37,10 +49,9 @@ struct Piece {
     int end;
 };
 
-__device__ __forceinline__ Piece piece_of(int cta, int total_units) {
-    const int64_t total = total_units;
-    return {
-        static_cast<int>(total * cta / gridDim.x), static_cast<int>(total * (cta + 1) / gridDim.x)};
+__device__ __forceinline__ Piece own_piece(const Shares& shares) {
+    const int cta = blockIdx.x;
+    return {shares.pieces.begin(cta), shares.pieces.begin(cta + 1)};
 }
 
 // Lane l of a quad row g holds rows row_of(g) and row_of(g) + 2 of its warp's 16 as rows g and g +
@@ -72,7 +83,7 @@ __device__ __forceinline__ uint32_t load_lora_pair(const T* row, int j, int r) {
 // ---- sums of a tile -----------------------------------------------------------------------------
 //
 // Problem: w, bias, y, M; and partials [CTAs][kRows kTokens] f32, flags [CTAs], 1 when the CTA's
-// partial is there, zeroed by the launch in front, and total_units. kSums sums are those of one of
+// partial is there, zeroed by the launch in front, and shares. kSums sums are those of one of
 // Tile::kFinishers threads, the first ones of the CTA.
 
 constexpr int kFinishBarrier = 6;
@@ -100,9 +111,7 @@ __device__ __forceinline__ void store_partial(const float (&sums)[kSums], const 
 template <typename Tile, int kSums, typename Problem>
 __device__ __forceinline__ void
 add_partials(float (&sums)[kSums], const Problem& p, int tile_begin) {
-    int first = blockIdx.x;
-    while (piece_of(first, p.total_units).begin > tile_begin)
-        first--;
+    const int first = p.shares.pieces.piece_before(blockIdx.x, tile_begin);
     for (int cta = first + static_cast<int>(threadIdx.x); cta < blockIdx.x;
          cta += Tile::kFinishers) {
         while (load_acquire(p.flags + cta) == 0) {

@@ -12,8 +12,7 @@ namespace {
 // which the padded rank is written. One CTA also writes z_out.
 template <typename T, typename Tile>
 __device__ __forceinline__ void gather_z(const Problem& p, uint32_t smem) {
-    const int tiles = (p.r + 15) / 16, rank = 16 * tiles, values = Tile::kTokens * rank;
-    const int inverse = (1024 + tiles - 1) / tiles;  // i / 16 * inverse / 1024 = i / rank
+    const int rank = (p.r + 15) / 16 * 16, values = Tile::kTokens * rank;
     // A thread's values are loaded four at a time, before the first is stored. Unrolled: with a
     // loop here ptxas makes the main loop 10 to 30 instructions longer.
     constexpr int kMost = Tile::kTokens * kMaxRank / kConsumers, kBatch = kMost < 4 ? kMost : 4;
@@ -28,7 +27,7 @@ __device__ __forceinline__ void gather_z(const Problem& p, uint32_t smem) {
             if (first + b * kConsumers >= values)
                 break;
             const int i = first + b * kConsumers + threadIdx.x;
-            const int token = i / 16 * inverse / 1024, j = i - token * rank;
+            const int token = divide(i, p.by_rank), j = i - token * rank;
             scale[b] = p.scaling;
             if (p.lora_scaling != nullptr && j < p.r)
                 scale[b] *= __ldg(p.lora_scaling + j);
@@ -54,7 +53,7 @@ __device__ __forceinline__ void gather_z(const Problem& p, uint32_t smem) {
             const int i = first + b * kConsumers + threadIdx.x;
             if (i >= values)
                 break;
-            const int token = i / 16 * inverse / 1024, j = i - token * rank;
+            const int token = divide(i, p.by_rank), j = i - token * rank;
             const bool inside = token < p.M && j < p.r;
             if (p.z_in == nullptr && p.z_out != nullptr && inside && blockIdx.x == 0)
                 static_cast<T*>(p.z_out)[token * p.r + j] = from_float<T>(z[b]);

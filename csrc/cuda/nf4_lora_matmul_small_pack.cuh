@@ -20,7 +20,8 @@ struct PackProblem {
     float* partial_z;  // [slices][tokens][padded rank]
     uint32_t* flags;
     int flag_count;
-    int tokens;         // padded
+    int tokens;  // padded
+    Divisor by_rank_tiles;
     int blocks;         // of x, K / 64
     int packed_blocks;  // with zeros up to a whole number of units
 };
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kPackThreads, kRankTiles > 1 ? 1 : 0)
         return;
     __syncthreads();
     const uint32_t rank = cluster_rank();
-    const int share = values / kPackCluster;
+    const int share = values / kPackCluster;                // 16 rank_tiles
     float* const smem_ctas = smem_z + kPackWarps * values;  // [8 CTAs][share]
     constexpr int kRounds = (16 * kRankTiles * kPackTokens + kPackThreads - 1) / kPackThreads;
     float sums[kRounds] = {};
@@ -109,9 +110,10 @@ __global__ void __launch_bounds__(kPackThreads, kRankTiles > 1 ? 1 : 0)
 #pragma unroll
     for (int round = 0; round < kRounds; round++) {
         const int i = round * kPackThreads + threadIdx.x;
-        const uint32_t place = shared_address(smem_ctas + rank * share + i % share);
+        const int cta = divide(i / 16, p.by_rank_tiles);  // i / share
+        const uint32_t place = shared_address(smem_ctas + rank * share + i - cta * share);
         if (i < values)
-            store_remote(in_cta(place, i / share), sums[round]);
+            store_remote(in_cta(place, cta), sums[round]);
     }
     cluster_arrive();
     cluster_wait();

@@ -28,6 +28,8 @@
 
 #include "nf4_lora_matmul_small.h"
 
+#include <algorithm>
+
 #include "launch_config.h"
 #include "nf4_lora_matmul_small_decode.cuh"
 #include "nf4_lora_matmul_small_finish.cuh"
@@ -45,12 +47,12 @@ template <typename Tile>
 __device__ __forceinline__ void
 copy_stages(const Problem& p, const CUtensorMap& map, uint32_t smem) {
     const uint32_t full = smem + Tile::kBarriers, empty = full + 8 * Tile::kStages;
-    const Piece piece = piece_of(blockIdx.x, p.total_units);
+    const Piece piece = own_piece(p.shares);
     const auto block_of = [](const Segment& s, int group, int i) {
         return s.first * Tile::kUnit + (group * s.count + i) * kUnitBlocks;
     };
     {
-        const Segment s(piece.begin, piece.end, p.units);
+        const Segment s(piece.begin, piece.end, p.shares);
         const int count = min(s.count, kPrefetchStages);
         for (int i = 0; i < count; i++) {
             for (int group = 0; group < Tile::kGroups; group++)
@@ -60,7 +62,7 @@ copy_stages(const Problem& p, const CUtensorMap& map, uint32_t smem) {
     wait_for_previous_kernel();
     int stage = 0, phase = 0;
     for (int end = piece.end; end > piece.begin;) {
-        const Segment s(piece.begin, end, p.units);
+        const Segment s(piece.begin, end, p.shares);
         for (int i = 0; i < s.count; i++) {
             barrier_wait(empty + 8 * stage, phase ^ 1);
             barrier_arrive_expect(full + 8 * stage, Tile::kStageBytes);
@@ -112,7 +114,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
     const int row_group = warp / 4 % Tile::kRowGroups, group = warp / 4 / Tile::kRowGroups;
     const int warp_row = row_group * 64 + warp % 4 * 16;  // of the tile
-    const Piece piece = piece_of(blockIdx.x, p.total_units);
+    const Piece piece = own_piece(p.shares);
 
     // Codes lie as [rows][64 bytes] under the 64-byte swizzle: 16-byte chunk c of row n at c ^ (n /
     // 2 % 4). Within a box row_of(g) + 2 and the second block flip one bit each.
@@ -128,7 +130,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
         return s.first * Tile::kUnit + group * s.count * kUnitBlocks;
     };
     {
-        const Segment s(piece.begin, piece.end, p.units);
+        const Segment s(piece.begin, piece.end, p.shares);
         const int row0 = s.tile * Tile::kRows + warp_row, chunk = first_block(s) / kChunkBlocks;
         scales.prefetch(row0, chunk);
         wait_for_previous_kernel();
@@ -138,7 +140,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
 
     int stage = 0, phase = 0;
     for (int end = piece.end; end > piece.begin;) {
-        const Segment s(piece.begin, end, p.units);
+        const Segment s(piece.begin, end, p.shares);
         end -= s.count;
         const int row0 = s.tile * Tile::kRows + warp_row;
         const int block0 = first_block(s), block_end = block0 + s.count * kUnitBlocks;
@@ -158,7 +160,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
                 if (next * kChunkBlocks < block_end) {
                     scales.fetch(row0, next);
                 } else if (end > piece.begin) {
-                    const Segment following(piece.begin, end, p.units);
+                    const Segment following(piece.begin, end, p.shares);
                     scales.fetch(
                         following.tile * Tile::kRows + warp_row,
                         first_block(following) / kChunkBlocks);
@@ -218,7 +220,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
         if (p.r > 0)
             add_low_rank<T, Tile>(sums, p, row0, smem + Tile::kZ);
         if (!s.whole)
-            add_partials<Tile>(sums, p, s.tile * p.units);
+            add_partials<Tile>(sums, p, s.tile * p.shares.units);
         store_y<T>(sums, p, row0);
     }
 }
@@ -283,6 +285,7 @@ cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t strea
     pack.flags = reinterpret_cast<uint32_t*>(workspace + space.flags);
     pack.flag_count = plan.ctas;
     pack.tokens = plan.tokens;
+    pack.by_rank_tiles = make_divisor(std::max(rank_tiles_of(a), 1));
     pack.blocks = static_cast<int>(a.w.K / kBlock);
     pack.packed_blocks = units * kUnitBlocks * (4 / plan.row_groups);
     const int rank_tiles = rank_tiles_of(a), threads = pack_threads(a, plan);
@@ -316,8 +319,8 @@ cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t strea
     problem.y = a.y;
     problem.M = static_cast<int>(a.M);
     problem.r = a.r;
-    problem.units = units;
-    problem.total_units = units * tiles_of(a, plan);
+    problem.by_rank = make_divisor(std::max(16, (a.r + 15) / 16 * 16));
+    problem.shares = make_shares(units, tiles_of(a, plan), plan.ctas);
     switch (plan.tokens * 10 + plan.row_groups) {
 #define LOWBIT_CASE(TOKENS, GROUPS)                                                                \
     case TOKENS * 10 + GROUPS:                                                                     \

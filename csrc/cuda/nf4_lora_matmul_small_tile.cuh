@@ -76,8 +76,8 @@ struct Problem {
     void* y;
     int M;
     int r;
-    int units;  // per tile
-    int total_units;
+    Divisor by_rank;  // padded to a multiple of 16; if r > 0
+    Shares shares;
 };
 
 // Element p of a token's 64 in a packed block, in 16-byte chunks c = p / 8 = 2 s + h, is

@@ -17,6 +17,8 @@ constexpr int kUnitRows = kWarpSize;  // what a warp decodes at a time: 32 block
 constexpr int kChunkTokens = 32;      // of the output, staged for one TMA store
 constexpr int kChunkBytes = kChunkTokens * kLineBytes;
 constexpr int kSmemAlignment = 1024;  // of swizzled tiles
+constexpr int kNestedCodes = 256;
+constexpr int kTableFloats = 16 + kNestedCodes;
 
 // A stage of the ring and the parity of its use.
 template <class P>
@@ -32,6 +34,25 @@ struct Position {
         }
     }
 };
+
+// What decoding looks up: the codebook, then that of the scales. The producers call it, and meet
+// afterwards. All loads stand in front of the first store, which waits for its own, so that they
+// come at the same time, and the first packed weights and scales with them.
+template <class P>
+__device__ __forceinline__ void load_tables(const WeightView& w, bool nested, float* tables) {
+    constexpr int kEach = kNestedCodes / P::kProducers;
+    const int thread = threadIdx.x;
+    const float own = thread < 16 ? __ldg(w.codebook + thread) : 0.0f;
+    float of_scales[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++)
+        of_scales[i] = nested ? __ldg(w.nested_codebook + i * P::kProducers + thread) : 0.0f;
+    if (thread < 16)
+        tables[thread] = own;
+#pragma unroll
+    for (int i = 0; i < kEach; i++)
+        tables[16 + i * P::kProducers + thread] = of_scales[i];
+}
 
 // Of a block with this scale. The codebook is read anew each time: registers are scarce here.
 template <typename T>

@@ -138,6 +138,10 @@ __device__ __forceinline__ void cluster_sync_unaligned() {
     asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+__device__ __forceinline__ void cluster_wait_unaligned() {
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // Remote addresses come from in_cta().
 __device__ __forceinline__ float4 load_remote(uint32_t address) {
     float4 v;
