@@ -173,11 +173,12 @@ __global__ void __launch_bounds__(kThreads, 1)
             int chunk = block / kChunkBlocks + 1, chunk_row0 = run.row0;
             const bool begins = unit == 0 || block % kChunkBlocks == 0;
             bool fetches = begins && chunk * kChunkBlocks < block_at(run, s.count);
-            if (end > piece.begin && (last || (begins && !fetches))) {
+            const bool looks_ahead = begins && !fetches;
+            if (end > piece.begin && (last || looks_ahead)) {
                 const Run next = run_to(end);
-                if (begins && !fetches)
-                    chunk = block_at(next, 0) / kChunkBlocks, chunk_row0 = next.row0,
-                    fetches = true;
+                if (looks_ahead)
+                    chunk = block_at(next, 0) / kChunkBlocks, chunk_row0 = next.row0;
+                fetches |= looks_ahead;
                 if (last)
                     run = next;
             }
