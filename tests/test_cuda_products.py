@@ -180,12 +180,12 @@ def test_no_product_needs_memory_of_the_weight_s_size(gpu, direction):
     assert torch.cuda.max_memory_allocated() - before <= 20 << 20
 
 
-# Tokens behind the last 64 of them, rows that are aligned and rows that are not.
+# Whole 64 tokens and not, rows that are aligned and rows that are not.
 @pytest.mark.parametrize("M", [63, 64, 4994, 5569])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=_dtype_id)
 def test_wide_products_sum_all_tokens(M, aligned, dtype, device):
-    """cuBLAS left out the last of 5569 or 4994 tokens of rows that were not aligned."""
+    """cuBLAS left out the last of 5569 or 4994 tokens."""
     N, r = 768, 8
     dy = torch.randn(M, N if aligned else N + 1, device=device).to(dtype)[:, :N]
     z = torch.randn(M, r, device=device).to(dtype)

@@ -12,9 +12,9 @@ from .. import dispatch
 _WEIGHT_COUNT = 11
 
 
-# Lengths of sums that cuBLAS takes whole: with out_dtype and rows that are not aligned to 16 bytes
-# it may leave out what is behind the last 64 (CUDA 13.0 on an H200: the last 1 or 2 of 5569 or 4994
-# tokens of d_lora_B).
+# cuBLAS may leave out what is behind the last 64 terms of a sum that it divides among CTAs: of 5569
+# tokens the last, of 4994 the last two, in fp16 and bf16, whatever the results' dtype and alignment
+# (CUDA 13.0, H200; its kernels of both operands' columns, d_lora_A's and d_lora_B's products).
 WHOLE = 64
 
 
