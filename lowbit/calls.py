@@ -18,6 +18,7 @@ from . import dispatch, keeping, ops  # noqa: F401  (ops registers torch.ops.low
 _is_compiling = torch.compiler.is_compiling
 _active_modes = torch._C._len_torch_dispatch_stack
 _active_transforms = torch._C._are_functorch_transforms_active
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _tracing_state = torch._C._get_tracing_state
 _is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 # What torch.autograd.grad(is_grads_batched=True) runs backward under.
@@ -47,11 +48,15 @@ def nothing_intercepts(args: tuple) -> bool:
 
 
 def _refuse_tangents(args: tuple) -> None:
-    """torch takes a custom operator's result for a constant in forward mode, without a word."""
+    """torch takes a custom operator's result for a constant in forward mode, without a word. What
+    a transform has wrapped may have a tangent of an outer level, which cannot be seen.
+    """
     if forward_ad._current_level < 0:
         return
     for arg in args:
-        if isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+        if not isinstance(arg, torch.Tensor):
+            continue
+        if _is_wrapped(arg) or forward_ad.unpack_dual(arg).tangent is not None:
             raise NotImplementedError("lowbit has no derivatives in forward mode (jvp)")
 
 

@@ -19,13 +19,14 @@ import torch
 def cached(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """functools.cache for tables, which must not depend on what was in force when the first caller
     came: they name their device and dtype, and what is made under a dispatch mode (FakeTensorMode),
-    no ordinary tensor, is not kept.
+    no ordinary tensor, is not kept. A compiler, which cannot ask for modes, keeps its own.
     """
     kept = functools.cache(make)
 
     @functools.wraps(make)
     def table(*args):
-        return make(*args) if torch._C._len_torch_dispatch_stack() > 0 else kept(*args)
+        watched = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+        return make(*args) if watched else kept(*args)
 
     return table
 

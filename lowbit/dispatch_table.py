@@ -155,12 +155,12 @@ TABLE = (
     _fused(
         "nf4_lora_matmul_large",
         (2304, 1 << 17),
-        "W decoded once; 91 % of peak at 4096",
+        "W decoded once; 93 to 96 % of peak at 4096",
         Layer.short_factor,
         _LARGE_SMS,
         full_waves,
     ),
-    _fused("nf4_lora_matmul_mid", (65, 1 << 16), "two CTAs share a decode; 97 % of peak at 1024"),
+    _fused("nf4_lora_matmul_mid", (65, 1 << 16), "two CTAs share a decode; 94 % of peak at 1024"),
     # Up to 64 tokens, where an H200 has it 1.5 to 6.7 times as fast as panels; at 128 it is 1.2 to
     # 1.5 times. It is bound by issue slots and shared memory, panels by bandwidth, launches and
     # tensor cores, of which other cards have more or less beside their SMs: further on it is not
@@ -180,7 +180,7 @@ TABLE = (
         "nf4_lora_backward_large",
         2048,
         Layer.narrow_lines,
-        "W decoded once; forward + backward 1.10 x dense at 4096 x 4096",
+        "W decoded once; forward + backward 1.05 to 1.11 x dense at 4096",
         _LARGE_SMS,
     ),
     _backward(

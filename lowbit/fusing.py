@@ -263,11 +263,11 @@ def _forward_of(module: nn.Module) -> Callable | None:
 
 class _Names(dict):
     """What a function finds by name, as its module has it now, but lowbit's rotation in place of
-    transformers' own.
+    transformers' own. A compiler, which asks by `in`, does not find it; it gets the original.
     """
 
     def __init__(self, names: dict[str, Any]) -> None:
-        super().__init__({name: names[name] for name in ("__builtins__", "__name__")})
+        super().__init__({n: names[n] for n in ("__builtins__", "__name__") if n in names})
         self._names, self._own = names, names[patterns.ROTARY]
 
     def __missing__(self, name: str) -> Any:

@@ -206,9 +206,23 @@ def test_tables_made_under_a_mode_are_not_kept():
     """In a process of its own, where nobody has made them before."""
     code = """
 import torch, lowbit
+from lowbit import codebooks
 from torch._subclasses.fake_tensor import FakeTensorMode
+def make():
+    fp4 = codebooks.thresholds(lowbit.codebook("fp4"), "fp4")
+    return lowbit.codebook("nf4"), *fp4
 with FakeTensorMode():
-    lowbit.codebook("nf4"), lowbit.codebook("fp4")
+    tables = make()
+tables = make()
+assert all(type(table) is torch.Tensor for table in tables)
 assert lowbit.quantize(torch.randn(2, 64)).dequantize().isfinite().all()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_compiler_finds_the_codebook():
+    compiled = torch.compile(
+        lambda x: x + lowbit.codebook("nf4").sum(), backend="eager", fullgraph=True
+    )
+    x = torch.zeros(2)
+    assert_bitwise_equal(compiled(x), x + lowbit.codebook("nf4").sum())

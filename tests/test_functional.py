@@ -312,10 +312,15 @@ def test_autocast(device, dtype):
     assert_bitwise_equal(y, direct, "y")
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_backward_under_autocast(device, backend):
+@pytest.mark.parametrize("M", [5, 70])
+@pytest.mark.parametrize(
+    "backend", [None, "reference", pytest.param("cuda:panels", marks=pytest.mark.gpu)]
+)
+def test_backward_under_autocast(device, backend, M):
     """Gradients of fp32 adapters are not rounded for it."""
-    p = _problem((70, 48, 64, 4), torch.float32, device)
+    if backend == "cuda:panels" and device.type == "cpu":
+        pytest.skip("panels are the CUDA backend's")
+    p = _problem((M, 48, 64, 4), torch.float32, device)
     leaves = [p["lora_A"].requires_grad_(), p["lora_B"].requires_grad_()]
     with lowbit.dispatch.force(backend) if backend else contextlib.nullcontext():
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -458,7 +463,17 @@ def test_derivatives_in_forward_mode_are_refused(device, of):
         x, A, B, bias = ({**p, of: value}[name] for name in names)
         return lowbit.lora_matmul_group(x, [p["w"]], [A], [B], 2.0, biases=[bias])[0]
 
-    for function in (single, mixed, group) if of in ("x", "bias") else (single, group):
+    # The tangent is of an outer level than the transform at work.
+    one = torch.ones((), device=device)
+
+    def inside_jvp(value):
+        return torch.func.jvp(lambda v: single(value).sum() * v, (one,), (one,))[1]
+
+    def inside_grad(value):
+        return torch.func.grad(lambda v: single(value).sum() * v)(one)
+
+    functions = [single, group, inside_jvp, inside_grad]
+    for function in (*functions, mixed) if of in ("x", "bias") else functions:
         with pytest.raises(NotImplementedError, match="forward mode"):
             torch.func.jvp(function, (p[of],), (torch.ones_like(p[of]),))
     w = torch.ones(48, device=device)

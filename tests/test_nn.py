@@ -579,6 +579,7 @@ def test_merge_reports_its_error_and_unmerge_restores_every_bit():
     used = [layer.weight, *layer.buffers()]
     for name, value in layer.state_dict().items():  # base and adapter, not the merged weight
         assert_bitwise_equal(value, before[name], name)
+    assert isinstance(layer.state_dict(keep_vars=True)["weight"], torch.nn.Parameter)
     # Other threads may call the layer while its state dict is made.
     assert all(a is b for a, b in zip([layer.weight, *layer.buffers()], used, strict=True))
     with pytest.raises(ValueError, match="merged already"):

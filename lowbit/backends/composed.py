@@ -20,15 +20,16 @@ WHOLE = 64
 
 def mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b, accumulated and returned in fp32 (fp64 for fp64)."""
-    if a.dtype.itemsize >= 4:
-        return a @ b
-    whole = a.shape[1] // WHOLE * WHOLE
-    if not a.is_cuda or whole == 0:
-        return a.float() @ b.float()
-    sums = torch.mm(a[:, :whole], b[:whole], out_dtype=torch.float32)
-    if whole < a.shape[1]:
-        sums.addmm_(a[:, whole:].float(), b[whole:].float())
-    return sums
+    with torch.autocast(a.device.type, enabled=False):  # it would round products in fp32
+        if a.dtype.itemsize >= 4:
+            return a @ b
+        whole = a.shape[1] // WHOLE * WHOLE
+        if not a.is_cuda or whole == 0:
+            return a.float() @ b.float()
+        sums = torch.mm(a[:, :whole], b[:whole], out_dtype=torch.float32)
+        if whole < a.shape[1]:
+            sums.addmm_(a[:, whole:].float(), b[whole:].float())
+        return sums
 
 
 def add_low_rank(y, z, lora_B, lora_scaling, scaling):

@@ -30,6 +30,7 @@ Times = tuple[float, float, float]  # median, p20, p80
 MIN_ROUNDS = 3
 ROUND_SAMPLES = 3  # one after the other, at least
 SUSTAINED_SECONDS = 0.3  # for the card to come to rest
+SAMPLED_PART = 1 / 3  # of that time
 # Of host and wall times: rounds that are not counted, samples of a contender in a row, and how many
 # of these, the first, are not.
 WARM_ROUNDS, IN_A_ROW, COLD = 3, 6, 2
@@ -209,7 +210,7 @@ def rounds_that_fit(estimates: Sequence[float], seconds: float, most: int) -> in
 
 def samples_of(estimate: float, own_seconds: float) -> int:
     """Samples of a contender in a round, one after the other, that take `estimate` seconds each."""
-    return max(ROUND_SAMPLES, math.ceil(own_seconds / 3 / max(estimate, 1e-9)))
+    return max(ROUND_SAMPLES, math.ceil(own_seconds * SAMPLED_PART / max(estimate, 1e-9)))
 
 
 def time_replays(

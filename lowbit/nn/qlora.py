@@ -278,7 +278,11 @@ class QLoRALinear(Linear4bit):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Base and adapter are saved: a merged weight beside the adapter would count it twice.
         if self._unmerged is not None:
-            destination.update(state_entries(self._unmerged, prefix + "weight"))
+            entries = state_entries(self._unmerged, prefix + "weight")
+            if keep_vars:
+                packed = entries[prefix + "weight"]
+                entries[prefix + "weight"] = nn.Parameter(packed, requires_grad=False)
+            destination.update(entries)
 
     def _inspect_state(self, state_dict, prefix: str, assign: bool):
         qw, problems = super()._inspect_state(state_dict, prefix, assign)
