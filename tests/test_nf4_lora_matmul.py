@@ -407,3 +407,16 @@ def test_what_a_kernel_does_not_serve_is_refused(kernel):
     weight = lowbit.quantize(torch.randn(128, 96, device="cuda", dtype=torch.bfloat16)).args()
     with pytest.raises(RuntimeError, match="does not serve these sizes"):
         op(case.x, *weight, None, None, None, 1.0, None, None, None)
+
+
+def test_one_token_of_a_weight_without_columns_is_refused():
+    """lowbit.quantize makes none; the operator may be given one, and steps of 0 divide nothing."""
+    if (why := kernel_unavailable("nf4_lora_gemv")) is not None:
+        pytest.skip(why)
+    x = torch.empty(1, 0, device="cuda", dtype=torch.bfloat16)
+    qweight = torch.empty(16, 0, device="cuda", dtype=torch.uint8)
+    absmax = torch.empty(0, device="cuda")
+    codebook = lowbit.codebook("nf4").cuda()
+    weight = (qweight, absmax, codebook, None, None, None, 16, 0, 64, 256, True)
+    with pytest.raises(RuntimeError, match="nf4_lora_gemv does not serve these sizes"):
+        torch.ops.lowbit_cuda.nf4_lora_gemv(x, *weight, None, None, None, 1.0, None, None, None)

@@ -222,7 +222,7 @@ cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
 
 bool serves_nf4_lora_gemv(const LoraMatmulArgs& args) {
     const WeightView& w = args.w;
-    if (args.M != 1 || !w.flat || w.K % 64 != 0 || w.K > kMaxColumns || w.N < kRows ||
+    if (args.M != 1 || !w.flat || w.K == 0 || w.K % 64 != 0 || w.K > kMaxColumns || w.N < kRows ||
         w.N * w.K >= int64_t{1} << 32 || w.blocksize_log2 < 5 || args.r < 0 || args.r > kMaxRank ||
         args.dtype == Dtype::kFloat32 || !is_aligned(w.qweight) ||
         (args.r > 0 && args.lora_A == nullptr && args.z_in == nullptr) || !device_is_sm90())

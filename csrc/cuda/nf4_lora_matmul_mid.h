@@ -16,7 +16,8 @@ bool serves_nf4_lora_matmul_mid(const LoraMatmulArgs& args);
 // and up to 17 MB of partial sums.
 size_t nf4_lora_matmul_mid_workspace_bytes(const LoraMatmulArgs& args);
 
-// One or two kernels, one after the other in the stream, as programmatic dependent launches.
+// One or two kernels, one after the other in the stream, as programmatic dependent launches; the
+// product, the last, may be a cooperative launch as well.
 cudaError_t launch_nf4_lora_matmul_mid(const LoraMatmulArgs& args, cudaStream_t stream);
 
 }  // namespace lowbit::cuda

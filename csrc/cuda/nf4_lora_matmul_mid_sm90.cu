@@ -23,12 +23,10 @@
 //   in a row   equal shares of all their steps: a part that does not end its tile comes first, so
 //              that it is stored while the cluster that ends the tile, its last, still works
 //   level      parts of equal length, which end together: each adds up a quarter of the tokens
-// Level parts wait for each other. A grid is never larger than what the card holds at once; where
-// it has to share the card, its CTAs start in order and the parts of a tile are neighbours, so that
-// one tile's, 7 clusters at most, wait for SMs while all others end. A green context may not hold
-// even one tile's: there the last part has all tokens, as in a row, and waits for those before it
-// alone. Up to some 1000 tokens, 2000 at ranks up to 16, four SMs stay out of the grid and project
-// meanwhile, which hides 7 us.
+// Level parts wait for each other, so they are launched cooperatively: all start, or none. Where
+// the whole grid does not fit (a green context), the last part has all tokens, as in a row, and
+// waits for those before it alone; they start first and wait for nobody. Up to some 1000 tokens,
+// 2000 at ranks up to 16, four SMs stay out of the grid and project meanwhile, which hides 7 us.
 //
 // Bound by decoding beside wgmma and by shared memory: per step wgmma reads 80 KB (96 with shared
 // x, see Plan), x takes 32, decoded weights 16. A step of 128 x 256 takes 0.70 us with shared W,
@@ -117,6 +115,21 @@ bool quick_scales(const WeightView& w) {
            (w.absmax != nullptr || w.nested_blocksize_log2 >= 2);
 }
 
+// Level parts wait for each other: beside a kernel of another stream whose CTAs do so too, each may
+// hold the SMs that the other one needs, unless all start together.
+template <typename T, bool kNested, class P>
+cudaError_t launch_grid(const Maps& maps, const Params& p, cudaStream_t stream) {
+    constexpr auto kernel = nf4_lora_matmul_mid_kernel<T, kNested, P>;
+    const cudaError_t error = allow_shared_memory<kernel>(P::kSmemBytes);
+    if (error != cudaSuccess)
+        return error;
+    LaunchConfig config(kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
+    config.cluster(kCluster);
+    if (p.level)
+        config.cooperative();
+    return cudaLaunchKernelEx(config.get(), kernel, maps, p);
+}
+
 template <typename T, bool kNested, class P>
 cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cudaStream_t stream) {
     Maps maps{};
@@ -144,17 +157,15 @@ cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cu
     p.waits_first = !has_first_kernel(a, division);
     p.quick_scales = quick_scales(a.w);
 
-    constexpr auto kernel = nf4_lora_matmul_mid_kernel<T, kNested, P>;
-    error = allow_shared_memory<kernel>(P::kSmemBytes);
-    if (error != cudaSuccess)
-        return error;
-    LaunchConfig config(kCluster * division.clusters, P::kThreads, P::kSmemBytes, stream);
-    config.cluster(kCluster);
-    // Level parts wait for each other: beside a kernel of another stream whose CTAs do so too, each
-    // may hold the SMs that the other one needs.
-    if (p.level)
-        config.cooperative();
-    return cudaLaunchKernelEx(config.get(), kernel, maps, p);
+    error = launch_grid<T, kNested, P>(maps, p, stream);
+    // Fewer CTAs may be resident than sm_count says: in a share of MPS, or in a context that
+    // in_green_context does not see. The workspace does not depend on level.
+    if (p.level && error == cudaErrorCooperativeLaunchTooLarge) {
+        cudaGetLastError();  // left in place it would be taken for another call's
+        p.level = false;
+        error = launch_grid<T, kNested, P>(maps, p, stream);
+    }
+    return error;
 }
 
 template <typename T, bool kNested>
