@@ -34,7 +34,7 @@ const char* check_tiling(int64_t M, const ClusterRoom& room) {
 }
 
 const char* check_division(const LoraMatmulArgs& a, const Machine& machine) {
-    const Division d = divide(a, machine);
+    const Division d = choose_division(a, machine);
     if (d.clusters < 1 || d.clusters * kCluster > machine.sms)
         return "clusters of the product";
     const int64_t row_tiles = ceil_div(a.w.N, kTileRows), row_pairs = ceil_div(row_tiles, 2);
@@ -98,7 +98,7 @@ int main() {
         const char* wrong = check_tiling(a.M, machine.room);
         if (wrong == nullptr)
             wrong = check_division(a, machine);
-        const Division d = divide(a, machine);
+        const Division d = choose_division(a, machine);
         if (wrong == nullptr && d.split_tiles > 0)
             wrong = check_split_tiles(a, d);
         if (wrong != nullptr)

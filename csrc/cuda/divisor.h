@@ -1,6 +1,6 @@
-// Division by numbers that only the host knows. The device takes about 25 instructions, each
-// waiting for the one before, for `/` in 32 bits, and several times as many in 64: as long as a
-// load from L2, and a kernel's first loads wait for some of them.
+// Division by numbers that only the host knows, and equal pieces, whose bounds need it. The device
+// takes about 25 instructions, each waiting for the one before, for `/` in 32 bits, and several
+// times as many in 64: as long as a load from L2, and a kernel's first loads wait for some of them.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct Divisor {
     int shift;
 };
 
-// Rounded up.
+// Rounded up; exact for powers of two, on which all who shift by it rely.
 inline int log2_of(int64_t n) {
     int log2 = 0;
     while (int64_t{1} << log2 < n)
@@ -21,6 +21,7 @@ inline int log2_of(int64_t n) {
     return log2;
 }
 
+// divisor > 0.
 inline Divisor make_divisor(int divisor) {
     const int shift = log2_of(divisor);
     const uint64_t product = uint64_t{1} << (31 + shift);
@@ -33,7 +34,7 @@ __host__ __device__ inline int divide(int n, const Divisor& by) {
 }
 
 // `total` units cut into pieces as equal as they can be: piece i begins with unit total * i /
-// pieces, rounded down. total < 2^31 and pieces < 2^15, but not their product.
+// pieces, rounded down. 0 < total < 2^31 and 0 < pieces < 2^15; their product may be larger.
 struct EqualPieces {
     int each, rest;  // total / pieces, total % pieces
     int longest;

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cassert>
 #include <cstdint>
+#include <iterator>
 
 #include "device.h"
 
@@ -62,6 +64,7 @@ public:
 
 private:
     cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
+        assert(config_.numAttrs < std::size(attributes_));
         cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
         attribute.id = id;
         return attribute.val;
@@ -131,9 +134,10 @@ struct ClusterRoom {
     int clusters;
 };
 
-// Clusters of at most `most` CTAs, less than 16, that find room on an idle device. It depends on
-// how its SMs are grouped: eights on 10 of 11 SMs of an H100. Half of the SMs may be lost before
-// smaller clusters are better. Lets the kernel take the shared memory.
+// Clusters of at most `most` CTAs that find room on an idle device. `most` is a power of two below
+// 16, and so is the answer: kernels shift by its log2_of. How many depends on how the SMs are
+// grouped: eights on 10 of 11 SMs of an H100. Half of the SMs may be lost before smaller clusters
+// are better. Lets the kernel take the shared memory.
 inline ClusterRoom
 room_for_clusters(Answers& answers, const void* kernel, int most, int threads, int smem_bytes) {
     const int found = once_per_device(answers, [&] {

@@ -14,6 +14,7 @@
 #include <cooperative_groups.h>
 #include <cuda.h>
 
+#include "bulk_sm90.cuh"
 #include "common.cuh"
 #include "lora_grads_finish.cuh"
 #include "ptx_sm90.cuh"

@@ -26,12 +26,13 @@ inline ClusterRoom projection_room_beside(int spare_sms) {
 // Clusters take tokens by groups; some of their CTAs divide K for one group.
 struct ProjectionTiling {
     int tokens;  // of a group, 64 to 256
-    int parts;   // of K, each of a CTA; they divide the cluster
+    int parts;   // of K, each of a CTA; a power of two that divides the cluster
     int clusters;
     int passes;  // groups of a CTA, at most
 };
 
-// K is divided as far as one pass allows: every pass reads lora_A again and adds up.
+// The cluster is a power of two. K is divided as far as one pass allows: every pass reads lora_A
+// again and adds up.
 inline ProjectionTiling tile_projection(int64_t M, ClusterRoom room) {
     constexpr int64_t kBox = 64, kMostTokens = 256;
     M = std::max<int64_t>(M, 1);
@@ -54,9 +55,10 @@ struct Projection {
                     // leaves them alone runs on the others
 };
 
-// Fills z_scaled from args.x and lora_A, or from args.z_in, and args.z_out unless null. A kernel
-// launched after it as its programmatic dependent may start while this one runs: everything before
-// it is complete by then, but z and flags only after griddepcontrol.wait.
+// Fills z_scaled from args.x and lora_A, or from args.z_in, and args.z_out unless null. M times
+// padded_rank(r) is less than 2^31. A kernel launched after it as its programmatic dependent may
+// start while this one runs: everything before it is complete by then, but z and flags only after
+// griddepcontrol.wait.
 cudaError_t
 launch_lora_project(const LoraMatmulArgs& args, const Projection& projection, cudaStream_t stream);
 

@@ -21,6 +21,7 @@
 
 #include "lora_project.h"
 
+#include "bulk_sm90.cuh"
 #include "common.cuh"
 #include "device.h"
 #include "divisor.h"
@@ -278,6 +279,7 @@ cudaError_t launch_project(const LoraMatmulArgs& a, const Projection& p, cudaStr
     params.steps = static_cast<int>(a.w.K / kStepK);
     params.r = a.r;
     params.tokens = tiling.tokens;
+    // Both are powers of two: see room_for_clusters and tile_projection.
     params.parts_log2 = log2_of(tiling.parts);
     params.cluster_log2 = log2_of(room.cluster);
     params.stages = std::min(L::kMostStages, L::kRing / (tiling.tokens * kLineBytes + L::kABytes));

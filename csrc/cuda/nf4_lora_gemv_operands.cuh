@@ -2,8 +2,9 @@
 // the other small operands on their way to shared memory.
 #pragma once
 
+#include "bulk_sm90.cuh"
 #include "nf4_lora_gemv_plan.cuh"
-#include "ptx_sm90.cuh"
+#include "ptx.cuh"
 
 namespace lowbit::cuda {
 namespace {

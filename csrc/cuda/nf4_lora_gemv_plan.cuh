@@ -50,6 +50,7 @@ struct Plan {
     uint32_t steps;  // per group: K / 1024, rounded up
     Divisor by_steps, by_rank_tiles;
     RunDivisors runs, runs_of_more;  // with groups_each groups, with one more
+    // Of a cluster's CTAs, a power of two.
     int cluster_log2;
     uint32_t most_groups;    // of a CTA
     uint32_t stages_bytes;   // offset of the stages of z

@@ -31,6 +31,7 @@
 
 #include <algorithm>
 
+#include "bulk_sm90.cuh"
 #include "launch_config.h"
 #include "nf4_lora_gemv_operands.cuh"
 #include "nf4_lora_gemv_plan.cuh"
@@ -192,7 +193,7 @@ cudaError_t launch(const LoraMatmulArgs& args, cudaStream_t stream) {
         ctas_of(args, exchange ? room.cluster * room.clusters : std::max(1, sm_count()), cluster);
     Plan plan;
     const size_t smem_bytes = make_plan(args, ctas, plan);
-    plan.cluster_log2 = log2_of(cluster);
+    plan.cluster_log2 = log2_of(cluster);  // a power of two: see room_for_clusters
     LaunchConfig config(static_cast<unsigned>(ctas), kCtaThreads, smem_bytes, stream);
     config.cluster(cluster);
     CUtensorMap lora_A{};

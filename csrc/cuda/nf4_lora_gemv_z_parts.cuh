@@ -4,6 +4,7 @@
 // go to every CTA of the cluster.
 #pragma once
 
+#include "bulk_sm90.cuh"
 #include "nf4_lora_gemv_plan.cuh"
 #include "ptx_sm90.cuh"
 #include "wgmma_sm90.cuh"
@@ -11,7 +12,7 @@
 namespace lowbit::cuda {
 namespace {
 
-// Chunks of this CTA.
+// Chunks of this CTA; shifts divide, as cluster_log2 is exact.
 struct ZShare {
     int begin, end;
 
@@ -155,7 +156,7 @@ __device__ __forceinline__ void send_z_parts_wgmma(
     Scratch& scratch,
     const Meanwhile& meanwhile) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kZWarps;
-    const bool copies = warp == 0;
+    const bool copying_warp = warp == 0;
     const ZShare share(plan, args.w.K);
     const int count = share.end - share.begin;
     const uint32_t a_bytes = z_rows_bytes(args.r), stage_bytes = a_bytes + kZTokenBytes;
@@ -168,7 +169,7 @@ __device__ __forceinline__ void send_z_parts_wgmma(
         load_bulk(
             to + a_bytes, static_cast<const T*>(args.x) + chunk * kZColumns, kZRowBytes, barrier);
     };
-    if (copies && elect_lane()) {
+    if (copying_warp && elect_lane()) {
         for (int i = 0; i < min(count, kZStages); i++)
             copy(i);
     }
@@ -189,7 +190,7 @@ __device__ __forceinline__ void send_z_parts_wgmma(
         if (i > 0 && i - 1 + kZStages < count) {
             wgmma_wait<1>();
             named_barrier(kZBarrier, kZThreads);
-            if (copies && elect_lane())
+            if (copying_warp && elect_lane())
                 copy(i - 1 + kZStages);
             __syncwarp();
         }

@@ -2,6 +2,7 @@
 // split N, and the store of dx.
 #pragma once
 
+#include "bulk_sm90.cuh"
 #include "nf4_lora_matmul_dx_tile.cuh"
 #include "wgmma_sm90.cuh"
 
@@ -129,14 +130,14 @@ __device__ __forceinline__ void store_output(
     const int thread = threadIdx.x - P::kProducers;
     const int group = thread / kWarpgroup;
     const int warp = thread % kWarpgroup / kWarpSize, lane = thread % kWarpSize;
-    const bool stores = warp == 0;
+    const bool storing_warp = warp == 0;
     const int column0 = tile.column0 + group * 64;
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
         if (tile.split && c / (kChunks / 2) != blockIdx.x % kCluster)
             continue;
         const uint32_t buffer = smem + P::kOutput + (group * 2 + c % 2) * kChunkBytes;
-        if (stores && elect_lane())
+        if (storing_warp && elect_lane())
             wait_stores_read<1>();
         named_barrier(1 + group, kWarpgroup);
 #pragma unroll
@@ -154,7 +155,7 @@ __device__ __forceinline__ void store_output(
         }
         fence_async_proxy();
         named_barrier(1 + group, kWarpgroup);
-        if (stores && elect_lane()) {
+        if (storing_warp && elect_lane()) {
             const int token0 = tile.token0 + c * kChunkTokens;
             if (adds)
                 add_tile(maps.dx, buffer, column0, token0);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "block_decode.cuh"
+#include "bulk_sm90.cuh"
 #include "nf4_lora_matmul_dx_tile.cuh"
 #include "ptx_sm90.cuh"
 
@@ -134,7 +135,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
     const int own_row = P::kSharesW ? rank * P::kOwnRows : 0;  // the first that this CTA decodes
     const int unit = warp % P::kUnits;
     const int unit_block = unit % 2, unit_row = unit / 2 * kUnitRows;
-    const bool loads_dy = unit == 0;
+    const bool loading_warp = unit == 0;
     const uint32_t peer = in_cta(smem, rank ^ 1) - smem;
     const int tiles = tile_count<P>(p);
 
@@ -202,7 +203,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
                     const uint32_t full = smem + P::kFull + at.slot * 8;
                     const uint32_t stage = smem + at.slot * P::kStageBytes;
                     barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
-                    if (loads_dy && elect_lane()) {
+                    if (loading_warp && elect_lane()) {
                         barrier_arrive_expect(full, P::kArrivingBytes);
                         load_dy<P>(maps, tile, step, stage, full);
                     }
@@ -231,7 +232,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         for (; step < tile.steps; step += P::kStride, at.advance(P::kStride)) {
             const uint32_t full = smem + P::kFull + at.slot * 8;
             barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
-            if (loads_dy && elect_lane())
+            if (loading_warp && elect_lane())
                 load_last_step<P>(
                     maps, p, tile, p.r > 0 && step == tile.steps - 1,
                     smem + at.slot * P::kStageBytes, full);

@@ -2,6 +2,7 @@
 // which _output.cuh stores.
 #pragma once
 
+#include "bulk_sm90.cuh"
 #include "nf4_lora_matmul_large_grads.cuh"
 #include "nf4_lora_matmul_large_output.cuh"
 

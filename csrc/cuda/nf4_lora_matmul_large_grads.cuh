@@ -17,6 +17,7 @@
 // instruction in four clocks.)
 #pragma once
 
+#include "bulk_sm90.cuh"
 #include "lora_parts.cuh"
 #include "nf4_lora_matmul_large_products.cuh"
 

@@ -26,6 +26,7 @@
 // _launch.cuh is for the host.
 #pragma once
 
+#include "bulk_sm90.cuh"
 #include "nf4_lora_matmul_large_consume.cuh"
 #include "nf4_lora_matmul_large_decode.cuh"
 

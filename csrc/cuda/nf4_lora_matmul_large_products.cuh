@@ -8,6 +8,7 @@
 // Tasks, and what they write, are the same in both: blocks of 64 codes below each other.
 #pragma once
 
+#include "bulk_sm90.cuh"
 #include "nf4_lora_matmul_large_pipeline.cuh"
 #include "wgmma_sm90.cuh"
 

@@ -2,6 +2,7 @@
 // divided K, and the store of y.
 #pragma once
 
+#include "bulk_sm90.cuh"
 #include "nf4_lora_matmul_mid_tile.cuh"
 #include "wgmma_sm90.cuh"
 

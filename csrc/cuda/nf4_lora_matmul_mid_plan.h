@@ -62,7 +62,7 @@ inline int64_t projection_time(const LoraMatmulArgs& a, const Machine& machine, 
 
 // The best division of a plan's tiles, whole rounds and then what is left; or `best` if none is
 // better.
-inline Division divide(
+inline Division divide_tiles(
     const LoraMatmulArgs& a,
     PlanKind plan,
     int64_t tiles,
@@ -108,7 +108,7 @@ inline Division divide(
     return best;
 }
 
-inline Division divide(const LoraMatmulArgs& a, const Machine& machine) {
+inline Division choose_division(const LoraMatmulArgs& a, const Machine& machine) {
     const int64_t row_tiles = ceil_div(a.w.N, kTileRows);
     const int64_t row_pairs = ceil_div(row_tiles, 2);
     Division best{};
@@ -120,7 +120,7 @@ inline Division divide(const LoraMatmulArgs& a, const Machine& machine) {
             const int64_t tiles = plan == kSharedX256   ? row_pairs * ceil_div(a.M, 256)
                                   : plan == kSharedX128 ? row_pairs * ceil_div(a.M, 128)
                                                         : row_tiles * ceil_div(a.M, 512);
-            best = divide(a, plan, tiles, machine, spare_sms, best);
+            best = divide_tiles(a, plan, tiles, machine, spare_sms, best);
         }
     }
     return best;

@@ -201,13 +201,13 @@ bool serves_nf4_lora_matmul_mid(const LoraMatmulArgs& a) {
 }
 
 size_t nf4_lora_matmul_mid_workspace_bytes(const LoraMatmulArgs& a) {
-    return layout_workspace(a, divide(a, this_machine())).bytes;
+    return layout_workspace(a, choose_division(a, this_machine())).bytes;
 }
 
 cudaError_t launch_nf4_lora_matmul_mid(const LoraMatmulArgs& a, cudaStream_t stream) {
     if (a.M == 0 || a.w.N == 0)
         return cudaSuccess;
-    const Division division = divide(a, this_machine());
+    const Division division = choose_division(a, this_machine());
     if (has_first_kernel(a, division)) {
         const Workspace space = layout_workspace(a, division);
         uint8_t* workspace = static_cast<uint8_t*>(a.workspace);

@@ -68,17 +68,20 @@ struct Maps {
 // Four neighbouring scales are loaded together, so K is divided in units of four steps.
 constexpr int kQuad = 4;
 
-// Tiles whose quads, in a row, clusters divide evenly.
+// Tiles whose quads, in a row, clusters divide evenly. Quad q of all is with the last cluster c
+// whose share, all * c / clusters, begins at q or before: c = (clusters * (q + 1) - 1) / all; here
+// q = tile * quads and (tile + 1) * quads - 1, all = tiles * quads. Dividend and divisor are
+// divided by quads.
 struct SplitTiles {
     EqualPieces shares;  // of the clusters
     int quads;           // of a tile
     int clusters;
-    int clusters_before;  // (clusters - 1) / quads
+    int first_offset;  // (clusters - 1) / quads, of first_cluster's dividend
     Divisor by_quads, by_tiles;
 
     // The clusters that have the first and the last quad of a tile.
     __host__ __device__ int first_cluster(int tile) const {
-        return divide(tile * clusters + clusters_before, by_tiles);
+        return divide(tile * clusters + first_offset, by_tiles);
     }
     __host__ __device__ int last_cluster(int tile) const {
         return divide((tile + 1) * clusters - 1, by_tiles);
@@ -110,7 +113,7 @@ struct Params {
     Divisor by_token_groups, by_clusters;
     int full_tiles;     // of clusters, kRowTiles x kTokenTiles tiles of CTAs: whole rounds
     SplitTiles split;   // after them, fewer than clusters; all 0 if there are none
-    bool level;         // each of them among equally many, all of which find room at once
+    bool level;         // parts of equal length, which wait for each other: a cooperative launch
     bool waits_first;   // no kernel of this call came before
     bool quick_scales;  // four blocks of a row can be loaded as one word and share a nested absmax
 };
@@ -128,7 +131,7 @@ struct Tile {
 // cluster finds the partial sums of this one when it comes to its end.
 struct Schedule {
     int full, begin, end;
-    int first_tile, last_tile;  // that it has the share's first and last quad of
+    int first_tile, last_tile;  // of the share's first and last quad
     bool owes, ends;
 
     __device__ __forceinline__ Schedule(const Params& p) {

@@ -1,9 +1,10 @@
 // From codes to operands in nf4_lora_matmul_small_sm90.cu, and z.
 #pragma once
 
+#include "bulk_sm90.cuh"
 #include "common.cuh"
 #include "nf4_lora_matmul_small_tile.cuh"
-#include "ptx_sm90.cuh"
+#include "ptx.cuh"
 
 namespace lowbit::cuda {
 namespace {

@@ -30,6 +30,7 @@
 
 #include <algorithm>
 
+#include "bulk_sm90.cuh"
 #include "launch_config.h"
 #include "nf4_lora_matmul_small_decode.cuh"
 #include "nf4_lora_matmul_small_finish.cuh"
@@ -244,6 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     if (threadIdx.x >= kConsumers) {
         shrink_registers<kCopyRegisters>();
+        // Not elect_lane(): 1.7 to 2 % more cycles (H200, 2026-11).
         if (threadIdx.x == kConsumers)
             copy_stages<Tile>(p, map, smem);
     } else {

@@ -1,9 +1,11 @@
 // What the tiled products nf4_lora_matmul_mid_sm90.cu and nf4_lora_matmul_dx_sm90.cu share: pairs
-// of CTAs, warps that decode 32 blocks at a time into a ring of swizzled stages, and two consumer
-// warpgroups that multiply from it. P is the plan of the kernel, see its *_tile.cuh.
+// of CTAs, warps that decode 32 blocks at a time into a ring of swizzled stages, the tables that
+// they look up, and two consumer warpgroups that multiply from it. P is the plan of the kernel, see
+// its *_tile.cuh.
 #pragma once
 
 #include "block_decode.cuh"
+#include "bulk_sm90.cuh"
 #include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
@@ -40,6 +42,7 @@ struct Position {
 // come at the same time, and the first packed weights and scales with them.
 template <class P>
 __device__ __forceinline__ void load_tables(const WeightView& w, bool nested, float* tables) {
+    static_assert(kNestedCodes % P::kProducers == 0);
     constexpr int kEach = kNestedCodes / P::kProducers;
     const int thread = threadIdx.x;
     const float own = thread < 16 ? __ldg(w.codebook + thread) : 0.0f;
