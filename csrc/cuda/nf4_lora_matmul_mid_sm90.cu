@@ -51,7 +51,7 @@ namespace {
 
 // 384 threads with 168 registers (shared W) or 512 with 128, to begin with.
 template <typename T, bool kNested, class P>
-__global__ void __launch_bounds__(P::kThreads, 1)
+__global__ void __cluster_dims__(kCluster) __launch_bounds__(P::kThreads, 1)
     nf4_lora_matmul_mid_kernel(const __grid_constant__ Maps maps, const Params p) {
     extern __shared__ uint8_t smem_raw[];
     const uint32_t raw = shared_address(smem_raw);
@@ -124,7 +124,6 @@ cudaError_t launch_grid(const Maps& maps, const Params& p, cudaStream_t stream) 
     if (error != cudaSuccess)
         return error;
     LaunchConfig config(kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
-    config.cluster(kCluster);
     if (p.level)
         config.cooperative();
     return cudaLaunchKernelEx(config.get(), kernel, maps, p);
@@ -152,14 +151,13 @@ cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cu
     p.full_tiles = division.full_tiles;
     if (division.split_tiles > 0)
         p.split = make_split_tiles(division.split_tiles, division.split_clusters, p.steps);
-    p.level = division.split_tiles > 0 && division.split_clusters % division.split_tiles == 0 &&
-              !in_green_context(stream);
+    p.level = division.split_tiles > 0 && division.split_clusters % division.split_tiles == 0;
     p.waits_first = !has_first_kernel(a, division);
     p.quick_scales = quick_scales(a.w);
 
     error = launch_grid<T, kNested, P>(maps, p, stream);
-    // Fewer CTAs may be resident than sm_count says: in a share of MPS, or in a context that
-    // in_green_context does not see. The workspace does not depend on level.
+    // Fewer CTAs may be resident than sm_count says: in a green context, or in a share of MPS. The
+    // workspace does not depend on level.
     if (p.level && error == cudaErrorCooperativeLaunchTooLarge) {
         cudaGetLastError();  // left in place it would be taken for another call's
         p.level = false;
