@@ -2,7 +2,8 @@
 
 Who computes which tile and when is arithmetic on the host, or that host and device share: of the
 kernels for many tokens (csrc/cuda/nf4_lora_matmul_large_plan.h), and of that for some hundred
-tokens with the projection before or beside it (nf4_lora_matmul_mid_plan.h, lora_project.h).
+tokens with the projection before or beside it (nf4_lora_matmul_mid_plan.h, lora_project.h), and of
+dx with the gradients before or beside it (nf4_lora_matmul_dx_plan.h, lora_grads_plan.h).
 """
 
 import shutil
@@ -48,6 +49,12 @@ def test_the_ring_of_many_tokens_is_read_before_it_is_written_again(tmp_path):
 def test_some_hundred_tokens_find_room_on_any_device(tmp_path):
     (level,) = _run("mid_plan.cu", tmp_path)
     assert level > 1000  # of 20000
+
+
+def test_gradients_in_front_of_and_beside_dx(tmp_path):
+    together, beside = _run("backward_plan.cu", tmp_path, "-arch=sm_90a")
+    assert together > 1000  # in one launch, of 40000
+    assert beside > 1000  # of 20000
 
 
 def test_devices_are_asked_for_clusters_once(tmp_path):

@@ -128,6 +128,10 @@ int once_per_device(Answers& answers, Find find) {
     return own == 0 || known.compare_exchange_strong(found, own) ? own : found;
 }
 
+// Of what runs beside a product whose CTAs come in pairs: clusters of four leave no pair of SMs
+// broken.
+constexpr int kBesideCluster = 4;
+
 // CTAs of a cluster, one on each SM, and how many clusters there are at the same time.
 struct ClusterRoom {
     int cluster;

@@ -79,8 +79,11 @@ inline void run_product(const ProductKernel& kernel, LoraMatmulArgs& a, cudaStre
 struct DxKernel {
     const char* name;
     bool (*serves)(const LoraDxArgs&);
+    // Null: it needs none, but lora_A in dtype, a copy by lora_grads if need be.
     size_t (*workspace_bytes)(const LoraDxArgs&);
     cudaError_t (*launch)(const LoraDxArgs&, cudaStream_t);
+    // Where lora_grads runs beside the product; null: it always runs in front.
+    int (*spare_sms)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
     // With the gradients of the adapter; null: lora_grads makes them.
     bool (*serves_all)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
     size_t (*workspace_bytes_of_all)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
@@ -88,13 +91,14 @@ struct DxKernel {
 };
 
 inline constexpr DxKernel kDxInLoop{
-    "nf4_lora_matmul_dx", serves_nf4_lora_matmul_dx, nf4_lora_matmul_dx_workspace_bytes,
-    launch_nf4_lora_matmul_dx};
+    "nf4_lora_matmul_dx", serves_nf4_lora_matmul_dx, nullptr, launch_nf4_lora_matmul_dx,
+    nf4_lora_matmul_dx_spare_sms};
 inline constexpr DxKernel kDxLarge{
     "nf4_lora_matmul_dx_large",
     serves_nf4_lora_matmul_dx_large,
     nf4_lora_matmul_dx_large_workspace_bytes,
     launch_nf4_lora_matmul_dx_large,
+    nullptr,
     serves_nf4_lora_backward_large,
     nf4_lora_backward_large_workspace_bytes,
     launch_nf4_lora_backward_large};
@@ -112,20 +116,38 @@ inline void run_backward(
     LoraDxArgs& b,
     cudaStream_t stream,
     bool* launched = nullptr) {
-    // One workspace for u and what the kernels need for themselves, which they use in turn.
+    // One workspace: u, lora_A rounded, and what the kernels need for themselves, which they use in
+    // turn.
+    constexpr int64_t kAlignment = 256;
+    const auto round_up = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
     const bool need_dx = b.dx != nullptr, need_u = need_dx || a.d_lora_A != nullptr;
-    const int64_t u_bytes = need_u ? ceil_div(a.M * lora_columns(a.r) * 2, 256) * 256 : 0;
-    a.u = need_u ? const_cast<void*>(a.dy) : nullptr;  // until it is known where it lies
+    const bool rounds =
+        need_dx && kernel.workspace_bytes == nullptr && b.r > 0 && b.lora_A_dtype != b.dtype;
+    const int64_t u_bytes = need_u ? round_up(a.M * lora_columns(a.r) * 2) : 0;
+    const int64_t factor_bytes = rounds ? round_up(2 * b.r * b.w.K) : 0;
+    a.u = need_u ? const_cast<void*>(a.dy) : nullptr;  // until it is known where they lie
+    a.rounded_lora_A = rounds ? a.u : nullptr;
     STD_TORCH_CHECK(serves_lora_grads(a), "lora_grads does not serve these sizes");
+    if (need_dx && kernel.spare_sms != nullptr)
+        a.spare_sms = kernel.spare_sms(b, a);
     const bool all = need_dx && kernel.serves_all != nullptr && kernel.serves_all(b, a);
-    const size_t own_bytes =
-        all ? kernel.workspace_bytes_of_all(b, a)
-            : std::max(
-                  lora_grads_workspace_bytes(a), need_dx ? kernel.workspace_bytes(b) : size_t{0});
-    const Workspace workspace(static_cast<size_t>(u_bytes) + own_bytes);
+    size_t own_bytes = 0;
+    if (all) {
+        own_bytes = kernel.workspace_bytes_of_all(b, a);
+    } else {
+        own_bytes = lora_grads_workspace_bytes(a);
+        if (need_dx && kernel.workspace_bytes != nullptr)
+            own_bytes = std::max(own_bytes, kernel.workspace_bytes(b));
+    }
+    const Workspace workspace(static_cast<size_t>(u_bytes + factor_bytes) + own_bytes);
     uint8_t* bytes = workspace.data();
     a.u = need_u ? bytes : nullptr;
-    a.workspace = b.workspace = bytes + u_bytes;
+    if (rounds) {
+        a.lora_A = b.lora_A;
+        b.lora_A = a.rounded_lora_A = bytes + u_bytes;
+        b.lora_A_dtype = b.dtype;
+    }
+    a.workspace = b.workspace = bytes + u_bytes + factor_bytes;
     b.u = a.u;
     if (launched != nullptr)
         *launched = true;
@@ -137,6 +159,7 @@ inline void run_backward(
     if (!need_dx)
         return;
     b.follows_grads = true;
+    b.beside_grads = a.spare_sms > 0;
     check_launch(kernel.launch(b, stream), kernel.name);
 }
 

@@ -70,7 +70,7 @@ __device__ __forceinline__ void copy_row_transposed(const FactorCopy& c, int64_t
 }
 
 struct FactorCopies {
-    FactorCopy copy[2];
+    FactorCopy copy[3];
 };
 
 template <typename T>
@@ -78,19 +78,26 @@ __global__ void __launch_bounds__(kCopyThreads)
     copy_factors_kernel(const __grid_constant__ FactorCopies copies) {
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const int64_t i = blockIdx.x * int64_t{kCopyThreads} + threadIdx.x;
-    const int64_t first_elements = copies.copy[0].rows * copies.copy[0].columns;
-    const bool in_first = i < first_elements;
-    copy_element<T>(copies.copy[in_first ? 0 : 1], in_first ? i : i - first_elements);
+    int64_t i = blockIdx.x * int64_t{kCopyThreads} + threadIdx.x;
+#pragma unroll
+    for (const FactorCopy& c : copies.copy) {
+        if (i >= 0)
+            copy_element<T>(c, i);
+        i -= c.rows * c.columns;
+    }
 }
 
-// One launch for both; one without rows is skipped.
+// One launch for all; those without rows are skipped.
 template <typename T>
-cudaError_t copy_factors(const FactorCopy& first, const FactorCopy& second, cudaStream_t stream) {
-    const int64_t elements = first.rows * first.columns + second.rows * second.columns;
+cudaError_t copy_factors(const FactorCopies& copies, cudaStream_t stream) {
+    int64_t elements = 0;
+    for (const FactorCopy& c : copies.copy)
+        elements += c.rows * c.columns;
+    if (elements == 0)
+        return cudaSuccess;
     LaunchConfig config(
         static_cast<unsigned>(ceil_div(elements, kCopyThreads)), kCopyThreads, 0, stream);
-    return cudaLaunchKernelEx(config.get(), copy_factors_kernel<T>, FactorCopies{{first, second}});
+    return cudaLaunchKernelEx(config.get(), copy_factors_kernel<T>, copies);
 }
 
 }  // namespace

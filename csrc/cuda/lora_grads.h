@@ -26,14 +26,18 @@ struct LoraGradsArgs {
     const void* x;              // [M, K], with dropout the dropped-out one; null: no d_lora_A
     const void* z;              // [M, r], null: no d_lora_B and no d_lora_scaling
     const void* lora_B;         // [N, r]
+    const void* lora_A;         // [r, K] fp32, for rounded_lora_A alone
     const float* lora_scaling;  // [r], or null: all 1
     float scaling;
     int64_t M, N, K;
     int r;
-    void* u;                // [M, lora_columns(r)], rounded, zeros behind r; null: not wanted
-    void* d_lora_A;         // [r, K] or null: not wanted, like the rest
-    void* d_lora_B;         // [N, r]
-    void* d_bias;           // [N]
+    int spare_sms;         // 0: on all SMs; else on these, whole clusters of kBesideCluster, beside
+                           // a product that leaves them alone
+    void* rounded_lora_A;  // [r, K] in dtype, for a product that follows; null: not wanted
+    void* u;               // [M, lora_columns(r)], rounded, zeros behind r; null: not wanted
+    void* d_lora_A;        // [r, K] or null: not wanted, like the rest
+    void* d_lora_B;        // [N, r]
+    void* d_bias;          // [N]
     float* d_lora_scaling;  // [r]
     void* workspace;        // lora_grads_workspace_bytes, uninitialized
 };
@@ -41,8 +45,12 @@ struct LoraGradsArgs {
 // 16-bit dtype, 1 <= r <= 64, N % 8 == 0, K % 8 == 0, 16-byte aligned dy, x, z, lora_B and u.
 bool serves_lora_grads(const LoraGradsArgs& args);
 
-// At most 28 MiB but for extreme shapes.
+// At most 28 MiB with rounded_lora_A, but for extreme shapes.
 size_t lora_grads_workspace_bytes(const LoraGradsArgs& args);
+
+// On how many SMs the passes run one after the other in hundredths of microseconds, roughly; 0 if
+// they are several launches there.
+int64_t lora_grads_time(const LoraGradsArgs& args, int sms);
 
 // One read of dy, and for d_lora_A, with which u is wanted, one of x.
 cudaError_t launch_lora_grads(const LoraGradsArgs& args, cudaStream_t stream);

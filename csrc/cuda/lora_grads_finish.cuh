@@ -1,5 +1,6 @@
-// The second half of lora_grads_sm90.cu: sums over the parts that the first has left in the
-// workspace, in their order, and the results made of them.
+// The second half of lora_grads_sm90.cu: what warps make of their sums, which are results where
+// they are over all tokens, and else parts in the workspace; and sums over such parts, in their
+// order.
 #pragma once
 
 #include "lora_parts.cuh"
@@ -11,36 +12,34 @@ namespace {
 constexpr int kFinishThreads = 256;
 
 struct FinishParams {
-    int columns;  // of the factors: 16, 32 or 64
     int r;
     const float* lora_scaling;  // [r] or null
     float scaling;
 
-    const float* projection;  // [projection_parts, tokens, columns], null: no u
+    const float* projection;  // [projection_parts, tokens, kRank], null: no u
     int projection_parts;
     int64_t tokens;     // of this pass
     int64_t end_token;  // behind it, at most M
     int64_t first_token;
     int projection_units;
 
-    const float* sums;  // [parts, C, columns] or null
+    const float* sums;  // [parts, C, kRank] or null
     int parts;
+    bool whole;  // one part of one pass: sums go to their results at once
     int64_t C;
-    float* running_sums;  // [C, columns] of the passes so far, unless there is but one
+    float* running_sums;  // [C, kRank] of the passes so far, unless there is but one
     bool first_pass, last_pass;
-    bool scales_sums;
-    int64_t stride_c, stride_j;  // of the result
 
     const float* column_sums;  // [parts, C] or null
     float* running_column_sums;
 
-    float* scaling_parts;  // [feature units, columns] or null
+    float* scaling_parts;  // [feature units, kRank] or null
     const void* lora_B;    // [C, r], for them, in T or fp32
     bool lora_B_is_float;
 
     int units;  // of kFinishThreads threads
-    void* u;    // [M, columns] in T
-    void* out;  // element (c, j) at c * stride_c + j * stride_j, in T or fp32
+    void* u;    // [M, kRank] in T
+    void* out;  // d_lora_B [C, r], with P::kProjects, or d_lora_A [r, C]; in T or fp32
     bool out_is_float;
     void* d_bias;  // [C] in T
 };
@@ -59,22 +58,23 @@ __device__ __forceinline__ float factor(const FinishParams& p, int64_t at) {
                           : static_cast<const T*>(p.lora_B)[at]);
 }
 
-template <typename T>
+template <typename T, class P>
 __device__ __forceinline__ void finish_u(const FinishParams& p, int64_t index) {
-    if (index >= p.tokens * p.columns)
+    if (index >= p.tokens * P::kRank)
         return;
-    const float4 sum = add_parts(p.projection + index, p.projection_parts, p.tokens * p.columns);
-    const int j = static_cast<int>(index % p.columns);
+    const float4 sum = add_parts(p.projection + index, p.projection_parts, p.tokens * P::kRank);
+    const int j = static_cast<int>(index % P::kRank);
     const uint2 pairs = {
         pack_pair(sum.x * column_scale(p, j), sum.y * column_scale(p, j + 1), T{}),
         pack_pair(sum.z * column_scale(p, j + 2), sum.w * column_scale(p, j + 3), T{})};
-    T* u = static_cast<T*>(p.u) + p.first_token * p.columns + index;
+    T* u = static_cast<T*>(p.u) + p.first_token * P::kRank + index;
     *reinterpret_cast<uint2*>(u) = pairs;
 }
 
 // Sums of this and all earlier passes.
+template <class P>
 __device__ __forceinline__ float4 finish_sums(const FinishParams& p, int64_t index) {
-    float4 sum = add_parts(p.sums + index, p.parts, p.C * p.columns);
+    float4 sum = add_parts(p.sums + index, p.parts, p.C * P::kRank);
     float4* running = reinterpret_cast<float4*>(p.running_sums + index);
     if (!p.first_pass) {
         const float4 v = *running;
@@ -88,6 +88,7 @@ __device__ __forceinline__ float4 finish_sums(const FinishParams& p, int64_t ind
 template <typename T>
 __device__ __forceinline__ void finish_column_sum(const FinishParams& p, int64_t c) {
     float sum = 0;
+#pragma unroll 4
     for (int i = 0; i < p.parts; i++)
         sum += p.column_sums[i * p.C + c];
     if (!p.first_pass)
@@ -98,68 +99,144 @@ __device__ __forceinline__ void finish_column_sum(const FinishParams& p, int64_t
         p.running_column_sums[c] = sum;
 }
 
+// A result at byte `at` of p.out.
 template <typename T>
-__device__ __forceinline__ void store_sum(const FinishParams& p, int64_t c, int j, float sum) {
-    const float value = p.scales_sums ? sum * column_scale(p, j) : sum;
-    const int64_t at = c * p.stride_c + j * p.stride_j;
+__device__ __forceinline__ void store_sum(const FinishParams& p, int64_t at, float sum) {
+    uint8_t* out = static_cast<uint8_t*>(p.out) + at;
     if (p.out_is_float)
-        static_cast<float*>(p.out)[at] = value;
+        *reinterpret_cast<float*>(out) = sum;
     else
-        static_cast<T*>(p.out)[at] = from_float<T>(value);
+        *reinterpret_cast<T*>(out) = from_float<T>(sum);
 }
+
+// Bytes from one j of d_lora_B or d_lora_A to the next, and from one column to the next.
+struct OutStrides {
+    int64_t j, column;
+
+    template <class P>
+    static __device__ __forceinline__ OutStrides of(const FinishParams& p) {
+        const int64_t element = p.out_is_float ? 4 : 2;
+        return P::kProjects ? OutStrides{element, p.r * element}
+                            : OutStrides{p.C * element, element};
+    }
+};
+
+// ---- what a warp leaves behind ------------------------------------------------------------------
+
+// A warp's sums of kTiles x 16 columns: a thread has pairs of neighbouring j.
+template <class P>
+using ColumnSums = float[P::kTiles][P::kRank / 8][4];
+
+// Of a part, for finish_unit.
+template <class P>
+__device__ __forceinline__ void
+store_part(float* sums, const ColumnSums<P>& d, int column0, int C) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < P::kTiles * 2; i++) {
+        const int column = column0 + i / 2 * 16 + lane / 4 + i % 2 * 8;
+        if (column >= C)
+            continue;
+        float* row = sums + static_cast<int64_t>(column) * P::kRank + lane % 4 * 2;
+#pragma unroll
+        for (int t = 0; t < P::kRank / 8; t++) {
+            const float* v = &d[i / 2][t][i % 2 * 2];
+            *reinterpret_cast<float2*>(row + t * 8) = {v[0], v[1]};
+        }
+    }
+}
+
+// Of all tokens.
+template <typename T, class P>
+__device__ __forceinline__ void
+store_whole(const FinishParams& f, const ColumnSums<P>& d, int column0) {
+    const int lane = threadIdx.x % kWarpSize;
+    const auto stride = OutStrides::of<P>(f);
+#pragma unroll
+    for (int t = 0; t < P::kRank / 8; t++) {
+        const int j = t * 8 + lane % 4 * 2;
+        if (f.out == nullptr || j >= f.r)  // r is even
+            break;
+        const float scales[2] = {
+            P::kProjects ? column_scale(f, j) : 1.0f, P::kProjects ? column_scale(f, j + 1) : 1.0f};
+        int64_t at = (column0 + lane / 4) * stride.column + j * stride.j;
+#pragma unroll
+        for (int i = 0; i < P::kTiles * 2; i++, at += 8 * stride.column) {
+            if (column0 + lane / 4 + i * 8 >= f.C)
+                break;
+            const float* v = &d[i / 2][t][i % 2 * 2];
+            store_sum<T>(f, at, v[0] * scales[0]);
+            store_sum<T>(f, at + stride.j, v[1] * scales[1]);
+        }
+    }
+}
+
+// ---- sums over parts ----------------------------------------------------------------------------
 
 // By kFinishThreads threads. The first projection_units make u, the others sum over the tokens, a
 // thread four columns of a row. `smem_products` has a place for each thread.
-template <typename T>
+template <typename T, class P>
 __device__ __forceinline__ void
 finish_unit(const FinishParams& p, int unit, float4* smem_products) {
-    if (unit < p.projection_units) {
-        finish_u<T>(p, (unit * int64_t{kFinishThreads} + threadIdx.x) * 4);
+    if (P::kProjects && unit < p.projection_units) {
+        finish_u<T, P>(p, (unit * int64_t{kFinishThreads} + threadIdx.x) * 4);
         return;
     }
     unit -= p.projection_units;
     const int64_t index = (unit * int64_t{kFinishThreads} + threadIdx.x) * 4;
-    const int64_t c = index / p.columns;
-    const int j = static_cast<int>(index % p.columns);
+    const int64_t c = index / P::kRank;
+    const int j = static_cast<int>(index % P::kRank);
     float products[4] = {};
     if (c < p.C && p.sums != nullptr) {
-        const float4 sum = finish_sums(p, index);
-        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+        const float4 sum = finish_sums<P>(p, index);
+        float values[4] = {sum.x, sum.y, sum.z, sum.w};
+        if (P::kProjects && p.scaling_parts != nullptr && p.last_pass) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (!p.last_pass || j + i >= p.r)
-                continue;
-            if (p.out != nullptr)
-                store_sum<T>(p, c, j + i, values[i]);
-            if (p.scaling_parts != nullptr)
-                products[i] = values[i] * factor<T>(p, c * p.r + j + i);
+            for (int i = 0; i < 4; i++)
+                products[i] = j + i < p.r ? values[i] * factor<T>(p, c * p.r + j + i) : 0.0f;
+        }
+        if (P::kProjects) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                values[i] *= column_scale(p, j + i);
+        }
+        if (p.last_pass && p.out != nullptr) {
+            const auto stride = OutStrides::of<P>(p);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (j + i < p.r)
+                    store_sum<T>(p, c * stride.column + (j + i) * stride.j, values[i]);
+            }
         }
     }
+    if (!P::kProjects)
+        return;
     if (c < p.C && j == 0 && p.column_sums != nullptr)
         finish_column_sum<T>(p, c);
     if (p.scaling_parts == nullptr || !p.last_pass)
         return;
     smem_products[threadIdx.x] = {products[0], products[1], products[2], products[3]};
     named_barrier(1, kFinishThreads);
-    const int quads = p.columns / 4;
-    if (threadIdx.x < quads) {
+    constexpr int kQuads = P::kRank / 4;
+    if (threadIdx.x < kQuads) {
         float4 sum{};
-        for (int i = threadIdx.x; i < kFinishThreads; i += quads) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < kFinishThreads; i += kQuads) {
             const float4 v = smem_products[i];
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
         }
-        reinterpret_cast<float4*>(p.scaling_parts)[unit * quads + threadIdx.x] = sum;
+        reinterpret_cast<float4*>(p.scaling_parts)[unit * kQuads + threadIdx.x] = sum;
     }
     named_barrier(1, kFinishThreads);
 }
 
 // One unit per CTA, where the CTAs of a product could not all wait for each other.
-template <typename T>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishParams p) {
+template <typename T, class P>
+__global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const FinishParams p) {
     __shared__ float4 smem_products[kFinishThreads];
     wait_for_previous_kernel();
     let_next_kernel_start();
-    finish_unit<T>(p, blockIdx.x, smem_products);
+    finish_unit<T, P>(p, blockIdx.x, smem_products);
 }
 
 // One CTA: a thread sums every so many parts of one column, then one thread a column.

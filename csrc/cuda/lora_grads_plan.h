@@ -22,6 +22,7 @@ struct Division {
     int64_t pass_tokens;
     int passes;
     int64_t projection_floats, sum_floats, column_sum_floats;
+    int64_t time;  // of a pass, expected
 
     int64_t ctas() const {  // of a pass
         return column_parts * token_parts;
@@ -32,20 +33,27 @@ struct Division {
     }
 };
 
-// Hundredths of microseconds on an H100, roughly: what CTAs read at the speed of one, or of the
-// memory, and partial sums written and read.
+// Threads that add up parts have four neighbours each.
+int finish_units(int64_t elements) {
+    return static_cast<int>(ceil_div(elements, 4 * kFinishThreads));
+}
+
+// Hundredths of microseconds on an H100, roughly: latencies, what CTAs read at the speed of one, or
+// of the memory, and partial sums written and read.
 int64_t estimate(const Division& d, int stage_columns, int processors) {
+    constexpr int64_t kLatency = 400;
     const int64_t bytes = d.cta_columns * d.cta_tokens * 2;
     const int64_t rate = std::min<int64_t>(600, 30000 / std::min<int64_t>(d.ctas(), processors));
-    return ceil_div(d.ctas(), processors) * bytes / rate + d.bytes() * 2 / 40000 +
-           stage_columns / 256;
+    const int64_t launch = d.ctas() > processors ? kLatency : 0;  // another, that adds up
+    return kLatency + launch + ceil_div(d.ctas(), processors) * bytes / rate +
+           d.bytes() * 2 / 40000 + stage_columns / 256;
 }
 
 template <class P>
 Division divide_pass(int64_t tokens, int64_t C, bool projects, int processors) {
     const int64_t chunks = ceil_div(C, P::kColumns);
     Division best{};
-    int64_t best_time = INT64_MAX;
+    best.time = INT64_MAX;
     int64_t width = 1;
     while (width <= chunks) {
         Division d{};
@@ -60,11 +68,32 @@ Division divide_pass(int64_t tokens, int64_t C, bool projects, int processors) {
         d.projection_floats = projects ? d.column_parts * tokens * P::kRank : 0;
         d.sum_floats = d.token_parts * C * P::kRank;
         d.column_sum_floats = d.token_parts * C;
-        const int64_t time = estimate(d, P::kColumns, processors);
-        if (time < best_time)
-            best_time = time, best = d;
+        d.time = estimate(d, P::kColumns, processors);
+        if (d.time < best.time)
+            best = d;
     }
     return best;
+}
+
+bool wants_sums(const LoraGradsArgs& a) {
+    return a.z != nullptr && (a.d_lora_B != nullptr || a.d_lora_scaling != nullptr);
+}
+
+bool wants_scaling(const LoraGradsArgs& a) {
+    return a.z != nullptr && a.d_lora_scaling != nullptr;
+}
+
+// Whether sums over the tokens are results as they are.
+bool is_whole(const Division& d, const LoraGradsArgs& a) {
+    return d.token_parts == 1 && d.passes == 1 && a.r % 2 == 0 && !wants_scaling(a);
+}
+
+// What units of a CTA take, one after the other: nothing to speak of on a whole device.
+int64_t finish_time(const Division& d, const LoraGradsArgs& a, int processors) {
+    constexpr int64_t kUnit = 130;
+    const int64_t units = finish_units(d.projection_floats / d.column_parts) +
+                          (is_whole(d, a) ? 0 : finish_units(d.sum_floats / d.token_parts));
+    return ceil_div(units, std::min<int64_t>(d.ctas(), processors)) * kUnit;
 }
 
 // Floats of the workspace, each part 128-byte aligned.
@@ -82,10 +111,6 @@ struct Copies {
 Copies copies_of(const LoraGradsArgs& a) {
     const bool ragged = a.r % 8 != 0;
     return {a.z != nullptr && ragged, a.u != nullptr && (ragged || a.lora_B_dtype != a.dtype)};
-}
-
-int finish_units(int64_t elements) {
-    return static_cast<int>(ceil_div(elements, 4 * kFinishThreads));
 }
 
 Workspace lay_out(const Division& d, const LoraGradsArgs& a, int64_t C, Copies copies) {
@@ -106,14 +131,43 @@ Workspace lay_out(const Division& d, const LoraGradsArgs& a, int64_t C, Copies c
 // In as few passes as the limit of the workspace allows.
 template <class P>
 Division divide(const LoraGradsArgs& a, int64_t C, bool projects, Copies copies, int processors) {
+    const int64_t rounded_bytes = a.rounded_lora_A != nullptr ? 2 * a.r * a.K : 0;
+    const int64_t limit = std::max(kWorkspaceLimit / 2, kWorkspaceLimit - rounded_bytes);
     for (int passes = 1;; passes *= 2) {
         const int64_t tokens = ceil_div(ceil_div(a.M, passes), kStageTokens) * kStageTokens;
         Division d = divide_pass<P>(std::min(tokens, a.M), C, projects, processors);
         d.pass_tokens = tokens;
         d.passes = static_cast<int>(ceil_div(a.M, tokens));
-        if (lay_out(d, a, C, copies).end * 4 <= kWorkspaceLimit || tokens == kStageTokens)
+        if (lay_out(d, a, C, copies).end * 4 <= limit || tokens == kStageTokens)
             return d;
     }
+}
+
+// Of both passes on so many SMs.
+struct Divisions {
+    Division dy, x;
+    bool makes_A;
+    bool one_launch;
+};
+
+template <int kRank>
+Divisions divide_both(const LoraGradsArgs& a, int sms) {
+    Divisions d{};
+    d.dy = divide<GradPlan<kRank, true>>(a, a.N, a.u != nullptr, copies_of(a), sms);
+    d.x = divide<GradPlan<kRank, false>>(a, a.K, false, {}, sms);
+    d.makes_A = a.d_lora_A != nullptr && a.K > 0;
+    const auto is_one_wave = [&](const Division& of) { return of.passes == 1 && of.ctas() <= sms; };
+    d.one_launch = !wants_scaling(a) && is_one_wave(d.dy) && (!d.makes_A || is_one_wave(d.x));
+    return d;
+}
+
+template <int kRank>
+int64_t time_of(const LoraGradsArgs& a, int sms) {
+    const Divisions of = divide_both<kRank>(a, sms);
+    if (!of.one_launch)
+        return 0;
+    const int64_t of_dy = of.dy.time + finish_time(of.dy, a, sms);
+    return of.makes_A ? of_dy + of.x.time + finish_time(of.x, a, sms) : of_dy;
 }
 
 }  // namespace

@@ -20,6 +20,10 @@
 // sums over the parts are another. d_lora_scaling needs no u: it is scaling * sum_n lora_B[n, j]
 // (dy^T z)[n, j], whose terms are summed up by a last launch after the passes over dy.
 //
+// On request the one launch keeps to a few SMs, in clusters, while a product has the others. Four
+// CTAs take in 0.28 TB/s and have few to share the sums over parts, which therefore are avoided:
+// long and wide rectangles over all tokens leave parts of u alone.
+//
 // Bound by one read of dy and one of x; partial sums, which mostly stay in L2, are 5 to 20 % of it
 // at rank 16. Below about 1000 tokens bound by latency. Callers have checked serves_lora_grads.
 // Source: one read of dy for two results is LoRAFusion's (Zhu et al. 2025), with atomics there.
@@ -46,22 +50,15 @@ GradPass new_pass(const LoraGradsArgs& a, int64_t C, const Division& d, int numb
     g.cta_tokens = static_cast<int>(d.cta_tokens);
     g.column_parts = static_cast<int>(d.column_parts);
     FinishParams& f = pass.finish;
-    f.columns = lora_columns(a.r), f.r = a.r;
+    f.r = a.r;
     f.tokens = end - first, f.first_token = first, f.end_token = end;
     f.parts = static_cast<int>(ceil_div(f.tokens, d.cta_tokens));
     f.C = C;
     f.first_pass = number == 0, f.last_pass = number == d.passes - 1;
+    f.whole = is_whole(d, a);
     pass.ctas = g.column_parts * f.parts;
     g.finishes = pass.ctas <= sm_count();
     return pass;
-}
-
-bool wants_sums(const LoraGradsArgs& a) {
-    return a.z != nullptr && (a.d_lora_B != nullptr || a.d_lora_scaling != nullptr);
-}
-
-bool wants_scaling(const LoraGradsArgs& a) {
-    return a.z != nullptr && a.d_lora_scaling != nullptr;
 }
 
 // Factors that must be copied have been.
@@ -88,8 +85,6 @@ cudaError_t make_dy_pass(GradPass& pass, const LoraGradsArgs& a, const Division&
     }
     f.sums = g.wants_sums ? g.sums : nullptr;
     f.running_sums = base + space.running_sums;
-    f.scales_sums = true;
-    f.stride_c = a.r, f.stride_j = 1;
     f.column_sums = g.wants_column_sums ? g.column_sums : nullptr;
     f.running_column_sums = base + space.running_column_sums;
     f.scaling_parts = wants_scaling(a) ? base + space.scaling_parts : nullptr;
@@ -99,7 +94,7 @@ cudaError_t make_dy_pass(GradPass& pass, const LoraGradsArgs& a, const Division&
     f.out = a.d_lora_B, f.out_is_float = a.lora_B_dtype == Dtype::kFloat32;
     f.d_bias = a.d_bias;
     const bool has_features = g.wants_sums || g.wants_column_sums;
-    f.units = f.projection_units + (has_features ? finish_units(f.C * kRank) : 0);
+    f.units = f.projection_units + (has_features && !f.whole ? finish_units(f.C * kRank) : 0);
 
     const CUtensorMapDataType type = tensor_map_type(a.dtype);
     GradMaps& maps = pass.maps;
@@ -125,9 +120,8 @@ cudaError_t make_x_pass(GradPass& pass, const LoraGradsArgs& a, const Division& 
     FinishParams& f = pass.finish;
     f.sums = pass.params.sums;
     f.running_sums = base + space.running_sums;
-    f.stride_c = 1, f.stride_j = a.K;
     f.out = a.d_lora_A, f.out_is_float = a.lora_A_dtype == Dtype::kFloat32;
-    f.units = finish_units(f.C * P::kRank);
+    f.units = f.whole ? 0 : finish_units(f.C * P::kRank);
     const CUtensorMapDataType type = tensor_map_type(a.dtype);
     const cudaError_t error =
         make_tensor_map(pass.maps.g, type, a.x, a.M, a.K, {kStageTokens, kBoxColumns});
@@ -138,20 +132,39 @@ cudaError_t make_x_pass(GradPass& pass, const LoraGradsArgs& a, const Division& 
 
 // ---- launch -------------------------------------------------------------------------------------
 
+// CTAs that wait for each other, at least so many; beside a product, clusters.
+template <typename... Passes>
+cudaError_t launch_together(
+    void (*kernel)(Passes...),
+    const LoraGradsArgs& a,
+    int ctas,
+    int smem_bytes,
+    cudaStream_t stream,
+    const Passes&... passes) {
+    const bool beside = a.spare_sms > 0;
+    if (beside)
+        ctas = static_cast<int>(ceil_div(ctas, kBesideCluster)) * kBesideCluster;
+    LaunchConfig config(ctas, kGradThreads, smem_bytes, stream);
+    config.cooperative();
+    if (beside)
+        config.cluster(kBesideCluster);
+    return cudaLaunchKernelEx(config.get(), kernel, passes...);
+}
+
 template <typename T, class P>
-cudaError_t launch_pass(const GradPass& pass, cudaStream_t stream) {
+cudaError_t launch_pass(const GradPass& pass, const LoraGradsArgs& a, cudaStream_t stream) {
     constexpr auto kKernel = lora_grads_kernel<T, P>;
     cudaError_t error = allow_shared_memory<kKernel>(P::kSmemBytes);
     if (error != cudaSuccess)
         return error;
-    LaunchConfig config(pass.ctas, kGradThreads, P::kSmemBytes, stream);
     if (pass.params.finishes)
-        config.cooperative();
+        return launch_together<GradPass>(kKernel, a, pass.ctas, P::kSmemBytes, stream, pass);
+    const LaunchConfig config(pass.ctas, kGradThreads, P::kSmemBytes, stream);
     error = cudaLaunchKernelEx(config.get(), kKernel, pass);
-    if (error != cudaSuccess || pass.params.finishes)
+    if (error != cudaSuccess || pass.finish.units == 0)
         return error;
-    LaunchConfig finish(pass.finish.units, kFinishThreads, 0, stream);
-    return cudaLaunchKernelEx(finish.get(), finish_kernel<T>, pass.finish);
+    const LaunchConfig finish(pass.finish.units, kFinishThreads, 0, stream);
+    return cudaLaunchKernelEx(finish.get(), finish_kernel<T, P>, pass.finish);
 }
 
 template <typename T, class P>
@@ -164,7 +177,7 @@ cudaError_t launch_passes(const LoraGradsArgs& a, const Division& d, cudaStream_
         else
             error = make_x_pass<P>(pass, a, d, number);
         if (error == cudaSuccess)
-            error = launch_pass<T, P>(pass, stream);
+            error = launch_pass<T, P>(pass, a, stream);
     }
     return error;
 }
@@ -178,12 +191,7 @@ cudaError_t launch_scaling(const LoraGradsArgs& a, const Workspace& space, cudaS
         a.scaling, a.d_lora_scaling);
 }
 
-// Whether there is one pass, whose CTAs are all resident.
-bool is_one_wave(const Division& d) {
-    return d.passes == 1 && d.ctas() <= sm_count();
-}
-
-// One such pass over each.
+// One pass over each.
 template <typename T, class Dy, class X>
 cudaError_t launch_both(
     const LoraGradsArgs& a, const Division& of_dy, const Division& of_x, cudaStream_t stream) {
@@ -196,15 +204,17 @@ cudaError_t launch_both(
         error = allow_shared_memory<kKernel>(Dy::kSmemBytes);
     if (error != cudaSuccess)
         return error;
-    LaunchConfig config(std::max(dy.ctas, x.ctas), kGradThreads, Dy::kSmemBytes, stream);
-    config.cooperative();
-    return cudaLaunchKernelEx(config.get(), kKernel, dy, x);
+    const int ctas = std::max(dy.ctas, x.ctas);
+    return launch_together<GradPass, GradPass>(kKernel, a, ctas, Dy::kSmemBytes, stream, dy, x);
+}
+
+int own_sms(const LoraGradsArgs& a) {
+    return a.spare_sms > 0 ? a.spare_sms : sm_count();
 }
 
 template <typename T, int kRank>
 cudaError_t launch_x(const LoraGradsArgs& a, cudaStream_t stream) {
-    using X = GradPlan<kRank, false>;
-    return launch_passes<T, X>(a, divide<X>(a, a.K, false, {}, sm_count()), stream);
+    return launch_passes<T, GradPlan<kRank, false>>(a, divide_both<kRank>(a, own_sms(a)).x, stream);
 }
 
 template <typename T, int kRank>
@@ -212,36 +222,29 @@ cudaError_t launch(const LoraGradsArgs& a, cudaStream_t stream) {
     using Dy = GradPlan<kRank, true>;
     using X = GradPlan<kRank, false>;
     const Copies copies = copies_of(a);
-    const Division of_dy = divide<Dy>(a, a.N, a.u != nullptr, copies, sm_count());
-    const Workspace space = lay_out(of_dy, a, a.N, copies);
-    cudaError_t error = cudaSuccess;
-    if (copies.z || copies.lora_B) {
-        float* base = static_cast<float*>(a.workspace);
-        error = copy_factors<T>(
-            {a.z, false, copies.z ? a.M : 0, a.r, kRank, base + space.z},
-            {a.lora_B, a.lora_B_dtype != a.dtype, copies.lora_B ? a.N : 0, a.r, kRank,
-             base + space.lora_B},
-            stream);
-    }
-    const bool makes_A = a.d_lora_A != nullptr && a.K > 0;
-    if (error == cudaSuccess && makes_A && !wants_scaling(a)) {
-        const Division of_x = divide<X>(a, a.K, false, {}, sm_count());
-        if (is_one_wave(of_dy) && is_one_wave(of_x))
-            return launch_both<T, Dy, X>(a, of_dy, of_x, stream);
-    }
+    const Divisions of = divide_both<kRank>(a, own_sms(a));
+    const Workspace space = lay_out(of.dy, a, a.N, copies);
+    float* base = static_cast<float*>(a.workspace);
+    cudaError_t error = copy_factors<T>(
+        {{{a.z, false, copies.z ? a.M : 0, a.r, kRank, base + space.z},
+          {a.lora_B, a.lora_B_dtype != a.dtype, copies.lora_B ? a.N : 0, a.r, kRank,
+           base + space.lora_B},
+          {a.lora_A, true, a.rounded_lora_A != nullptr ? a.r : 0, a.K, a.K, a.rounded_lora_A}}},
+        stream);
+    if (error == cudaSuccess && of.one_launch && of.makes_A)
+        return launch_both<T, Dy, X>(a, of.dy, of.x, stream);
     if (error == cudaSuccess)
-        error = launch_passes<T, Dy>(a, of_dy, stream);
+        error = launch_passes<T, Dy>(a, of.dy, stream);
     if (error == cudaSuccess && wants_scaling(a))
         error = launch_scaling<kRank>(a, space, stream);
-    return error == cudaSuccess && makes_A ? launch_x<T, kRank>(a, stream) : error;
+    return error == cudaSuccess && of.makes_A ? launch_passes<T, X>(a, of.x, stream) : error;
 }
 
 template <int kRank>
-size_t workspace_bytes(const LoraGradsArgs& a, int processors) {
-    const Copies copies = copies_of(a);
-    const Division dy = divide<GradPlan<kRank, true>>(a, a.N, a.u != nullptr, copies, processors);
-    const Division x = divide<GradPlan<kRank, false>>(a, a.K, false, {}, processors);
-    const int64_t floats = std::max(lay_out(dy, a, a.N, copies).end, lay_out(x, a, a.K, {}).end);
+size_t workspace_bytes(const LoraGradsArgs& a) {
+    const Divisions of = divide_both<kRank>(a, own_sms(a));
+    const int64_t floats =
+        std::max(lay_out(of.dy, a, a.N, copies_of(a)).end, lay_out(of.x, a, a.K, {}).end);
     return static_cast<size_t>(floats) * sizeof(float);
 }
 
@@ -257,16 +260,28 @@ bool serves_lora_grads(const LoraGradsArgs& a) {
 }
 
 size_t lora_grads_workspace_bytes(const LoraGradsArgs& a) {
-    const int processors = sm_count();
-    if (a.M == 0 || processors == 0)
+    if (a.M == 0 || own_sms(a) == 0)
         return 0;
     switch (lora_columns(a.r)) {
     case 16:
-        return workspace_bytes<16>(a, processors);
+        return workspace_bytes<16>(a);
     case 32:
-        return workspace_bytes<32>(a, processors);
+        return workspace_bytes<32>(a);
     default:
-        return workspace_bytes<64>(a, processors);
+        return workspace_bytes<64>(a);
+    }
+}
+
+int64_t lora_grads_time(const LoraGradsArgs& a, int sms) {
+    if (a.M == 0 || a.N == 0 || sms == 0)
+        return 0;
+    switch (lora_columns(a.r)) {
+    case 16:
+        return time_of<16>(a, sms);
+    case 32:
+        return time_of<32>(a, sms);
+    default:
+        return time_of<64>(a, sms);
     }
 }
 

@@ -152,18 +152,31 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
     const Part part = own_part<P>(p);
     const int64_t pass_tokens = p.end_token - p.first_token;
     float* out = p.projection + part.column_part * pass_tokens * P::kRank;
+    // 16s of the rank whose factors stay in registers for all blocks of a chunk; for a fourth there
+    // are none left.
+    constexpr int kHeld = P::kRank == 64 ? 3 : P::kRank / 16;
     Ring ring;
     for (int chunk = 0; chunk < part.chunks; chunk++) {
         const int buffer = chunk % 2;
         const uint32_t f = smem + P::kF + buffer * P::kFBytes;
-        if (p.wants_projection)
+        uint32_t factors[P::kColumns / 16][kHeld][4];
+        if (p.wants_projection) {
             barrier_wait(smem + P::kFFull + buffer * 8, chunk / 2 % 2);
+#pragma unroll
+            for (int k16 = 0; k16 < P::kColumns / 16; k16++) {
+#pragma unroll
+                for (int t = 0; t < kHeld; t++)
+                    load_factor<P>(factors[k16][t], f, k16 * 16, t, lane);
+            }
+        }
         for (int block = 0; block < part.blocks; block++, ring.advance(P::kStages)) {
-            float d[P::kRank / 8][4] = {};
+            // Of even and odd k16, where few columns would make the products wait for each other.
+            constexpr int kSets = P::kRank == 16 ? 2 : 1;
+            float d[kSets][P::kRank / 8][4] = {};
             barrier_wait(smem + P::kFull + ring.slot * 8, ring.parity);
             if (p.wants_projection) {
                 const uint32_t rows = smem + ring.slot * P::kStageBytes + warp * 16 * 128;
-#pragma unroll 4
+#pragma unroll
                 for (int k16 = 0; k16 < P::kColumns / 16; k16++) {
                     uint32_t a[4];
                     load_matrices(
@@ -171,10 +184,12 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
                                swizzled<128>(lane % 16, k16 % 4 * 2 + lane / 16));
 #pragma unroll
                     for (int t = 0; t < P::kRank / 16; t++) {
-                        uint32_t b[4];
-                        load_factor<P>(b, f, k16 * 16, t, lane);
-                        mma_16x8x16(d[2 * t], a, b[0], b[1], T{});
-                        mma_16x8x16(d[2 * t + 1], a, b[2], b[3], T{});
+                        uint32_t loaded[4];
+                        if (t >= kHeld)
+                            load_factor<P>(loaded, f, k16 * 16, t, lane);
+                        const uint32_t (&b)[4] = t < kHeld ? factors[k16][t] : loaded;
+                        mma_16x8x16(d[k16 % kSets][2 * t], a, b[0], b[1], T{});
+                        mma_16x8x16(d[k16 % kSets][2 * t + 1], a, b[2], b[3], T{});
                     }
                 }
             }
@@ -188,7 +203,9 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
             const int64_t token = part.token0 + block * kStageTokens + warp * 16 + lane / 4;
 #pragma unroll
             for (int i = 0; i < P::kRank / 2; i++) {
-                float& value = d[i / 4][i % 4];
+                float& value = d[0][i / 4][i % 4];
+                if (kSets == 2)
+                    value += d[kSets - 1][i / 4][i % 4];
                 if (chunk > 0)
                     value += sums[i * kWarpSize];
                 if (chunk + 1 < part.chunks)
@@ -200,7 +217,7 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
             for (int i = 0; i < P::kRank / 4; i++) {
                 const int64_t row = token + i % 2 * 8;
                 const int column = i / 2 * 8 + lane % 4 * 2;
-                const float* v = &d[i / 2][i % 2 * 2];
+                const float* v = &d[0][i / 2][i % 2 * 2];
                 if (row < p.end_token)
                     *reinterpret_cast<float2*>(out + (row - p.first_token) * P::kRank + column) = {
                         v[0], v[1]};
@@ -222,7 +239,8 @@ __device__ __forceinline__ uint32_t ones(__half) {
 
 // A warp's kTiles x 16 columns of each chunk.
 template <typename T, class P>
-__device__ __forceinline__ void add_tokens(const GradParams& p, uint32_t smem, int warp) {
+__device__ __forceinline__ void
+add_tokens(const GradParams& p, const FinishParams& f, uint32_t smem, int warp) {
     const int lane = threadIdx.x % kWarpSize;
     const Part part = own_part<P>(p);
     float* out = p.sums + static_cast<int64_t>(part.token_part) * p.C * P::kRank;
@@ -230,7 +248,7 @@ __device__ __forceinline__ void add_tokens(const GradParams& p, uint32_t smem, i
     const int own_column = warp * P::kTiles * 16;
     Ring ring;
     for (int chunk = 0; chunk < part.chunks; chunk++) {
-        float d[P::kTiles][P::kRank / 8][4] = {};
+        ColumnSums<P> d = {};
         float column_sums[P::kTiles][4] = {};
 #pragma unroll 1
         for (int block = 0; block < part.blocks; block++, ring.advance(P::kStages)) {
@@ -269,22 +287,21 @@ __device__ __forceinline__ void add_tokens(const GradParams& p, uint32_t smem, i
             if (lane == 0)
                 barrier_arrive(smem + P::kEmpty + ring.slot * 8);
         }
+        const int column0 = part.column0 + chunk * P::kColumns + own_column;
+        if (f.whole)
+            store_whole<T, P>(f, d, column0);
+        else if (p.wants_sums)
+            store_part<P>(out, d, column0, p.C);
+        if (P::kProjects && p.wants_column_sums && lane % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < P::kTiles * 2; i++) {
-            const int column =
-                part.column0 + chunk * P::kColumns + own_column + i / 2 * 16 + lane / 4 + i % 2 * 8;
-            if (column >= p.C)
-                continue;
-            if (p.wants_sums) {
-                float* row = out + static_cast<int64_t>(column) * P::kRank + lane % 4 * 2;
-#pragma unroll
-                for (int t = 0; t < P::kRank / 8; t++) {
-                    const float* v = &d[i / 2][t][i % 2 * 2];
-                    *reinterpret_cast<float2*>(row + t * 8) = {v[0], v[1]};
-                }
+            for (int i = 0; i < P::kTiles * 2; i++) {
+                const int column = column0 + i / 2 * 16 + lane / 4 + i % 2 * 8;
+                const float sum = column_sums[i / 2][i % 2 * 2];
+                if (column < p.C && f.whole)
+                    static_cast<T*>(f.d_bias)[column] = from_float<T>(sum);
+                else if (column < p.C)
+                    out_columns[column] = sum;
             }
-            if (P::kProjects && p.wants_column_sums && lane % 4 == 0)
-                out_columns[column] = column_sums[i / 2][i % 2 * 2];
         }
     }
 }
@@ -325,9 +342,9 @@ __device__ __forceinline__ void run_pass(const GradPass& pass, uint8_t* smem_raw
         float* projection = reinterpret_cast<float*>(smem_raw + (smem - raw) + P::kProjection);
         project<T, P>(p, smem, projection, warp);
     } else {
-        add_tokens<T, P>(p, smem, warp - (kComputeWarps - P::kSumWarps));
+        add_tokens<T, P>(p, f, smem, warp - (kComputeWarps - P::kSumWarps));
     }
-    if (!p.finishes)
+    if (!p.finishes || f.units == 0)
         return;
     __syncwarp();
     cooperative_groups::this_grid().sync();
@@ -335,7 +352,7 @@ __device__ __forceinline__ void run_pass(const GradPass& pass, uint8_t* smem_raw
         return;
     float4* smem_products = reinterpret_cast<float4*>(smem_raw);  // stages nobody needs any more
     for (int unit = blockIdx.x; unit < f.units; unit += gridDim.x)
-        finish_unit<T>(f, unit, smem_products);
+        finish_unit<T, P>(f, unit, smem_products);
 }
 
 template <typename T, class P>

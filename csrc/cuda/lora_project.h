@@ -17,8 +17,6 @@ inline int padded_rank(int r) {
 // Most of an idle device, in clusters of eight if it can hold them.
 ClusterRoom projection_room();
 
-// SMs beside a product whose CTAs come in pairs: clusters of four leave no pair broken.
-constexpr int kBesideCluster = 4;
 inline ClusterRoom projection_room_beside(int spare_sms) {
     return {kBesideCluster, spare_sms / kBesideCluster};
 }

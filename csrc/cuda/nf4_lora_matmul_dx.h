@@ -4,6 +4,7 @@
 #pragma once
 
 #include "device.h"
+#include "lora_grads.h"
 #include "weight.h"
 
 namespace lowbit::cuda {
@@ -14,14 +15,15 @@ struct LoraDxArgs {
     const void* dy;      // [M, N]
     const void* u;       // [M, lora_columns(r)]: RN(s_j sum_n dy[m, n] lora_B[n, j]), 0 behind r
     const void* lora_A;  // [r, K]; u and lora_A null when r = 0
-    Dtype lora_A_dtype;  // dtype or kFloat32, then rounded
+    Dtype lora_A_dtype;  // dtype or kFloat32, to be rounded
     void* dx;            // [M, K]
     bool adds;           // to what is in dx, in its own dtype
     // launch_lora_grads is in front in the stream: it makes u and has waited for all else in here.
     bool follows_grads;
+    bool beside_grads;  // which runs on SMs that the product leaves to it, see below
     int64_t M;
     int r;
-    void* workspace;  // nf4_lora_matmul_dx_workspace_bytes, uninitialized
+    void* workspace;  // of nf4_lora_matmul_dx_large, uninitialized
 };
 
 // 16-bit dtype, flat weight, K % 64 == 0, K <= 2^18 (a workspace of at most 32 MiB), N % 8 == 0, N
@@ -29,8 +31,9 @@ struct LoraDxArgs {
 // outside: with it, r = 0 here and the caller adds the masked low-rank term.
 bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
 
-// 2 bytes per element of an fp32 lora_A.
-size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& args);
+// SMs on which launch_lora_grads had better run beside the product, whose beside_grads is then
+// true. 0: in front of it, on all.
+int nf4_lora_matmul_dx_spare_sms(const LoraDxArgs& args, const LoraGradsArgs& grads);
 
 // One to three kernels, one after the other in the stream, as programmatic dependent launches.
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& args, cudaStream_t stream);

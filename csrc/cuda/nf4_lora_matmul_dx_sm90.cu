@@ -20,18 +20,20 @@
 // Grids are persistent. When the last tiles would leave half of the pairs idle, a pair with shared
 // dy takes one column tile instead of two, splits N, and sums through the other's shared memory.
 //
+// The gradients of the adapter are made in front of it or, where that is expected to be faster, at
+// the same time on SMs that are left idle, four of them at least: then it waits for u at its last
+// step (nf4_lora_matmul_dx_plan.h).
+//
 // Bound by shared memory and by the latency of decoding, as the forward product is. From 2048
 // tokens on nf4_lora_matmul_dx_large_sm90.cu is faster (H200, 2026-11).
 //
 // Callers have checked what serves_nf4_lora_matmul_dx lists.
 
-#include <algorithm>
-
 #include "launch_config.h"
-#include "lora_factors.cuh"
 #include "lora_grads.h"
 #include "nf4_lora_matmul_dx.h"
 #include "nf4_lora_matmul_dx_consume.cuh"
+#include "nf4_lora_matmul_dx_plan.h"
 #include "nf4_lora_matmul_dx_produce.cuh"
 #include "tensor_map.h"
 
@@ -94,14 +96,9 @@ __global__ void __launch_bounds__(P::kThreads, 1)
 
 // ---- launch -------------------------------------------------------------------------------------
 
-// Up to here the product begins beside the adapter's gradients: 27 instead of 44 us for both at
-// 4096 x 4096 and 16 tokens, 39.2 and 40.0 at 256 (H200, 2026-11). An earlier overlap, of the pass
-// over dy alone, cost up to 11 % from 1024 tokens on (H100, 2026-11).
+// Up to here the product also begins beside gradients that have all SMs, as they take few: 27
+// instead of 44 us for both at 4096 x 4096 and 16 tokens (H200, 2026-11).
 constexpr int64_t kOverlappingTokens = 256;
-
-bool rounds_lora_A(const LoraDxArgs& a) {
-    return a.r > 0 && a.lora_A_dtype != a.dtype;
-}
 
 template <class P>
 cudaError_t make_maps(Maps& maps, const LoraDxArgs& a) {
@@ -126,18 +123,6 @@ struct Columns {
     int64_t first, count;
 };
 
-// Tiles of clusters.
-template <class P>
-int64_t cluster_tiles(const LoraDxArgs& a, int64_t column_tiles) {
-    return ceil_div(column_tiles, P::kColumnTiles) * ceil_div(a.M, P::kTokens * P::kTokenTiles);
-}
-
-// Whether the tiles after the last full round are few enough to be split.
-template <class P>
-bool splits(const LoraDxArgs& a, int64_t tiles, int clusters) {
-    return !P::kSharesW && tiles % clusters * 2 <= clusters && a.w.N >= 16 * kStepN;
-}
-
 template <typename T, class P>
 cudaError_t
 launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t stream) {
@@ -145,8 +130,7 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     cudaError_t error = make_maps<P>(maps, a);
     if (error != cudaSuccess)
         return error;
-    const int64_t tiles = cluster_tiles<P>(a, columns.count);
-    const int64_t rest = splits<P>(a, tiles, clusters) ? tiles % clusters : 0;
+    const Dealt dealt = deal<P>(a, columns.count, clusters);
     Params p{};
     p.w = a.w;
     const bool nested = a.w.absmax == nullptr;
@@ -162,77 +146,41 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     p.last_slab_groups = token_groups - p.last_slab * P::kSlabGroups;
     p.by_column_groups = make_divisor(p.column_groups);
     p.by_last_slab_groups = make_divisor(p.last_slab_groups);
-    p.full_tiles = static_cast<int>(tiles - rest);
-    p.split_tiles = static_cast<int>(rest * P::kColumnTiles);
+    p.full_tiles = static_cast<int>(dealt.full_tiles);
+    p.split_tiles = static_cast<int>(dealt.split_tiles);
+    p.clusters = dealt.clusters;
+    p.by_clusters = make_divisor(p.clusters);
     p.is_first = columns.first == 0;
     p.is_last = columns.first + columns.count == ceil_div(a.w.K, kTileColumns);
-    p.waits_for_u = a.follows_grads && a.r > 0 && a.M <= kOverlappingTokens;
+    p.waits_for_u = a.follows_grads && a.r > 0 && (a.beside_grads || a.M <= kOverlappingTokens);
     p.adds = a.adds;
 
     constexpr auto kKernel = nf4_lora_matmul_dx_kernel<T, P>;
     error = allow_shared_memory<kKernel>(P::kSmemBytes);
     if (error != cudaSuccess)
         return error;
-    p.clusters = std::min(clusters, std::max(p.full_tiles, p.split_tiles));
-    p.by_clusters = make_divisor(p.clusters);
     LaunchConfig config(kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
     config.cluster(kCluster);
     return cudaLaunchKernelEx(config.get(), kKernel, maps, p);
 }
 
-using SharedDy256 = Plan<256, false>;
-using SharedDy128 = Plan<128, false>;
-using SharedW256 = Plan<256, true>;
-
-// Time of a launch, in hundredths of microseconds on an H100 (2026-11): what a step costs in each
-// plan, and what splitting N adds. Only the order of the results matters.
-template <class P>
-int64_t estimate(const LoraDxArgs& a, int64_t column_tiles, int clusters) {
-    constexpr int kStep = P::kTokens == 128 ? 62 : P::kSharesW ? 72 : 97;
-    constexpr int kLaunch = 300, kSplit = 300;
-    const int64_t tiles = cluster_tiles<P>(a, column_tiles), steps = ceil_div(a.w.N, kStepN);
-    if (!splits<P>(a, tiles, clusters) || tiles % clusters == 0)
-        return kLaunch + ceil_div(tiles, clusters) * steps * kStep;
-    return kLaunch + kSplit + (tiles / clusters * steps + steps / 2) * kStep;
-}
-
 template <typename T>
-cudaError_t launch_products(const LoraDxArgs& a, int clusters, cudaStream_t stream) {
-    const int64_t column_tiles = ceil_div(a.w.K, kTileColumns);
-    const Columns all{0, column_tiles};
-    // Shared W for the rounds that it fills, and what is left split along N.
-    const int64_t groups = ceil_div(a.M, 2 * SharedW256::kTokens);
-    const int64_t head = column_tiles * groups / clusters * clusters / groups;
-    const int64_t shared_w = estimate<SharedW256>(a, column_tiles, clusters);
-    const int64_t shared_dy = estimate<SharedDy256>(a, column_tiles, clusters);
-    const int64_t narrow = estimate<SharedDy128>(a, column_tiles, clusters);
-    const int64_t two = head == 0 || head == column_tiles
-                            ? INT64_MAX
-                            : estimate<SharedW256>(a, head, clusters) +
-                                  estimate<SharedDy256>(a, column_tiles - head, clusters);
-    const int64_t best = std::min(std::min(shared_w, shared_dy), std::min(narrow, two));
-    if (best == shared_w)
-        return launch_product<T, SharedW256>(a, all, clusters, stream);
-    if (best == shared_dy)
-        return launch_product<T, SharedDy256>(a, all, clusters, stream);
-    if (best == narrow)
-        return launch_product<T, SharedDy128>(a, all, clusters, stream);
-    const cudaError_t error = launch_product<T, SharedW256>(a, {0, head}, clusters, stream);
-    if (error != cudaSuccess)
-        return error;
-    return launch_product<T, SharedDy256>(a, {head, column_tiles - head}, clusters, stream);
-}
-
-template <typename T>
-cudaError_t launch(LoraDxArgs a, cudaStream_t stream) {
-    if (rounds_lora_A(a)) {
-        const FactorCopy copy{a.lora_A, true, a.r, a.w.K, a.w.K, a.workspace};
-        const cudaError_t error = copy_factors<T>(copy, {}, stream);
-        if (error != cudaSuccess)
-            return error;
-        a.lora_A = a.workspace;
+cudaError_t launch_products(const LoraDxArgs& a, cudaStream_t stream) {
+    const int clusters = clusters_of(sm_count(), a.beside_grads);
+    const Products products = choose_products(a, clusters);
+    const int64_t head = products.head, all = ceil_div(a.w.K, kTileColumns);
+    switch (products.plan) {
+    case Products::kSharedDy256:
+        return launch_product<T, SharedDy256>(a, {0, all}, clusters, stream);
+    case Products::kSharedDy128:
+        return launch_product<T, SharedDy128>(a, {0, all}, clusters, stream);
+    default:
+        break;
     }
-    return launch_products<T>(a, sm_count() / kCluster, stream);  // SMs come in pairs
+    const cudaError_t error = launch_product<T, SharedW256>(a, {0, head}, clusters, stream);
+    if (error != cudaSuccess || head == all)
+        return error;
+    return launch_product<T, SharedDy256>(a, {head, all - head}, clusters, stream);
 }
 
 }  // namespace
@@ -247,15 +195,19 @@ bool serves_nf4_lora_matmul_dx(const LoraDxArgs& a) {
            is_aligned(w.qweight) && device_is_sm90();
 }
 
-size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& a) {
-    return rounds_lora_A(a) ? size_t{2} * a.r * a.w.K : 0;
+int nf4_lora_matmul_dx_spare_sms(const LoraDxArgs& a, const LoraGradsArgs& grads) {
+    if (a.M == 0 || a.w.K == 0 || a.r == 0)
+        return 0;
+    const int sms = sm_count(), spare = spare_sms(a, sms);
+    const int64_t beside = lora_grads_time(grads, spare), alone = lora_grads_time(grads, sms);
+    return pays_beside(a, sms, beside, alone) ? spare : 0;
 }
 
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& a, cudaStream_t stream) {
     if (a.M == 0 || a.w.K == 0)
         return cudaSuccess;
-    return a.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(a, stream)
-                                       : launch<__half>(a, stream);
+    return a.dtype == Dtype::kBFloat16 ? launch_products<__nv_bfloat16>(a, stream)
+                                       : launch_products<__half>(a, stream);
 }
 
 }  // namespace lowbit::cuda

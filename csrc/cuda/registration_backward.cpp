@@ -156,9 +156,8 @@ OptionalTensor nf4_lora_matmul_dx(
             blocksize, nested_blocksize, row_blocks),
         call, dy);
     OptionalTensor dx = new_dx<kKernel>(a, call, dy, dx_sum);
-    const auto bytes = static_cast<int64_t>(kKernel.workspace_bytes(a));
-    const Tensor workspace = new_tensor(dy, {bytes}, ScalarType::Byte);
-    a.workspace = workspace.mutable_data_ptr();
+    const Workspace workspace(kKernel.workspace_bytes == nullptr ? 0 : kKernel.workspace_bytes(a));
+    a.workspace = workspace.data();
     check_launch(kKernel.launch(a, call.stream()), kKernel.name);
     return dx;
 }

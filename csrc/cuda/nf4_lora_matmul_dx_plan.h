@@ -1,0 +1,96 @@
+// How the host of nf4_lora_matmul_dx_sm90.cu chooses tiles and deals them out, and on which SMs the
+// gradients of the adapter are made.
+#pragma once
+
+#include <algorithm>
+
+#include "launch_config.h"
+#include "nf4_lora_matmul_dx_tile.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+using SharedDy256 = Plan<256, false>;
+using SharedDy128 = Plan<128, false>;
+using SharedW256 = Plan<256, true>;
+
+// How a launch deals out its tiles: whole rounds, and tiles whose N a cluster splits where those
+// after the last full round are few enough.
+struct Dealt {
+    int64_t full_tiles;   // of clusters
+    int64_t split_tiles;  // of CTAs
+    int clusters;         // that have work
+    // In hundredths of microseconds on an H100 (2026-11). Only the order of the results matters.
+    int64_t time;
+};
+
+template <class P>
+Dealt deal(const LoraDxArgs& a, int64_t column_tiles, int clusters) {
+    constexpr int kStep = P::kTokens == 128 ? 62 : P::kSharesW ? 72 : 97;
+    constexpr int kLaunch = 300, kSplit = 300;
+    const int64_t tiles =
+        ceil_div(column_tiles, P::kColumnTiles) * ceil_div(a.M, P::kTokens * P::kTokenTiles);
+    const int64_t steps = ceil_div(a.w.N, kStepN), rest = tiles % clusters;
+    const bool splits = !P::kSharesW && rest * 2 <= clusters && a.w.N >= 16 * kStepN;
+    Dealt d{tiles, 0, 0, kLaunch + ceil_div(tiles, clusters) * steps * kStep};
+    if (splits && rest > 0) {
+        d.full_tiles = tiles - rest, d.split_tiles = rest * P::kColumnTiles;
+        d.time = kLaunch + kSplit + (tiles / clusters * steps + steps / 2) * kStep;
+    }
+    d.clusters =
+        static_cast<int>(std::min<int64_t>(clusters, std::max(d.full_tiles, d.split_tiles)));
+    return d;
+}
+
+// The fastest way to compute the column tiles of a layer.
+struct Products {
+    enum Plan { kSharedDy256, kSharedDy128, kSharedW256, kTwo } plan;
+    int64_t head;  // of two launches, the column tiles of the first; otherwise all
+    int clusters;  // that have work
+    int64_t time;
+};
+
+inline Products choose_products(const LoraDxArgs& a, int clusters) {
+    const int64_t all = ceil_div(a.w.K, kTileColumns);
+    Products best{};
+    const auto consider = [&](Products::Plan plan, const Dealt& d) {
+        if (best.clusters == 0 || d.time < best.time)
+            best = {plan, all, d.clusters, d.time};
+    };
+    consider(Products::kSharedW256, deal<SharedW256>(a, all, clusters));
+    consider(Products::kSharedDy256, deal<SharedDy256>(a, all, clusters));
+    consider(Products::kSharedDy128, deal<SharedDy128>(a, all, clusters));
+    // Shared W for the rounds that it fills, and what is left split along N.
+    const int64_t groups = ceil_div(a.M, 2 * SharedW256::kTokens);
+    const int64_t head = all * groups / clusters * clusters / groups;
+    if (head == 0 || head == all)
+        return best;
+    const int64_t time =
+        deal<SharedW256>(a, head, clusters).time + deal<SharedDy256>(a, all - head, clusters).time;
+    return time < best.time ? Products{Products::kTwo, head, clusters, time} : best;
+}
+
+// SMs come in pairs.
+inline int clusters_of(int sms, bool beside_grads) {
+    return (sms - (beside_grads ? kBesideCluster : 0)) / kCluster;
+}
+
+// SMs that lora_grads may have beside the product, whole clusters; 0 if there are too few.
+inline int spare_sms(const LoraDxArgs& a, int sms) {
+    if (sms < 4 * kBesideCluster)
+        return 0;
+    const Products beside = choose_products(a, clusters_of(sms, true));
+    return (sms - kCluster * beside.clusters) / kBesideCluster * kBesideCluster;
+}
+
+// Whether these gradients had better be made on `spare` SMs meanwhile, which takes grads_beside,
+// than on all in front, grads_alone. Of ranks above 16 four SMs make them too slowly: r 64 takes
+// 1.5 times as long beside as in front (4096 x 4096 and 14336 x 4096, 256 tokens, H200, 2026-11).
+inline bool pays_beside(const LoraDxArgs& a, int sms, int64_t grads_beside, int64_t grads_alone) {
+    const int64_t beside = choose_products(a, clusters_of(sms, true)).time;
+    const int64_t alone = choose_products(a, clusters_of(sms, false)).time;
+    return a.r <= 16 && grads_beside > 0 && std::max(beside, grads_beside) < alone + grads_alone;
+}
+
+}  // namespace
+}  // namespace lowbit::cuda
