@@ -1,5 +1,8 @@
 // Walks through what lora_grads_sm90.cu and nf4_lora_matmul_dx_sm90.cu plan on the host, and ends
-// with 1 and a line at the first plan that is wrong. See test_plans.py.
+// with 1 and a line at the first plan that is wrong. For each four arguments M N K r
+// it prints instead on how many of 132 SMs the gradients run beside dx, and in how many launches
+// dx. See test_plans.py.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -24,12 +27,25 @@ const char* check_passes(const Division& d, int64_t M, int64_t C) {
     return nullptr;
 }
 
+// At most 28 MiB with the copy of lora_A, but where one part of the sums over tokens takes more.
+template <int kRank>
+const char* check_workspace(const LoraGradsArgs& a, const Divisions& d) {
+    const int64_t copy = a.rounded_lora_A != nullptr ? 2 * a.r * a.K : 0;
+    const int64_t dy = 4 * lay_out(d.dy, a, a.N, copies_of(a)).end;
+    const int64_t x = d.makes_A ? 4 * lay_out(d.x, a, a.K, {}).end : 0;
+    const int64_t least = 16 * kRank * std::max(a.N, a.K) + (1 << 20);
+    return std::max(dy, x) + copy > std::max<int64_t>(kWorkspaceLimit, least + copy) ? "workspace"
+                                                                                     : nullptr;
+}
+
 template <int kRank>
 const char* check_grads(const LoraGradsArgs& a, int sms, int& together) {
     const Divisions d = divide_both<kRank>(a, sms);
     const char* wrong = check_passes(d.dy, a.M, a.N);
-    if (wrong == nullptr)
+    if (wrong == nullptr && d.makes_A)
         wrong = check_passes(d.x, a.M, a.K);
+    if (wrong == nullptr)
+        wrong = check_workspace<kRank>(a, d);
     if (wrong != nullptr)
         return wrong;
     if (d.dy.cta_tokens > GradPlan<kRank, true>::kMaxTokens)
@@ -39,72 +55,103 @@ const char* check_grads(const LoraGradsArgs& a, int sms, int& together) {
     if (is_whole(d.dy, a) && d.dy.token_parts * d.dy.passes > 1)
         return "parts that are taken for whole sums";
     together += d.one_launch;
-    if ((time_of<kRank>(a, sms) > 0) != d.one_launch)
-        return "time";
     return nullptr;
 }
 
-const char* check_products(const LoraDxArgs& a, int sms, bool beside) {
-    const int clusters = clusters_of(sms, beside);
+const char* check_dealt(const Dealt& d, int clusters) {
+    return d.split_tiles > d.clusters || d.clusters < 1 || d.clusters > clusters
+               ? "tiles that are split"
+               : nullptr;
+}
+
+const char* check_products(const LoraDxArgs& a, int clusters) {
     const Products p = choose_products(a, clusters);
     const int64_t all = ceil_div(a.w.K, kTileColumns);
     if (p.clusters < 1 || p.clusters > clusters || p.head < 1 || p.head > all)
         return "clusters of the product";
     if ((p.plan == Products::kTwo) != (p.head < all))
         return "columns of the first launch";
-    const Dealt d = p.plan == Products::kSharedDy256   ? deal<SharedDy256>(a, all, clusters)
-                    : p.plan == Products::kSharedDy128 ? deal<SharedDy128>(a, all, clusters)
-                                                       : deal<SharedW256>(a, p.head, clusters);
-    if (d.split_tiles > d.clusters || d.clusters > clusters)
-        return "tiles that are split";
-    const int spare = spare_sms(a, sms);
-    if (beside && (spare % kBesideCluster != 0 || kCluster * p.clusters + spare > sms))
-        return "SMs left to the gradients";
-    if (beside && sms >= 4 * kBesideCluster && spare < kBesideCluster)
-        return "no SMs left to the gradients";
-    return nullptr;
+    switch (p.plan) {
+    case Products::kSharedDy256:
+        return check_dealt(deal<SharedDy256>(a, all, clusters), clusters);
+    case Products::kSharedDy128:
+        return check_dealt(deal<SharedDy128>(a, all, clusters), clusters);
+    default:
+        break;
+    }
+    const char* wrong = check_dealt(deal<SharedW256>(a, p.head, clusters), clusters);
+    return wrong != nullptr || p.head == all
+               ? wrong
+               : check_dealt(deal<SharedDy256>(a, all - p.head, clusters), clusters);
+}
+
+int64_t grads_time(const LoraGradsArgs& a, int sms) {
+    return sms == 0                  ? 0
+           : lora_columns(a.r) == 16 ? time_of<16>(a, sms)
+           : lora_columns(a.r) == 32 ? time_of<32>(a, sms)
+                                     : time_of<64>(a, sms);
+}
+
+// As nf4_lora_matmul_dx_spare_sms has it.
+int spare_sms(const LoraDxArgs& a, const LoraGradsArgs& grads, int sms, int room) {
+    const Beside beside = plan_beside(a, sms, room);
+    return choose_beside(
+        a, sms, beside, grads_time(grads, beside.spare_sms), grads_time(grads, sms));
+}
+
+void set_sizes(LoraGradsArgs& g, LoraDxArgs& a, int64_t M, int64_t N, int64_t K, int r) {
+    g.dtype = g.lora_A_dtype = g.lora_B_dtype = Dtype::kBFloat16;
+    g.M = a.M = M, g.N = a.w.N = N, g.K = a.w.K = K, g.r = a.r = r;
+    g.z = g.u = g.d_lora_B = g.d_lora_A = &g;
 }
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+    for (int at = 1; at + 4 <= argc; at += 4) {
+        LoraGradsArgs g{};
+        LoraDxArgs a{};
+        const auto size = [&](int i) { return std::atoi(argv[at + i]); };
+        set_sizes(g, a, size(0), size(1), size(2), size(3));
+        const int sms = 132, spare = spare_sms(a, g, sms, sms);
+        const Products p = choose_products(a, clusters_of(sms, spare > 0));
+        std::printf("%d %d\n", spare, p.plan == Products::kTwo ? 2 : 1);
+    }
+    if (argc > 1)
+        return 0;
     std::mt19937 random(0);
     int together = 0, pays = 0;
     for (int i = 0; i < 20000; i++) {
         LoraGradsArgs g{};
         LoraDxArgs a{};
-        g.dtype = g.lora_A_dtype = Dtype::kBFloat16;
+        set_sizes(
+            g, a, 1 + random() % (64 << random() % 10), 8 * (1 + random() % (2 << random() % 13)),
+            64 * (1 + random() % (1 << random() % 12)), static_cast<int>(1 + random() % 64));
         g.lora_B_dtype = random() % 2 ? Dtype::kBFloat16 : Dtype::kFloat32;
-        g.M = a.M = 1 + random() % (64 << random() % 10);
-        g.N = a.w.N = 8 * (1 + random() % (2 << random() % 11));
-        g.K = a.w.K = 64 * (1 + random() % (1 << random() % 9));
-        g.r = a.r = static_cast<int>(1 + random() % 64);
-        g.z = g.u = g.d_lora_B = &g;
         g.d_lora_A = random() % 4 ? &g : nullptr;
         g.rounded_lora_A = random() % 2 ? &g : nullptr;
-        const int sms = static_cast<int>(4 + random() % 156);
-        const int columns = lora_columns(g.r);
-        const auto check = [&](int on) {
-            return columns == 16   ? check_grads<16>(g, on, together)
-                   : columns == 32 ? check_grads<32>(g, on, together)
-                                   : check_grads<64>(g, on, together);
-        };
-        const char* wrong = check(sms);
-        const int spare = spare_sms(a, sms);
-        if (wrong == nullptr && spare > 0)
-            wrong = check(spare);
-        for (const bool beside : {false, true}) {
-            if (wrong == nullptr && clusters_of(sms, beside) > 0)
-                wrong = check_products(a, sms, beside);
+        const int sms = static_cast<int>(2 + random() % 158);
+        const int room = static_cast<int>(random() % (sms + 1)) / kBesideCluster * kBesideCluster;
+        const int spare = spare_sms(a, g, sms, room);
+        const char* wrong = nullptr;
+        for (const int on : {sms, plan_beside(a, sms, room).spare_sms}) {
+            if (wrong == nullptr && on > 0)
+                wrong = lora_columns(g.r) == 16   ? check_grads<16>(g, on, together)
+                        : lora_columns(g.r) == 32 ? check_grads<32>(g, on, together)
+                                                  : check_grads<64>(g, on, together);
         }
+        if (wrong == nullptr)
+            wrong = check_products(a, clusters_of(sms, spare > 0));
+        const int busy = kCluster * choose_products(a, clusters_of(sms, spare > 0)).clusters;
+        if (wrong == nullptr && (spare % kBesideCluster != 0 || spare > room || busy + spare > sms))
+            wrong = "SMs left to the gradients";
         if (wrong != nullptr) {
             std::printf(
                 "%s: M %lld, N %lld, K %lld, r %d, %d SMs\n", wrong, static_cast<long long>(a.M),
                 static_cast<long long>(a.w.N), static_cast<long long>(a.w.K), a.r, sms);
             return 1;
         }
-        if (spare > 0 && columns == 16)
-            pays += pays_beside(a, sms, time_of<16>(g, spare), time_of<16>(g, sms));
+        pays += spare > 0;
     }
     std::printf("%d %d\n", together, pays);
 }

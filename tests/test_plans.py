@@ -10,12 +10,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import beside_dx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _run(name, tmp_path, *flags):
+def _run(name, tmp_path, *flags, arguments=()):
     """Compile and run a program beside this file; return the numbers it prints."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
@@ -24,7 +25,9 @@ def _run(name, tmp_path, *flags):
     build = [nvcc, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", *flags, "-o", program, source]
     compiled = subprocess.run(build, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
-    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [program, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout
     return [int(number) for number in done.stdout.split()]
 
@@ -55,6 +58,13 @@ def test_gradients_in_front_of_and_beside_dx(tmp_path):
     together, beside = _run("backward_plan.cu", tmp_path, "-arch=sm_90a")
     assert together > 1000  # in one launch, of 40000
     assert beside > 1000  # of 20000
+
+
+def test_layers_whose_gradients_run_beside_dx(tmp_path):
+    """Those that test_nf4_lora_backward.py computes on a card."""
+    sizes = [size for layer in beside_dx.LAYERS for size in layer]
+    planned = _run("backward_plan.cu", tmp_path, "-arch=sm_90a", arguments=sizes)
+    assert list(zip(planned[::2], planned[1::2], strict=True)) == list(beside_dx.LAYERS.values())
 
 
 def test_devices_are_asked_for_clusters_once(tmp_path):

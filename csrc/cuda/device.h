@@ -37,6 +37,17 @@ inline int sm_count() {
     return device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
+// Whether kernels in a stream have the SMs of a green context, fewer than sm_count. Its own context
+// decides, for the default stream the thread's.
+inline bool in_green_context(cudaStream_t stream) {
+    static const auto contexts_of =
+        driver_function<decltype(&cuStreamGetCtx_v2)>("cuStreamGetCtx", 12050);
+    CUcontext context = nullptr;
+    CUgreenCtx green = nullptr;
+    return contexts_of != nullptr && contexts_of(stream, &context, &green) == CUDA_SUCCESS &&
+           green != nullptr;
+}
+
 // Whether the current device runs the *_sm90.cu kernels: compute capability 9.0, not later ones.
 inline bool device_is_sm90() {
     return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&

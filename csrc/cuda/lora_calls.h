@@ -79,9 +79,9 @@ inline void run_product(const ProductKernel& kernel, LoraMatmulArgs& a, cudaStre
 struct DxKernel {
     const char* name;
     bool (*serves)(const LoraDxArgs&);
-    // Null: it needs none, but lora_A in dtype, a copy by lora_grads if need be.
-    size_t (*workspace_bytes)(const LoraDxArgs&);
+    size_t (*workspace_bytes)(const LoraDxArgs&);  // null: needs none
     cudaError_t (*launch)(const LoraDxArgs&, cudaStream_t);
+    bool rounds_lora_A;  // itself; else lora_grads does, in front
     // Where lora_grads runs beside the product; null: it always runs in front.
     int (*spare_sms)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
     // With the gradients of the adapter; null: lora_grads makes them.
@@ -90,14 +90,18 @@ struct DxKernel {
     cudaError_t (*launch_all)(const LoraDxArgs&, const LoraGradsArgs&, cudaStream_t) = nullptr;
 };
 
-inline constexpr DxKernel kDxInLoop{
-    "nf4_lora_matmul_dx", serves_nf4_lora_matmul_dx, nullptr, launch_nf4_lora_matmul_dx,
-    nf4_lora_matmul_dx_spare_sms};
+inline constexpr DxKernel kDxInLoop{"nf4_lora_matmul_dx",
+                                    serves_nf4_lora_matmul_dx,
+                                    nullptr,
+                                    launch_nf4_lora_matmul_dx,
+                                    false,
+                                    nf4_lora_matmul_dx_spare_sms};
 inline constexpr DxKernel kDxLarge{
     "nf4_lora_matmul_dx_large",
     serves_nf4_lora_matmul_dx_large,
     nf4_lora_matmul_dx_large_workspace_bytes,
     launch_nf4_lora_matmul_dx_large,
+    true,
     nullptr,
     serves_nf4_lora_backward_large,
     nf4_lora_backward_large_workspace_bytes,
@@ -121,8 +125,7 @@ inline void run_backward(
     constexpr int64_t kAlignment = 256;
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
     const bool need_dx = b.dx != nullptr, need_u = need_dx || a.d_lora_A != nullptr;
-    const bool rounds =
-        need_dx && kernel.workspace_bytes == nullptr && b.r > 0 && b.lora_A_dtype != b.dtype;
+    const bool rounds = need_dx && !kernel.rounds_lora_A && b.r > 0 && b.lora_A_dtype != b.dtype;
     const int64_t u_bytes = need_u ? round_up(a.M * lora_columns(a.r) * 2) : 0;
     const int64_t factor_bytes = rounds ? round_up(2 * b.r * b.w.K) : 0;
     a.u = need_u ? const_cast<void*>(a.dy) : nullptr;  // until it is known where they lie

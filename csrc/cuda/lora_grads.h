@@ -48,8 +48,11 @@ bool serves_lora_grads(const LoraGradsArgs& args);
 // At most 28 MiB with rounded_lora_A, but for extreme shapes.
 size_t lora_grads_workspace_bytes(const LoraGradsArgs& args);
 
-// On how many SMs the passes run one after the other in hundredths of microseconds, roughly; 0 if
-// they are several launches there.
+// On how many SMs of the idle device clusters of kBesideCluster CTAs find room.
+int lora_grads_room();
+
+// How long the passes take on so many SMs, in hundredths of microseconds, roughly; 0 if they are
+// several launches there.
 int64_t lora_grads_time(const LoraGradsArgs& args, int sms);
 
 // One read of dy, and for d_lora_A, with which u is wanted, one of x.

@@ -115,20 +115,24 @@ Copies copies_of(const LoraGradsArgs& a) {
 
 Workspace lay_out(const Division& d, const LoraGradsArgs& a, int64_t C, Copies copies) {
     const int columns = lora_columns(a.r);
-    auto aligned = [](int64_t floats) { return ceil_div(floats, 32) * 32; };
+    const auto aligned = [](bool wanted, int64_t floats) {
+        return wanted ? ceil_div(floats, 32) * 32 : 0;
+    };
+    const bool parts = !is_whole(d, a);
     Workspace w{};
-    w.sums = aligned(d.projection_floats);
-    w.column_sums = w.sums + aligned(d.sum_floats);
-    w.running_sums = w.column_sums + aligned(d.column_sum_floats);
-    w.running_column_sums = w.running_sums + (d.passes > 1 ? aligned(C * columns) : 0);
-    w.scaling_parts = w.running_column_sums + (d.passes > 1 ? aligned(C) : 0);
-    w.z = w.scaling_parts + aligned(int64_t{finish_units(C * columns)} * columns);
-    w.lora_B = w.z + (copies.z ? aligned(a.M * columns / 2) : 0);
-    w.end = w.lora_B + (copies.lora_B ? aligned(a.N * columns / 2) : 0);
+    w.sums = aligned(true, d.projection_floats);
+    w.column_sums = w.sums + aligned(parts, d.sum_floats);
+    w.running_sums = w.column_sums + aligned(parts, d.column_sum_floats);
+    w.running_column_sums = w.running_sums + aligned(d.passes > 1, C * columns);
+    w.scaling_parts = w.running_column_sums + aligned(d.passes > 1, C);
+    w.z = w.scaling_parts + aligned(parts, int64_t{finish_units(C * columns)} * columns);
+    w.lora_B = w.z + aligned(copies.z, a.M * columns / 2);
+    w.end = w.lora_B + aligned(copies.lora_B, a.N * columns / 2);
     return w;
 }
 
-// In as few passes as the limit of the workspace allows.
+// In as few passes as the limit of the workspace allows. With one part of the tokens, and no
+// projection, more of them would need more.
 template <class P>
 Division divide(const LoraGradsArgs& a, int64_t C, bool projects, Copies copies, int processors) {
     const int64_t rounded_bytes = a.rounded_lora_A != nullptr ? 2 * a.r * a.K : 0;
@@ -138,7 +142,8 @@ Division divide(const LoraGradsArgs& a, int64_t C, bool projects, Copies copies,
         Division d = divide_pass<P>(std::min(tokens, a.M), C, projects, processors);
         d.pass_tokens = tokens;
         d.passes = static_cast<int>(ceil_div(a.M, tokens));
-        if (lay_out(d, a, C, copies).end * 4 <= limit || tokens == kStageTokens)
+        const bool least = tokens == kStageTokens || (!projects && d.token_parts == 1);
+        if (least || lay_out(d, a, C, copies).end * 4 <= limit)
             return d;
     }
 }
@@ -154,8 +159,9 @@ template <int kRank>
 Divisions divide_both(const LoraGradsArgs& a, int sms) {
     Divisions d{};
     d.dy = divide<GradPlan<kRank, true>>(a, a.N, a.u != nullptr, copies_of(a), sms);
-    d.x = divide<GradPlan<kRank, false>>(a, a.K, false, {}, sms);
     d.makes_A = a.d_lora_A != nullptr && a.K > 0;
+    if (d.makes_A)
+        d.x = divide<GradPlan<kRank, false>>(a, a.K, false, {}, sms);
     const auto is_one_wave = [&](const Division& of) { return of.passes == 1 && of.ctas() <= sms; };
     d.one_launch = !wants_scaling(a) && is_one_wave(d.dy) && (!d.makes_A || is_one_wave(d.x));
     return d;

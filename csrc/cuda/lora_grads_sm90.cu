@@ -214,7 +214,8 @@ int own_sms(const LoraGradsArgs& a) {
 
 template <typename T, int kRank>
 cudaError_t launch_x(const LoraGradsArgs& a, cudaStream_t stream) {
-    return launch_passes<T, GradPlan<kRank, false>>(a, divide_both<kRank>(a, own_sms(a)).x, stream);
+    using X = GradPlan<kRank, false>;
+    return launch_passes<T, X>(a, divide<X>(a, a.K, false, {}, own_sms(a)), stream);
 }
 
 template <typename T, int kRank>
@@ -272,8 +273,21 @@ size_t lora_grads_workspace_bytes(const LoraGradsArgs& a) {
     }
 }
 
+int lora_grads_room() {
+    using Dy = GradPlan<16, true>;
+    using X = GradPlan<16, false>;
+    static Answers answers;
+    const int found = once_per_device(answers, [] {
+        const auto kernel = lora_grads_both_kernel<__nv_bfloat16, Dy, X>;
+        return 1 + clusters_at_once(
+                       reinterpret_cast<const void*>(kernel), kBesideCluster, kGradThreads,
+                       Dy::kSmemBytes);
+    });
+    return kBesideCluster * std::max(0, found - 1);
+}
+
 int64_t lora_grads_time(const LoraGradsArgs& a, int sms) {
-    if (a.M == 0 || a.N == 0 || sms == 0)
+    if (a.M == 0 || a.N == 0 || sms == 0 || wants_scaling(a))
         return 0;
     switch (lora_columns(a.r)) {
     case 16:

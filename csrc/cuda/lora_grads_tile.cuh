@@ -7,8 +7,9 @@
 // A CTA owns a rectangle of g. It walks over it in chunks of kColumns columns, and in a chunk 64
 // tokens at a time, through a ring of stages that one thread fills by TMA. Half of the warps, or
 // without a projection all of them, keep the chunk's sums in registers, the other half adds up the
-// projection of all tokens in shared memory. Both go to the workspace as fp32 partial sums; then
-// the CTAs wait for each other and share the rest of the work (lora_grads_finish.cuh).
+// projection of all tokens in shared memory. Both go to the workspace as fp32 partial sums, or sums
+// over all tokens to their results; then the CTAs wait for each other and share the rest of the
+// work (lora_grads_finish.cuh).
 #pragma once
 
 #include <cooperative_groups.h>

@@ -15,7 +15,7 @@ struct LoraDxArgs {
     const void* dy;      // [M, N]
     const void* u;       // [M, lora_columns(r)]: RN(s_j sum_n dy[m, n] lora_B[n, j]), 0 behind r
     const void* lora_A;  // [r, K]; u and lora_A null when r = 0
-    Dtype lora_A_dtype;  // dtype or kFloat32, to be rounded
+    Dtype lora_A_dtype;  // dtype or kFloat32, which is rounded on the way: see DxKernel
     void* dx;            // [M, K]
     bool adds;           // to what is in dx, in its own dtype
     // launch_lora_grads is in front in the stream: it makes u and has waited for all else in here.
@@ -26,7 +26,7 @@ struct LoraDxArgs {
     void* workspace;  // of nf4_lora_matmul_dx_large, uninitialized
 };
 
-// 16-bit dtype, flat weight, K % 64 == 0, K <= 2^18 (a workspace of at most 32 MiB), N % 8 == 0, N
+// 16-bit dtype, flat weight, K % 64 == 0, K <= 2^18 (rounded, lora_A takes 32 MiB), N % 8 == 0, N
 // <= 2^20, blocksize 64 to 4096, r <= 64, M <= 2^19, 16-byte aligned pointers. Dropout stays
 // outside: with it, r = 0 here and the caller adds the masked low-rank term.
 bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
@@ -35,7 +35,8 @@ bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
 // true. 0: in front of it, on all.
 int nf4_lora_matmul_dx_spare_sms(const LoraDxArgs& args, const LoraGradsArgs& grads);
 
-// One to three kernels, one after the other in the stream, as programmatic dependent launches.
+// One kernel or two, one after the other in the stream, as programmatic dependent launches; lora_A
+// in dtype.
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& args, cudaStream_t stream);
 
 }  // namespace lowbit::cuda

@@ -75,21 +75,30 @@ inline int clusters_of(int sms, bool beside_grads) {
     return (sms - (beside_grads ? kBesideCluster : 0)) / kCluster;
 }
 
-// SMs that lora_grads may have beside the product, whole clusters; 0 if there are too few.
-inline int spare_sms(const LoraDxArgs& a, int sms) {
-    if (sms < 4 * kBesideCluster)
-        return 0;
-    const Products beside = choose_products(a, clusters_of(sms, true));
-    return (sms - kCluster * beside.clusters) / kBesideCluster * kBesideCluster;
+// The product beside the gradients of the adapter.
+struct Beside {
+    int spare_sms;  // left to them, whole clusters; 0: not possible
+    int64_t time;   // of the product
+};
+
+// `room`: of clusters of the gradients. Of ranks above 16 four SMs make them too slowly: r 64 takes
+// 1.5 times as long beside as in front (4096 x 4096 and 14336 x 4096, 256 tokens, H200, 2026-11).
+inline Beside plan_beside(const LoraDxArgs& a, int sms, int room) {
+    if (a.r == 0 || a.r > 16 || sms < 4 * kBesideCluster)
+        return {};
+    const Products products = choose_products(a, clusters_of(sms, true));
+    const int left = std::min(sms - kCluster * products.clusters, room);
+    return {left / kBesideCluster * kBesideCluster, products.time};
 }
 
-// Whether these gradients had better be made on `spare` SMs meanwhile, which takes grads_beside,
-// than on all in front, grads_alone. Of ranks above 16 four SMs make them too slowly: r 64 takes
-// 1.5 times as long beside as in front (4096 x 4096 and 14336 x 4096, 256 tokens, H200, 2026-11).
-inline bool pays_beside(const LoraDxArgs& a, int sms, int64_t grads_beside, int64_t grads_alone) {
-    const int64_t beside = choose_products(a, clusters_of(sms, true)).time;
-    const int64_t alone = choose_products(a, clusters_of(sms, false)).time;
-    return a.r <= 16 && grads_beside > 0 && std::max(beside, grads_beside) < alone + grads_alone;
+// SMs that the gradients had better have, by the time they take there and in front, on all; 0 of
+// either: not in one launch.
+inline int choose_beside(
+    const LoraDxArgs& a, int sms, const Beside& beside, int64_t grads_beside, int64_t grads_alone) {
+    if (grads_beside == 0)
+        return 0;
+    const int64_t in_front = grads_alone + choose_products(a, clusters_of(sms, false)).time;
+    return std::max(beside.time, grads_beside) < in_front ? beside.spare_sms : 0;
 }
 
 }  // namespace

@@ -196,16 +196,21 @@ bool serves_nf4_lora_matmul_dx(const LoraDxArgs& a) {
 }
 
 int nf4_lora_matmul_dx_spare_sms(const LoraDxArgs& a, const LoraGradsArgs& grads) {
-    if (a.M == 0 || a.w.K == 0 || a.r == 0)
+    if (a.M == 0 || a.w.K == 0)
         return 0;
-    const int sms = sm_count(), spare = spare_sms(a, sms);
-    const int64_t beside = lora_grads_time(grads, spare), alone = lora_grads_time(grads, sms);
-    return pays_beside(a, sms, beside, alone) ? spare : 0;
+    const int sms = sm_count();
+    const Beside beside = plan_beside(a, sms, lora_grads_room());
+    if (beside.spare_sms == 0)
+        return 0;
+    return choose_beside(
+        a, sms, beside, lora_grads_time(grads, beside.spare_sms), lora_grads_time(grads, sms));
 }
 
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& a, cudaStream_t stream) {
     if (a.M == 0 || a.w.K == 0)
         return cudaSuccess;
+    if (a.r > 0 && a.lora_A_dtype != a.dtype)
+        return cudaErrorInvalidValue;
     return a.dtype == Dtype::kBFloat16 ? launch_products<__nv_bfloat16>(a, stream)
                                        : launch_products<__half>(a, stream);
 }

@@ -151,13 +151,15 @@ cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cu
     p.full_tiles = division.full_tiles;
     if (division.split_tiles > 0)
         p.split = make_split_tiles(division.split_tiles, division.split_clusters, p.steps);
-    p.level = division.split_tiles > 0 && division.split_clusters % division.split_tiles == 0;
+    // A launch that a graph records is not refused before the graph runs; hence the question.
+    p.level = division.split_tiles > 0 && division.split_clusters % division.split_tiles == 0 &&
+              !in_green_context(stream);
     p.waits_first = !has_first_kernel(a, division);
     p.quick_scales = quick_scales(a.w);
 
     error = launch_grid<T, kNested, P>(maps, p, stream);
-    // Fewer CTAs may be resident than sm_count says: in a green context, or in a share of MPS. The
-    // workspace does not depend on level.
+    // Fewer CTAs may be resident than sm_count says: in a share of MPS, or in a context that
+    // in_green_context does not see. The workspace does not depend on level.
     if (p.level && error == cudaErrorCooperativeLaunchTooLarge) {
         cudaGetLastError();  // left in place it would be taken for another call's
         p.level = false;

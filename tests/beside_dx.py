@@ -1,0 +1,12 @@
+"""Layers whose adapter's gradients run beside dx on a card of 132 SMs."""
+
+# (M, N, K, r): the SMs they have there, and launches of dx. Sums over all tokens, and in parts.
+LAYERS = {
+    (256, 4096, 4096, 16): (4, 1),
+    (512, 4096, 4096, 12): (4, 1),
+    (1000, 8192, 4096, 16): (4, 1),
+    (600, 2048, 14336, 16): (4, 2),
+    (1100, 3072, 9216, 16): (4, 2),
+    (250, 1032, 14336, 16): (20, 1),
+    (200, 1024, 2048, 5): (68, 1),
+}
