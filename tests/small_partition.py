@@ -17,6 +17,8 @@ SMS = 8  # the fewest that a green context can have, and a cluster of eight need
 PRODUCTS = [
     ("nf4_lora_gemv", 1, 4096, 4096, 16),
     ("nf4_lora_matmul_small", 16, 4096, 4096, 16),
+    ("nf4_lora_matmul_small", 2, 14336, 4096, 0),
+    ("nf4_lora_matmul_small", 64, 4096, 14336, 64),
     ("nf4_lora_matmul_portable", 16, 4096, 4096, 16),
     ("nf4_lora_matmul_mid", 256, 1024, 4096, 16),
     ("nf4_lora_matmul_mid", 256, 1024, 4096, 0),

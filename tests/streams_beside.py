@@ -1,4 +1,4 @@
-"""Forward products of four random layers, each on a stream of its own, by kernels whose CTAs wait
+"""Forward products of six random layers, each on a stream of its own, by kernels whose CTAs wait
 for each other; run by test_cuda_room.py in a process of its own.
 
 Prints a line per round: how many results have other bits than those of the layer alone. Until
@@ -13,10 +13,11 @@ import torch
 import lowbit
 from lowbit import dispatch
 
-KERNELS = ("nf4_lora_matmul_large", "nf4_lora_matmul_mid")
+KERNELS = ("nf4_lora_matmul_large", "nf4_lora_matmul_mid", "nf4_lora_matmul_small")
 TOKENS = {
     "nf4_lora_matmul_large": (2304, 3000, 4096),
     "nf4_lora_matmul_mid": (256, 700, 1024, 3000),
+    "nf4_lora_matmul_small": (2, 16, 64),
 }
 ROUNDS, CALLS, RANK = 40, 25, 16
 
@@ -45,7 +46,8 @@ def main() -> None:
     for number in range(ROUNDS):
         calls = [layer(kernel, draw) for kernel in (*KERNELS, *KERNELS)]
         alone = [call() for call in calls]
-        priorities = (lowest, lowest, highest, highest) if number % 2 else (lowest,) * 4
+        others = highest if number % 2 else lowest
+        priorities = [lowest] * len(KERNELS) + [others] * len(KERNELS)
         streams = [torch.cuda.Stream(priority=priority) for priority in priorities]
         torch.cuda.synchronize()
         for _ in range(CALLS):

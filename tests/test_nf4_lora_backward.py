@@ -524,7 +524,7 @@ def test_memory_of_a_call(M, masters, needs, kernel):
 
 @pytest.mark.parametrize("M", [256, 1024])
 def test_memory_of_wide_fp32_masters(M):
-    """As wide as the widest layers there are: lora_A rounded takes 9 MiB, its gradient's sums 18."""
+    """As wide as the widest layers there are: a rounded lora_A is 9 MiB, its gradient's sums 18."""
     case = _case(M, 2048, 73728, 64, masters=True)
     assert _extra_bytes(case, ONE_LAUNCH, KERNEL) <= 32 << 20
 

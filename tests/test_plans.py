@@ -2,8 +2,9 @@
 
 Who computes which tile and when is arithmetic on the host, or that host and device share: of the
 kernels for many tokens (csrc/cuda/nf4_lora_matmul_large_plan.h), and of that for some hundred
-tokens with the projection before or beside it (nf4_lora_matmul_mid_plan.h, lora_project.h), and of
-dx with the gradients before or beside it (nf4_lora_matmul_dx_plan.h, lora_grads_plan.h).
+tokens with the projection before or beside it (nf4_lora_matmul_mid_plan.h, lora_project.h), of dx
+with the gradients before or beside it (nf4_lora_matmul_dx_plan.h, lora_grads_plan.h), and of that
+for a few tokens (nf4_lora_matmul_small_plan.h).
 """
 
 import shutil
@@ -65,6 +66,11 @@ def test_layers_whose_gradients_run_beside_dx(tmp_path):
     sizes = [size for layer in beside_dx.LAYERS for size in layer]
     planned = _run("backward_plan.cu", tmp_path, "-arch=sm_90a", arguments=sizes)
     assert list(zip(planned[::2], planned[1::2], strict=True)) == list(beside_dx.LAYERS.values())
+
+
+def test_shares_of_few_tokens_and_who_waits_for_whom(tmp_path):
+    (shared_tiles,) = _run("small_plan.cu", tmp_path)
+    assert shared_tiles > 1000  # plans in which CTAs begin and end within tiles, of 20000
 
 
 def test_devices_are_asked_for_clusters_once(tmp_path):

@@ -63,6 +63,21 @@ load_tile(uint32_t destination, const CUtensorMap& map, int column, int row, uin
         : "memory");
 }
 
+// The same of three axes.
+__device__ __forceinline__ void load_tile(
+    uint32_t destination,
+    const CUtensorMap& map,
+    int column,
+    int row,
+    int plane,
+    uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5}], [%2];" ::"r"(destination),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(plane)
+        : "memory");
+}
+
 // What L2 makes room with, as createpolicy encodes it.
 constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
 
@@ -109,6 +124,13 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 __device__ __forceinline__ void prefetch_tile_l2(const CUtensorMap& map, int column, int row) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map),
                  "r"(column), "r"(row)
+                 : "memory");
+}
+
+__device__ __forceinline__ void
+prefetch_tile_l2(const CUtensorMap& map, int column, int row, int plane) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(&map),
+                 "r"(column), "r"(row), "r"(plane)
                  : "memory");
 }
 

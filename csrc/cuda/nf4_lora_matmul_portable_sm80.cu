@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int lane = threadIdx.x % kWarpSize, g = lane / 4;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
     const int row_group = warp % Tile::kRowGroups, group = warp / Tile::kRowGroups;
-    const Piece piece = own_piece(p.shares);
+    const Piece piece = piece_of(p.shares, blockIdx.x);
     const auto row_tile = [&](int tile) {
         return Tile::kOneTokenTile ? tile : divide(tile, p.by_token_tiles);
     };
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (group > 0)
             continue;
         if (!s.finishes) {
-            store_partial<Tile>(sums, p);
+            store_partial<Tile>(sums, p, blockIdx.x);
             continue;
         }
         const int row0 = first_row(s.tile), token0 = first_token(s.tile);
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             add_low_rank<T, Tile>(sums, p, row0, smem);
         }
         if (end > tile_begin)
-            add_partials<Tile>(sums, p, tile_begin);
+            add_partials<Tile>(sums, p, blockIdx.x, tile_begin);
 #pragma unroll
         for (int j = 0; j < kRowTiles; j++)
             store_y<T>(
@@ -327,6 +327,7 @@ cudaError_t launch(const LoraMatmulArgs& a, cudaStream_t stream) {
     problem.z_slices = plan.slices;
     problem.partials = reinterpret_cast<float*>(workspace + space.partials);
     problem.flags = projection.flags;
+    problem.mark = 1;
     problem.y = a.y;
     problem.M = static_cast<int>(a.M);
     problem.r = a.r;

@@ -62,7 +62,8 @@ struct Problem {
     float scaling;
     int z_slices;
     float* partials;  // [CTAs][kRows kTokens]
-    uint32_t* flags;  // [CTAs]
+    uint32_t* flags;  // [CTAs], zeroed by the launch in front
+    uint32_t mark;    // 1
     void* y;
     int M;
     int r;

@@ -34,7 +34,7 @@ struct Segment {
     bool finishes;  // it has the tile's last unit
     bool whole;
 
-    __device__ __forceinline__ Segment(int begin, int end, const Shares& shares) {
+    __host__ __device__ __forceinline__ Segment(int begin, int end, const Shares& shares) {
         tile = divide(end - 1, shares.by_units);
         const int tile_begin = tile * shares.units;
         first = max(begin - tile_begin, 0);
@@ -49,9 +49,20 @@ struct Piece {
     int end;
 };
 
-__device__ __forceinline__ Piece own_piece(const Shares& shares) {
-    const int cta = blockIdx.x;
+__host__ __device__ __forceinline__ Piece piece_of(const Shares& shares, int cta) {
     return {shares.pieces.begin(cta), shares.pieces.begin(cta + 1)};
+}
+
+// Whether a tile ends within the CTA's piece.
+__host__ __device__ __forceinline__ bool finishes_tiles(const Shares& shares, int cta) {
+    const Piece piece = piece_of(shares, cta);
+    return divide(piece.end, shares.by_units) > divide(piece.begin, shares.by_units);
+}
+
+// Whether this is the first tile that the CTA finishes, that is, the last one that ends there.
+__host__ __device__ __forceinline__ bool
+finishes_first(const Segment& s, const Piece& piece, const Shares& shares) {
+    return s.finishes && (s.tile + 2) * shares.units > piece.end;
 }
 
 // Lane l of a quad row g holds rows row_of(g) and row_of(g) + 2 of its warp's 16 as rows g and g +
@@ -82,9 +93,9 @@ __device__ __forceinline__ uint32_t load_lora_pair(const T* row, int j, int r) {
 
 // ---- sums of a tile -----------------------------------------------------------------------------
 //
-// Problem: w, bias, y, M; and partials [CTAs][kRows kTokens] f32, flags [CTAs], 1 when the CTA's
-// partial is there, zeroed by the launch in front, and shares. kSums sums are those of one of
-// Tile::kFinishers threads, the first ones of the CTA.
+// Problem: w, bias, y, M; and partials [CTAs][kRows kTokens] f32, flags [CTAs], `mark` when the
+// CTA's partial is there and something else when the kernel begins, and shares. kSums sums are
+// those of one of Tile::kFinishers threads, the first ones of the CTA.
 
 constexpr int kFinishBarrier = 6;
 
@@ -94,9 +105,19 @@ __device__ __forceinline__ float4* partial_of(const Problem& p, int cta) {
            static_cast<int64_t>(cta) * (Tile::kFinishers * kSums / 4) + threadIdx.x;
 }
 
+// By the one thread that waits for this word, which it sets back: a graph's next run has the same
+// mark.
+template <typename Mark>
+__device__ __forceinline__ void wait_for_mark(Mark* flag, Mark mark) {
+    while (load_acquire(flag) != mark) {
+    }
+    *flag = 0;
+}
+
 template <typename Tile, int kSums, typename Problem>
-__device__ __forceinline__ void store_partial(const float (&sums)[kSums], const Problem& p) {
-    float4* out = partial_of<Tile, kSums>(p, blockIdx.x);
+__device__ __forceinline__ void
+store_partial(const float (&sums)[kSums], const Problem& p, int cta) {
+    float4* out = partial_of<Tile, kSums>(p, cta);
 #pragma unroll
     for (int i = 0; i < kSums; i += 4)
         __stcg(
@@ -104,21 +125,19 @@ __device__ __forceinline__ void store_partial(const float (&sums)[kSums], const 
             make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
     named_barrier(kFinishBarrier, Tile::kFinishers);
     if (threadIdx.x == 0)
-        store_release(p.flags + blockIdx.x, 1);
+        store_release(p.flags + cta, p.mark);
 }
 
-// What earlier CTAs have of this tile, from its first unit on. They wait for nothing.
+// What earlier CTAs have of this tile, from its first unit on; they stored it before they waited
+// for anybody. No other CTA asks for it.
 template <typename Tile, int kSums, typename Problem>
 __device__ __forceinline__ void
-add_partials(float (&sums)[kSums], const Problem& p, int tile_begin) {
-    const int first = p.shares.pieces.piece_before(blockIdx.x, tile_begin);
-    for (int cta = first + static_cast<int>(threadIdx.x); cta < blockIdx.x;
-         cta += Tile::kFinishers) {
-        while (load_acquire(p.flags + cta) == 0) {
-        }
-    }
+add_partials(float (&sums)[kSums], const Problem& p, int own, int tile_begin) {
+    const int first = p.shares.pieces.piece_before(own, tile_begin);
+    for (int cta = first + static_cast<int>(threadIdx.x); cta < own; cta += Tile::kFinishers)
+        wait_for_mark(p.flags + cta, p.mark);
     named_barrier(kFinishBarrier, Tile::kFinishers);
-    for (int cta = first; cta < blockIdx.x; cta++) {
+    for (int cta = first; cta < own; cta++) {
         const float4* in = partial_of<Tile, kSums>(p, cta);
 #pragma unroll
         for (int i = 0; i < kSums; i += 4) {

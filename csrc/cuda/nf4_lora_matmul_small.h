@@ -1,4 +1,4 @@
-// A few tokens, 2 to 64, through a 4-bit linear layer with a low-rank update, in two launches.
+// A few tokens, 2 to 64, through a 4-bit linear layer with a low-rank update, in one launch.
 #pragma once
 
 #include <cstddef>
@@ -12,11 +12,11 @@ namespace lowbit::cuda {
 // qweight and absmax 16-byte aligned. K % 256 == 0 and blocks of 64 are fast.
 bool serves_nf4_lora_matmul_small(const LoraMatmulArgs& args);
 
-// Bytes that args.workspace must hold, 16-byte aligned; any contents. At most 13 MB for K <= 28672.
+// Bytes that args.workspace must hold, 16-byte aligned; any contents. At most 9 MB with 132 SMs.
 size_t nf4_lora_matmul_small_workspace_bytes(const LoraMatmulArgs& args);
 
-// Both launches may start before the kernels in front of them in the stream have ended
-// (programmatic dependent launch); they wait for them themselves.
+// The kernel may start before those in front of it in the stream have ended (programmatic dependent
+// launch); it waits for them itself.
 cudaError_t launch_nf4_lora_matmul_small(const LoraMatmulArgs& args, cudaStream_t stream);
 
 }  // namespace lowbit::cuda

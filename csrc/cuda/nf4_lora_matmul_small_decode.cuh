@@ -1,84 +1,30 @@
-// From codes to operands in nf4_lora_matmul_small_sm90.cu, and z.
+// From codes to operands in nf4_lora_matmul_small_sm90.cu.
 #pragma once
 
-#include "bulk_sm90.cuh"
 #include "common.cuh"
 #include "nf4_lora_matmul_small_tile.cuh"
-#include "ptx.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
-// z, scaled and rounded, to shared memory as rows of 64 columns under the 128-byte swizzle, of
-// which the padded rank is written. One CTA also writes z_out.
-template <typename T, typename Tile>
-__device__ __forceinline__ void gather_z(const Problem& p, uint32_t smem) {
-    const int rank = (p.r + 15) / 16 * 16, values = Tile::kTokens * rank;
-    // A thread's values are loaded four at a time, before the first is stored. Unrolled: with a
-    // loop here ptxas makes the main loop 10 to 30 instructions longer.
-    constexpr int kMost = Tile::kTokens * kMaxRank / kConsumers, kBatch = kMost < 4 ? kMost : 4;
-    constexpr int kSlices = 8 / kBatch;
-#pragma unroll
-    for (int first = 0; first < kMost * kConsumers; first += kBatch * kConsumers) {
-        if (first >= values)
-            break;
-        float z[kBatch] = {}, scale[kBatch];
-#pragma unroll
-        for (int b = 0; b < kBatch; b++) {
-            if (first + b * kConsumers >= values)
-                break;
-            const int i = first + b * kConsumers + threadIdx.x;
-            const int token = divide(i, p.by_rank), j = i - token * rank;
-            scale[b] = p.scaling;
-            if (p.lora_scaling != nullptr && j < p.r)
-                scale[b] *= __ldg(p.lora_scaling + j);
-            if (p.z_in != nullptr && token < p.M && j < p.r)
-                z[b] = to_float(static_cast<const T*>(p.z_in)[token * p.r + j]);
-        }
-        if (p.z_in == nullptr) {
-#pragma unroll kSlices
-            for (int s = 0; s < p.z_slices; s++) {
-                float part[kBatch];
-#pragma unroll
-                for (int b = 0; b < kBatch; b++) {
-                    const int i = first + b * kConsumers + threadIdx.x;
-                    part[b] = i < values ? __ldcg(p.partial_z + s * values + i) : 0.0f;
-                }
-#pragma unroll
-                for (int b = 0; b < kBatch; b++)
-                    z[b] += part[b];
-            }
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; b++) {
-            const int i = first + b * kConsumers + threadIdx.x;
-            if (i >= values)
-                break;
-            const int token = divide(i, p.by_rank), j = i - token * rank;
-            const bool inside = token < p.M && j < p.r;
-            if (p.z_in == nullptr && p.z_out != nullptr && inside && blockIdx.x == 0)
-                static_cast<T*>(p.z_out)[token * p.r + j] = from_float<T>(z[b]);
-            const T value = from_float<T>(inside ? z[b] * scale[b] : 0.0f);
-            store_shared(
-                smem + Tile::kZ + packed_offset(token, j / 8) + j % 8 * 2,
-                *reinterpret_cast<const uint16_t*>(&value));
-        }
-    }
-    fence_async_proxy();
-}
-
-// Eight bytes each of two rows to the operands of four products. lane_bits: 4 lane, and the upper
-// half of addresses in shared memory.
+// A block of two rows, 32 bytes each, to the operands of four products of 16 columns. Lane t of a
+// quad wants columns 2 t, 2 t + 1 and 8 + those: byte t of each word, so all four lanes read the
+// same words. `at` is the first row's place under the 64-byte swizzle, where the second row's
+// chunks have changed places; lane_bits 4 lane and the upper half of addresses in shared memory;
+// select makes prmt take byte t as the number of the table's entry.
 __device__ __forceinline__ void
-decode_block(uint32_t (&a)[16], uint2 low, uint2 high, uint32_t lane_bits) {
-    const uint32_t words[4] = {low.x, high.x, low.y, high.y};
+decode_block(uint32_t (&a)[16], uint32_t at, uint32_t lane_bits, uint32_t select) {
+    const auto look_up = [&](uint32_t word) {
+        return load_shared_at<kSharedStart>(prmt(word, lane_bits, select));
+    };
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-#pragma unroll
-        for (int byte = 0; byte < 4; byte++) {
-            const uint32_t address = prmt(words[i], lane_bits, 0x7604u | (byte << 4));
-            a[8 * (i / 2) + 2 * byte + i % 2] = load_shared_at<kSharedStart>(address);
-        }
+    for (int s = 0; s < 4; s++) {
+        const uint32_t chunk = 16 * (s / 2), words = s % 2 * 8;
+        const uint2 low = load_shared_pair((at ^ chunk) + words);
+        const uint2 high = load_shared_pair((at ^ (16 - chunk)) + 128 + words);
+        uint32_t* const out = a + 4 * s;
+        out[0] = look_up(low.x), out[1] = look_up(high.x);
+        out[2] = look_up(low.y), out[3] = look_up(high.y);
     }
 }
 

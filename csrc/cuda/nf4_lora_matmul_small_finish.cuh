@@ -9,10 +9,10 @@
 namespace lowbit::cuda {
 namespace {
 
-// sums += lora_B z, by a whole warpgroup.
+// sums += lora_B z, by the warpgroups of K group 0; `first`: of the CTA, which waits for z.
 template <typename T, typename Tile>
 __device__ __forceinline__ void
-add_low_rank(float (&sums)[Tile::kSums], const Problem& p, int row0, uint32_t z) {
+add_low_rank(float (&sums)[Tile::kSums], const Problem& p, int row0, uint32_t z, bool first) {
     const int lane = threadIdx.x % kWarpSize, t = lane % 4;
     const int last = static_cast<int>(p.w.N) - 1, row = row0 + row_of(lane / 4);
     const T* low = static_cast<const T*>(p.lora_B) + static_cast<int64_t>(min(row, last)) * p.r;
@@ -31,14 +31,16 @@ add_low_rank(float (&sums)[Tile::kSums], const Problem& p, int row0, uint32_t z)
         wgmma_wait<0>();
     };
     load(0);
-    if (p.r <= 16) {
-        multiply(0);
-        return;
-    }
+    if (p.r > 16) {
 #pragma unroll
-    for (int i = 1; i < kMaxRank / 16; i++)
-        load(i);
+        for (int i = 1; i < kMaxRank / 16; i++)
+            load(i);
+    }
+    if (first)
+        named_barrier(kZBarrier, kGatherers + Tile::kFinishers);
     multiply(0);
+    if (p.r <= 16)
+        return;
 #pragma unroll
     for (int i = 1; i < kMaxRank / 16; i++) {
         if (16 * i < p.r)

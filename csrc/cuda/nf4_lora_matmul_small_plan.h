@@ -2,8 +2,9 @@
 // the workspace.
 #pragma once
 
+#include <algorithm>
+
 #include "nf4_lora_matmul.h"
-#include "nf4_lora_matmul_small_pack.cuh"
 #include "nf4_lora_matmul_small_tile.cuh"
 
 namespace lowbit::cuda {
@@ -28,7 +29,7 @@ int tiles_of(const LoraMatmulArgs& a, const Plan& plan) {
 }
 
 // Microseconds the product will take, fitted to layers of 0.4 to 235 million weights (H100,
-// 2026-11-24). A unit is 16 KB of codes in every plan.
+// 2026-11-24, when a launch in front packed x). A unit is 16 KB of codes in every plan.
 double estimate(const LoraMatmulArgs& a, const Plan& plan) {
     constexpr double kUnitMemory = 0.00615;  // times the number of CTAs that share the bandwidth
     constexpr double kSegment = 1.0;         // a CTA's change to another tile
@@ -50,7 +51,13 @@ double estimate(const LoraMatmulArgs& a, const Plan& plan) {
     return time;
 }
 
+// CTAs that compute z.
+int projectors_of(const LoraMatmulArgs& a) {
+    return a.lora_A == nullptr || a.r == 0 ? 0 : kProjectors;
+}
+
 Plan make_plan(const LoraMatmulArgs& a, int sms) {
+    sms = std::max(1, sms - projectors_of(a));
     Plan best{};
     double best_time = 0.0;
     const auto consider = [&](const Plan& plan) {
@@ -74,42 +81,19 @@ Plan make_plan(const LoraMatmulArgs& a, int sms) {
     return best;
 }
 
-// For z, of lora_A.
-int rank_tiles_of(const LoraMatmulArgs& a) {
-    return a.lora_A == nullptr ? 0 : (a.r + 15) / 16;
-}
-
-// Of a CTA of pack_tokens_kernel. With 64 threads 33 to 64 tokens take 5 to 12 % less (H200,
-// 2026-11), but fewer take longer, and several tiles of ranks leave the next kernel more slices to
-// add up than that is worth. Why is not established: beside a product of two row groups, which most
-// layers have, no such CTA finds shared memory.
-int pack_threads(const LoraMatmulArgs& a, const Plan& plan) {
-    return plan.tokens > 32 && rank_tiles_of(a) <= 1 ? 64 : 256;
-}
-
-// Of K, one cluster of pack_tokens_kernel each. Whole units end with a slice at the latest: its 16
-// or 64 blocks are a multiple of any unit.
-int slices_of(const LoraMatmulArgs& a, const Plan& plan) {
-    const int warps = kPackCluster * pack_threads(a, plan) / kWarpSize;
-    return static_cast<int>(ceil_div(a.w.K / kBlock, warps));
-}
-
 size_t round_up(size_t bytes) {
     return (bytes + 1023) / 1024 * 1024;
 }
 
 struct Workspace {
-    size_t packed_x, partial_z, flags, partials, bytes;
+    size_t flags, z_flags, partials, bytes;  // behind partial_z
 };
 
 Workspace layout_workspace(const LoraMatmulArgs& a, const Plan& plan) {
     Workspace s{};
-    const size_t blocks =
-        static_cast<size_t>(units_of(a, plan)) * kUnitBlocks * (4 / plan.row_groups);
-    s.packed_x = 0;
-    s.partial_z = round_up(blocks * plan.tokens * kPackRow);
-    s.flags = s.partial_z + round_up(sizeof(float) * slices_of(a, plan) * plan.tokens * kMaxRank);
-    s.partials = s.flags + round_up(plan.ctas * sizeof(uint32_t));
+    s.flags = sizeof(float) * projectors_of(a) * plan.tokens * kMaxRank;
+    s.z_flags = s.flags + round_up(plan.ctas * sizeof(uint64_t));
+    s.partials = s.z_flags + round_up(plan.ctas * projectors_of(a) * sizeof(uint64_t));
     s.bytes = s.partials + sizeof(float) * plan.ctas * plan.row_groups * 64 * plan.tokens;
     return s;
 }

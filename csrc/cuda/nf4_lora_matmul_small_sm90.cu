@@ -1,4 +1,4 @@
-// A few tokens through a 4-bit linear layer with a low-rank update, in two launches.
+// A few tokens through a 4-bit linear layer with a low-rank update, in one launch.
 //
 //     y[m, n] = sum_k x[m, k] W[n, k] + sum_j T(s_j z[m, j]) lora_B[n, j] + bias[n],  M = 2..64
 //
@@ -8,35 +8,51 @@
 // values in T (one more rounding, 2.9e-3 instead of 2.0e-3 of relative error in bf16). y is rounded
 // once. Sums have a fixed order: the result depends on the number of SMs, not on timing.
 //
-// Two launches. pack_tokens_kernel brings x into the order the products read it in, padded with
-// zero tokens to 8, 16, 32 or 64, and computes z. nf4_lora_matmul_small_kernel has at most one CTA
-// per SM, and each an equal share of the weight: the tiles of 64, 128 or 256 rows, cut along K into
-// units, form one sequence, and a CTA takes a contiguous piece of it. make_plan chooses tile height
-// and CTAs.
+// At most one CTA per SM, each with an equal share of the weight: the tiles of 64, 128 or 256 rows,
+// cut along K into units, form one sequence, and a CTA takes a contiguous piece of it. make_plan
+// chooses tile height and CTAs.
 //
 //     CTA    |---- 0 ----|---- 1 ----|---- 2 ----|
 //     tile   |---- 0 ----+-|-- 1 ------+---|--- 2
 //
 // It walks its piece from the end. So what it contributes to a tile that a later CTA finishes comes
-// first, and has long been in the workspace when that CTA, coming to the tile last, adds it.
+// first, and has long been in the workspace when that CTA, coming to the tile last, adds it. TMA
+// brings codes and x, padded with zero tokens to 8, 16, 32 or 64, as they are. With an adapter four
+// more CTAs in front compute z and nothing else (nf4_lora_matmul_small_z.cuh), a slice of K each;
+// the others add it to their first finished tile at the earliest, and by then it is there.
+//
+// Who waits for whom: a CTA that finishes a tile for z, and for CTAs before it that have begun the
+// tile. Those that compute z wait for nobody, and neither does anybody before storing sums for
+// another. So CTAs wait for lower numbers only, which the device starts first, and for what these
+// do before they wait themselves: no CTA needs another that has not started, however few SMs there
+// are and whatever else runs on them.
+//
+// A word in the workspace for each such hand-over says that it has happened. There is no launch in
+// front to clear it, and memory may hold anything; so it says so by holding the launch's mark
+// (next_mark). Data is stored before the mark is released, and loaded after it was acquired. Each
+// word has one thread that waits for it, which sets it back: when a launch ends no word holds its
+// mark, and the runs of a captured graph, which all have the same one, find what the first one
+// found. Nothing touches the workspace before griddepcontrol.wait, that is, while the kernel
+// before, perhaps the same graph's last run, may still be at it.
 //
 // Bound by weight bytes (0.516 N K with nested scales) as long as an SM decodes as fast as they
 // come, 22 codes per clock and SM. Per 4096 codes its shared memory is busy for 64 clocks with
-// lookups, about 40 with staging codes and scales, and kTokens with the products' reads of x: at 64
+// lookups, about 56 with staging codes and scales, and kTokens with the products' reads of x: at 64
 // tokens that is the limit. Callers have checked sizes, dtypes and devices; serves_* says what is
 // left.
 
 #include "nf4_lora_matmul_small.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "bulk_sm90.cuh"
 #include "launch_config.h"
 #include "nf4_lora_matmul_small_decode.cuh"
 #include "nf4_lora_matmul_small_finish.cuh"
-#include "nf4_lora_matmul_small_pack.cuh"
 #include "nf4_lora_matmul_small_plan.h"
 #include "nf4_lora_matmul_small_tile.cuh"
+#include "nf4_lora_matmul_small_z.cuh"
 #include "tensor_map.h"
 #include "wgmma_sm90.cuh"
 
@@ -46,9 +62,9 @@ namespace {
 // One thread: codes and tokens of all stages, in the order the consumers want them.
 template <typename Tile>
 __device__ __forceinline__ void
-copy_stages(const Problem& p, const CUtensorMap& map, uint32_t smem) {
+copy_stages(const Problem& p, const Maps& maps, int cta, uint32_t smem) {
     const uint32_t full = smem + Tile::kBarriers, empty = full + 8 * Tile::kStages;
-    const Piece piece = own_piece(p.shares);
+    const Piece piece = piece_of(p.shares, cta);
     const auto block_of = [](const Segment& s, int group, int i) {
         return s.first * Tile::kUnit + (group * s.count + i) * kUnitBlocks;
     };
@@ -57,7 +73,8 @@ copy_stages(const Problem& p, const CUtensorMap& map, uint32_t smem) {
         const int count = min(s.count, kPrefetchStages);
         for (int i = 0; i < count; i++) {
             for (int group = 0; group < Tile::kGroups; group++)
-                prefetch_tile_l2(map, block_of(s, group, i) * (kBlock / 8), s.tile * Tile::kRows);
+                prefetch_tile_l2(
+                    maps.codes, block_of(s, group, i) * (kBlock / 8), s.tile * Tile::kRows);
         }
     }
     wait_for_previous_kernel();
@@ -71,12 +88,11 @@ copy_stages(const Problem& p, const CUtensorMap& map, uint32_t smem) {
             for (int group = 0; group < Tile::kGroups; group++) {
                 const int block = block_of(s, group, i);
                 load_tile_once(
-                    codes + group * Tile::kBoxBytes, map, block * (kBlock / 8),
+                    codes + group * Tile::kBoxBytes, maps.codes, block * (kBlock / 8),
                     s.tile * Tile::kRows, full + 8 * stage);
-                load_bulk(
-                    codes + Tile::kWeightBytes + group * Tile::kTokenBytes,
-                    p.packed_x + static_cast<int64_t>(block) * Tile::kTokens * kPackRow,
-                    Tile::kTokenBytes, full + 8 * stage);
+                load_tile(
+                    codes + Tile::kWeightBytes + group * Tile::kTokenBytes, maps.x, 0, 0, block,
+                    full + 8 * stage);
             }
             if (++stage == Tile::kStages)
                 stage = 0, phase ^= 1;
@@ -85,9 +101,7 @@ copy_stages(const Problem& p, const CUtensorMap& map, uint32_t smem) {
     }
 }
 
-constexpr int kTablesBarrier = 5;
-
-// What all consumers look up: pair table, nested codebook, z. Loads come before stores, so that
+// What all consumers look up: pair table, nested codebook. Loads come before stores, so that
 // they are in flight together.
 template <typename T, typename Tile>
 __device__ __forceinline__ void fill_tables(const Problem& p, uint32_t smem, ScaleStream& scales) {
@@ -98,31 +112,38 @@ __device__ __forceinline__ void fill_tables(const Problem& p, uint32_t smem, Sca
         scales.offset = __ldg(p.w.nested_offset);
         nested_value = __ldg(p.w.nested_codebook + threadIdx.x % 256);
     }
-    if (p.r > 0)
-        gather_z<T, Tile>(p, smem);
     table.store(smem);
     if (threadIdx.x < 256)
         store_shared(smem + Tile::kNestedCodebook + threadIdx.x * 4, nested_value);
     named_barrier(kTablesBarrier, kConsumers);
 }
 
+// Rows of lora_B that belong to a warp's.
+template <typename T>
+__device__ __forceinline__ void prefetch_factor(const Problem& p, int row0) {
+    const int lane = opaque(threadIdx.x % kWarpSize), row = row0 + lane / 2;
+    if (row < p.w.N)
+        prefetch_l2(
+            static_cast<const T*>(p.lora_B) + static_cast<int64_t>(row) * p.r +
+            lane % 2 * (p.r / 2));
+}
+
 // Four warpgroups, each with 64 rows of the tile and a share of K: codes to operands, products,
 // sums.
 template <typename T, typename Tile>
-__device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
+__device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem) {
     const uint32_t full = smem + Tile::kBarriers, empty = full + 8 * Tile::kStages;
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
     const int row_group = warp / 4 % Tile::kRowGroups, group = warp / 4 / Tile::kRowGroups;
     const int warp_row = row_group * 64 + warp % 4 * 16;  // of the tile
-    const Piece piece = own_piece(p.shares);
+    const Piece piece = piece_of(p.shares, cta);
 
     // Codes lie as [rows][64 bytes] under the 64-byte swizzle: 16-byte chunk c of row n at c ^ (n /
     // 2 % 4). Within a box row_of(g) + 2 and the second block flip one bit each.
     const int row = warp_row + row_of(g);
-    const uint32_t codes =
-        group * Tile::kBoxBytes + row * 64 + ((t / 2 ^ (row / 2 % 4)) * 16) + t % 2 * 8;
-    const uint32_t lane_bits = (smem & 0xffff0000u) | (lane * 4);
+    const uint32_t codes = group * Tile::kBoxBytes + row * 64 + row / 2 % 4 * 16;
+    const uint32_t lane_bits = (smem & 0xffff0000u) | (lane * 4), select = 0x7604u | t << 4;
     const uint32_t tokens = Tile::kWeightBytes + group * Tile::kTokenBytes;
 
     ScaleStream scales(
@@ -145,10 +166,8 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
         end -= s.count;
         const int row0 = s.tile * Tile::kRows + warp_row;
         const int block0 = first_block(s), block_end = block0 + s.count * kUnitBlocks;
-        if (p.r > 0 && s.finishes && group == 0 && row0 + lane / 2 < p.w.N)
-            prefetch_l2(
-                static_cast<const T*>(p.lora_B) + static_cast<int64_t>(row0 + lane / 2) * p.r +
-                (lane % 2) * (p.r / 2));
+        if (p.r > 0 && s.finishes && group == 0)
+            prefetch_factor<T>(p, row0);
         float sums[Tile::kSums] = {}, of_block[Tile::kSums] = {};
         float2 pending = {0.0f, 0.0f};  // scales of the product under way
         uint32_t a[2][16];
@@ -161,7 +180,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
                 if (next * kChunkBlocks < block_end) {
                     scales.fetch(row0, next);
                 } else if (end > piece.begin) {
-                    const Segment following(piece.begin, end, p.shares);
+                    const Segment following(piece.begin, opaque(end), p.shares);
                     scales.fetch(
                         following.tile * Tile::kRows + warp_row,
                         first_block(following) / kChunkBlocks);
@@ -172,8 +191,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
 #pragma unroll
             for (int j = 0; j < kUnitBlocks; j++) {
                 const uint32_t at = base + (codes ^ (32 * j));
-                decode_block(
-                    a[j], load_shared_pair(at), load_shared_pair((at ^ 16) + 128), lane_bits);
+                decode_block(a[j], at, lane_bits, select);
                 const float2 scale = scales.pair(block + j);
                 if constexpr (Tile::kScaleWeight) {
                     const uint32_t low = pack_pair(scale.x, scale.x, T{});
@@ -191,7 +209,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     const uint64_t x = own_operand_descriptor(
-                        base + tokens + j * Tile::kTokens * kPackRow + k * 32);
+                        base + tokens + j * Tile::kTokens * kTokenRow + k * 32);
                     if constexpr (Tile::kScaleWeight)
                         wgmma(sums, a[j] + 4 * k, x, true, T{});
                     else
@@ -215,25 +233,32 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t smem) {
         if (group > 0)
             continue;
         if (!s.finishes) {
-            store_partial<Tile>(sums, p);
+            store_partial<Tile>(sums, p, cta);
             continue;
         }
         if (p.r > 0)
-            add_low_rank<T, Tile>(sums, p, row0, smem + Tile::kZ);
+            add_low_rank<T, Tile>(
+                sums, p, row0, smem + Tile::kZ, finishes_first(s, piece, p.shares));
         if (!s.whole)
-            add_partials<Tile>(sums, p, s.tile * p.shares.units);
+            add_partials<Tile>(sums, p, cta, s.tile * p.shares.units);
         store_y<T>(sums, p, row0);
     }
 }
 
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(kThreads, 1)
-    nf4_lora_matmul_small_kernel(const Problem p, const __grid_constant__ CUtensorMap map) {
+    nf4_lora_matmul_small_kernel(const Problem p, const __grid_constant__ Maps maps) {
     extern __shared__ __align__(1024) uint8_t smem_bytes[];
     const uint32_t smem = shared_address(smem_bytes);
     if ((smem & 0xffffu) != kSharedStart)
         __trap();
     let_next_kernel_start();
+    if (blockIdx.x < p.projectors) {
+        if (threadIdx.x < kConsumers)
+            project<T, Tile>(p, maps, smem);
+        return;
+    }
+    const int cta = blockIdx.x - p.projectors;
     if (threadIdx.x == 0) {
         const uint32_t full = smem + Tile::kBarriers;
         for (int i = 0; i < Tile::kStages; i++) {
@@ -247,86 +272,82 @@ __global__ void __launch_bounds__(kThreads, 1)
         shrink_registers<kCopyRegisters>();
         // Not elect_lane(): 1.7 to 2 % more cycles (H200, 2026-11).
         if (threadIdx.x == kConsumers)
-            copy_stages<Tile>(p, map, smem);
+            copy_stages<Tile>(p, maps, cta, smem);
+        else if (threadIdx.x >= kConsumers + kWarpSize && p.r > 0)
+            gather_z<T, Tile>(p, cta, smem);
     } else {
         grow_registers<kConsumerRegisters>();
-        consume<T, Tile>(p, smem);
+        consume<T, Tile>(p, cta, smem);
     }
 }
 
 // ---- host ---------------------------------------------------------------------------------------
 
+// No two launches of a process have the same mark, except runs of a captured graph: each step maps
+// 64-bit numbers one to one. Memory that was never part of a workspace holds it with a probability
+// of 2^-64 per word. None is 0.
+uint64_t next_mark() {
+    static std::atomic<uint64_t> launches;
+    uint64_t mark = ++launches;
+    mark = (mark ^ mark >> 30) * 0xbf58476d1ce4e5b9u;
+    mark = (mark ^ mark >> 27) * 0x94d049bb133111ebu;
+    return mark ^ mark >> 31;
+}
+
 template <typename T, int kTokens, int kRowGroups>
-cudaError_t launch_matmul(const Problem& problem, int ctas, cudaStream_t stream) {
+cudaError_t launch_kernel(const LoraMatmulArgs& a, Problem& problem, cudaStream_t stream) {
     using Shape = Tile<kTokens, kRowGroups>;
     constexpr auto kKernel = nf4_lora_matmul_small_kernel<T, Shape>;
-    CUtensorMap map;
-    const WeightView& w = problem.w;
-    // Codes as [N][K / 8] words.
+    const CUtensorMapDataType type = tensor_map_type(a.dtype);
+    const WeightView& w = a.w;
+    Maps maps{};
     cudaError_t error = make_tensor_map(
-        map, CU_TENSOR_MAP_DATA_TYPE_UINT32, w.qweight, w.N, w.K / 8,
+        maps.codes, CU_TENSOR_MAP_DATA_TYPE_UINT32, w.qweight, w.N, w.K / 8,
         {Shape::kRows, kUnitBlocks * kBlock / 8}, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+    if (error == cudaSuccess)
+        error = make_block_map(maps.x, type, a.x, a.M, w.K, kTokens, kUnitBlocks);
+    if (problem.projectors > 0) {
+        problem.project_stages = project_stages<Shape>(a.r);
+        if (error == cudaSuccess)
+            error = make_block_map(
+                maps.lora_A, type, a.lora_A, a.r, w.K, padded_rank(a.r), kUnitBlocks);
+    }
     if (error == cudaSuccess)
         error = allow_shared_memory<kKernel>(Shape::kBytes);
     if (error != cudaSuccess)
         return error;
-    const LaunchConfig config(ctas, kThreads, Shape::kBytes, stream);
-    return cudaLaunchKernelEx(config.get(), kKernel, problem, map);
+    const LaunchConfig config(problem.projectors + problem.ctas, kThreads, Shape::kBytes, stream);
+    return cudaLaunchKernelEx(config.get(), kKernel, problem, maps);
 }
 
 template <typename T>
 cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t stream) {
     const Workspace space = layout_workspace(a, plan);
     uint8_t* const workspace = static_cast<uint8_t*>(a.workspace);
-    const int units = units_of(a, plan);
-
-    PackProblem pack{};
-    pack.a = a;
-    pack.packed_x = workspace + space.packed_x;
-    pack.partial_z = reinterpret_cast<float*>(workspace + space.partial_z);
-    pack.flags = reinterpret_cast<uint32_t*>(workspace + space.flags);
-    pack.flag_count = plan.ctas;
-    pack.tokens = plan.tokens;
-    pack.by_rank_tiles = make_divisor(std::max(rank_tiles_of(a), 1));
-    pack.blocks = static_cast<int>(a.w.K / kBlock);
-    pack.packed_blocks = units * kUnitBlocks * (4 / plan.row_groups);
-    const int rank_tiles = rank_tiles_of(a), threads = pack_threads(a, plan);
-    const size_t z_bytes =
-        sizeof(float) * (threads / kWarpSize + 1) * 16 * rank_tiles * kPackTokens;
-    LaunchConfig packing(
-        dim3(kPackCluster * slices_of(a, plan), plan.tokens / kPackTokens), threads, z_bytes,
-        stream);
-    packing.cluster(kPackCluster);
-    constexpr int kMostTiles = kMaxRank / 16;
-    const auto kernel = rank_tiles > 1  ? pack_tokens_kernel<T, kMostTiles, 256>
-                        : threads == 64 ? pack_tokens_kernel<T, 1, 64>
-                                        : pack_tokens_kernel<T, 1, 256>;
-    cudaError_t error = cudaLaunchKernelEx(packing.get(), kernel, pack);
-    if (error != cudaSuccess)
-        return error;
-
     Problem problem{};
     problem.w = a.w;
     problem.lora_B = a.lora_B;
     problem.bias = a.bias;
-    problem.packed_x = pack.packed_x;
-    problem.partial_z = pack.partial_z;
+    problem.projectors = projectors_of(a);
+    problem.partial_z = reinterpret_cast<float*>(workspace);
     problem.z_in = a.z_in;
     problem.z_out = a.z_out;
     problem.lora_scaling = a.lora_scaling;
     problem.scaling = a.scaling;
-    problem.z_slices = slices_of(a, plan);
     problem.partials = reinterpret_cast<float*>(workspace + space.partials);
-    problem.flags = pack.flags;
+    problem.flags = reinterpret_cast<uint64_t*>(workspace + space.flags);
+    problem.z_flags = reinterpret_cast<uint64_t*>(workspace + space.z_flags);
+    problem.mark = next_mark();
     problem.y = a.y;
     problem.M = static_cast<int>(a.M);
     problem.r = a.r;
-    problem.by_rank = make_divisor(std::max(16, (a.r + 15) / 16 * 16));
-    problem.shares = make_shares(units, tiles_of(a, plan), plan.ctas);
+    problem.by_rank = make_divisor(std::max(16, padded_rank(a.r)));
+    problem.ctas = plan.ctas;
+    problem.shares = make_shares(units_of(a, plan), tiles_of(a, plan), plan.ctas);
     switch (plan.tokens * 10 + plan.row_groups) {
 #define LOWBIT_CASE(TOKENS, GROUPS)                                                                \
     case TOKENS * 10 + GROUPS:                                                                     \
-        return launch_matmul<T, TOKENS, GROUPS>(problem, plan.ctas, stream);
+        return launch_kernel<T, TOKENS, GROUPS>(a, problem, stream);
         LOWBIT_CASE(8, 1)
         LOWBIT_CASE(8, 2)
         LOWBIT_CASE(8, 4)

@@ -1,6 +1,10 @@
-// How nf4_lora_matmul_small_sm90.cu cuts the product into tiles and units, what its kernels are
-// told, and the order in which x is packed.
+// How nf4_lora_matmul_small_sm90.cu cuts the product into tiles and units, and what its kernel is
+// told.
 #pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
 
 #include "common.cuh"
 #include "nf4_lora_matmul_shares.cuh"
@@ -11,20 +15,27 @@ namespace {
 
 constexpr int kUnitBlocks = 2;  // blocks along K per unit and K group
 constexpr int kMaxRank = 64;
-// Fetched into L2 while this call's x is being packed. More would make lora_A wait: with 8 stages a
-// 4096 x 14336 layer takes 3 us longer (H100, 2026-11-24).
+// Fetched into L2 before the wait for the kernel in front. All stages: 0.1 to 1.3 us more (H200,
+// 2026-11-30).
 constexpr int kPrefetchStages = 2;
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 4 * kWarpgroup;
-constexpr int kThreads = kConsumers + kWarpgroup;  // one more warpgroup, of which one thread copies
+// One more warpgroup: a warp of which one thread copies, and three that bring z.
+constexpr int kThreads = kConsumers + kWarpgroup;
+constexpr int kGatherers = kWarpgroup - kWarpSize;
 constexpr int kConsumerWarps = kConsumers / kWarpSize;
-// 640 threads may have 96 registers each; the consumers take what the copying warpgroup leaves.
+// 640 threads may have 96 registers each; the consumers take what the last warpgroup leaves.
 constexpr int kConsumerRegisters = 112;
-constexpr int kCopyRegisters = 24;
+constexpr int kCopyRegisters = 32;
 
-constexpr int kPackRow = kBlock * 2;  // bytes of a token in a block
+constexpr int kProjectors = 4;         // CTAs that compute z
+constexpr int kMostProjectStages = 8;  // in flight for one of their warpgroups
+constexpr int kProjectRing = 1024;     // where their rings start, behind barriers
 
-// The other halves of the pair table's entries are where K groups hand over their sums.
+// Named barriers: 1 to 4 are those of warpgroups, 6 is kFinishBarrier.
+constexpr int kTablesBarrier = 5, kZBarrier = 7, kGatherBarrier = 8;
+constexpr int kTokenRow = kBlock * 2;  // bytes of a token, or of a row of lora_A, in a block
+
 // Where dynamic shared memory starts on sm_90 in a kernel without static shared memory. A constant,
 // so that the base is part of the load instruction; nf4_lora_matmul_small_kernel checks it.
 constexpr int kSharedStart = 1024;
@@ -43,11 +54,11 @@ struct Tile {
 
     static constexpr int kBoxBytes = kRows * kUnitBlocks * kBlock / 2;  // codes of a K group
     static constexpr int kWeightBytes = kGroups * kBoxBytes;
-    static constexpr int kTokenBytes = kUnitBlocks * kTokens * kPackRow;  // of a K group
+    static constexpr int kTokenBytes = kUnitBlocks * kTokens * kTokenRow;  // of a K group
     static constexpr int kStageBytes = kWeightBytes + kGroups * kTokenBytes;
 
     static constexpr int kZ = kTableBytes;
-    static constexpr int kScales = kZ + kTokens * kPackRow;
+    static constexpr int kScales = kZ + kTokens * kTokenRow;
     static constexpr int kNestedCodebook = kScales + kConsumerWarps * kScaleBytes;
     static constexpr int kBarriers = kNestedCodebook + 256 * 4;
     static constexpr int kStage0 = kBarriers + 1024;
@@ -57,36 +68,65 @@ struct Tile {
     static constexpr int kBytes = kStage0 + kStages * kStageBytes;
 
     static_assert(kStage0 % 1024 == 0 && kStageBytes % 1024 == 0, "swizzled tiles");
+    // Beside the table: in the other halves of its entries K groups hand over their sums.
     static_assert((kGroups - 1) * kSums * 4 * kRowGroups <= 256, "sums fit beside the table");
+    static_assert(
+        kProjectRing + 4 * (kTokenBytes + kUnitBlocks * kMaxRank * kTokenRow) <= kBytes &&
+            kProjectRing + 4 * kSums * kWarpgroup * 4 <= kBytes,
+        "a stage for each warpgroup of a projector, and their sums");
 };
 
 struct Problem {
     WeightView w;
     const void* lora_B;
     const void* bias;
-    const uint8_t* packed_x;  // [units kUnit][kTokens][64] T, see pack_tokens_kernel
-    const float* partial_z;   // [z_slices][kTokens][padded rank], null: z_in
-    const void* z_in;         // [M, r]
-    void* z_out;              // [M, r] or null
+    const void* z_in;  // [M, r]
+    void* z_out;       // [M, r] or null
     const float* lora_scaling;
     float scaling;
-    int z_slices;
-    float* partials;  // [CTAs][kRows kTokens]
-    uint32_t* flags;  // [CTAs], 1 when the CTA's partial is there; zeroed while packing
+    int projectors;      // CTAs in front of those with a share: kProjectors, 0 without z to compute
+    int project_stages;  // of each warpgroup of theirs
+    float* partial_z;    // [kProjectors][kTokens][padded rank]
+    uint64_t* z_flags;   // [CTAs][kProjectors], the mark when the slice of z is there for the CTA
+    float* partials;     // [CTAs][kRows kTokens]
+    uint64_t* flags;     // [CTAs], the mark when the CTA's partial is there
+    uint64_t mark;
     void* y;
     int M;
     int r;
     Divisor by_rank;  // padded to a multiple of 16; if r > 0
+    int ctas;         // with a share
     Shares shares;
 };
 
-// Element p of a token's 64 in a packed block, in 16-byte chunks c = p / 8 = 2 s + h, is
-//     k = 16 t + 4 s + 2 h + e   where p = 8 c + 2 t + e,
-// because lane t of a quad decodes 8 neighbouring bytes, 16 codes, and feeds them to four products
-// s, which want of it elements 2 t + e and 8 + 2 t + e. Chunks are exchanged as the 128-byte
-// swizzle has it: c is stored at c ^ (token % 8).
-__device__ __forceinline__ uint32_t packed_offset(int token, int chunk) {
-    return token * kPackRow + ((chunk ^ (token & 7)) << 4);
+// Two blocks of 64 columns at a time.
+struct Maps {
+    CUtensorMap codes;   // [N][K / 8] words
+    CUtensorMap x;       // [K / 64][M][64]
+    CUtensorMap lora_A;  // [K / 64][r][64], if there are projectors
+};
+
+__host__ __device__ inline int padded_rank(int r) {
+    return (r + 15) / 16 * 16;
+}
+
+// Of a projector's stage: tokens and rows of lora_A of two blocks.
+template <typename Tile>
+__host__ __device__ int project_stage_bytes(int r) {
+    return Tile::kTokenBytes + kUnitBlocks * padded_rank(r) * kTokenRow;
+}
+
+// As many as find room for all four warpgroups, and behind the last one what products read past the
+// padded rank.
+template <typename Tile>
+int project_stages(int r) {
+    const int room = Tile::kBytes - kProjectRing - (kMaxRank - padded_rank(r)) * kTokenRow;
+    return std::min(kMostProjectStages, room / 4 / project_stage_bytes<Tile>(r));
+}
+
+// Of 8 elements of a row of 64, under the 128-byte swizzle.
+__device__ __forceinline__ uint32_t swizzled_offset(int row, int chunk) {
+    return row * kTokenRow + ((chunk ^ (row & 7)) << 4);
 }
 
 }  // namespace

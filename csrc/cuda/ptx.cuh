@@ -18,6 +18,13 @@ __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t select
     return d;
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed here and
+// not in front of a loop, whose registers it would take.
+__device__ __forceinline__ int opaque(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
+
 // Two fp32 values rounded to nearest even, `low` in bits 0..15.
 __device__ __forceinline__ uint32_t cvt_bf16x2(float low, float high) {
     uint32_t d;
@@ -116,6 +123,20 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
     return value;
 }
 
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* mark) {
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(mark) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release(uint64_t* mark, uint64_t value) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(mark), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(uint64_t* mark, uint64_t value) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(mark), "l"(value) : "memory");
+}
+
 __device__ __forceinline__ void store_release(uint32_t* counter, uint32_t value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
@@ -193,6 +214,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                  "r"(v.z), "r"(v.w)
                  : "memory");
+}
+
+__device__ __forceinline__ void store_shared_pair(uint32_t address, uint32_t a, uint32_t b) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 
 // The same word four times, 16-byte aligned.

@@ -83,6 +83,7 @@ __device__ __forceinline__ uint64_t transposed_operand_descriptor(uint32_t addre
 #define LOWBIT_WGMMAS(TYPE, NAME)                                                                  \
     LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 8, 4, 4, 5, 6)                                              \
     LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 16, 8, 8, 9, 10)                                            \
+    LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 32, 16, 16, 17, 18)                                         \
     LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 64, 32, 32, 33, 34)                                         \
     LOWBIT_WGMMA(wgmma, 0, TYPE, NAME, 128, 64, 64, 65, 66)                                        \
     LOWBIT_WGMMA(wgmma_transposed, 1, TYPE, NAME, 16, 8, 8, 9, 10)                                 \

@@ -1,0 +1,161 @@
+// z = x lora_A^T in nf4_lora_matmul_small_sm90.cu: computed by CTAs that do nothing else, brought
+// to the others by three warps that have nothing else to do.
+#pragma once
+
+#include "bulk_sm90.cuh"
+#include "common.cuh"
+#include "nf4_lora_matmul_small_tile.cuh"
+#include "wgmma_sm90.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+// Each projector takes a slice of K, and each of its four warpgroups every fourth step of two
+// blocks in it, through a ring of its own. Products have 64 rows of lora_A; those past the padded
+// rank are whatever lies behind it. What the warpgroups have is added in their order and handed to
+// every CTA that will ask: each has a flag of its own, which it resets.
+template <typename T, typename Tile>
+__device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint32_t smem) {
+    constexpr int kStep = kUnitBlocks * kBlock;
+    const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
+    const int group = warp / 4, slice = blockIdx.x;
+    const int rank = padded_rank(p.r), stages = p.project_stages;
+    const int steps = static_cast<int>((p.w.K + kStep - 1) / kStep);
+    const int first = steps * slice / kProjectors + group, end = steps * (slice + 1) / kProjectors;
+    const int count = first < end ? (end - first + 3) / 4 : 0;
+    const uint32_t stage_bytes = project_stage_bytes<Tile>(p.r);
+    const uint32_t full = smem + group * (8 * kMostProjectStages);
+    const uint32_t ring = smem + kProjectRing + group * stages * stage_bytes;
+    const auto block_of = [&](int i) { return (first + 4 * i) * kUnitBlocks; };
+    const auto copy = [&](int i, int stage) {
+        const uint32_t to = ring + stage * stage_bytes, barrier = full + 8 * stage;
+        barrier_arrive_expect(barrier, stage_bytes);
+        load_tile(to + Tile::kTokenBytes, maps.lora_A, 0, 0, block_of(i), barrier);
+        load_tile(to, maps.x, 0, 0, block_of(i), barrier);
+    };
+    const bool leader = warp % 4 == 0 && elect_lane();
+    if (leader) {
+        for (int i = 0; i < stages; i++)
+            barrier_init(full + 8 * i, 1);
+        barrier_init_fence();
+        for (int i = 0; i < min(count, stages); i++)
+            prefetch_tile_l2(maps.lora_A, 0, 0, block_of(i));
+    }
+    wait_for_previous_kernel();
+    if (leader) {
+        for (int i = 0; i < min(count, stages); i++)
+            copy(i, i);
+    }
+    __syncwarp();
+    named_barrier(1 + group, kWarpgroup);
+
+    float sums[Tile::kSums] = {};
+    int stage = 0, phase = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        const uint32_t x = ring + stage * stage_bytes, lora_A = x + Tile::kTokenBytes;
+        barrier_wait(full + 8 * stage, phase);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4 * kUnitBlocks; k++)
+            wgmma(
+                sums, own_operand_descriptor(lora_A + k / 4 * rank * kTokenRow + k % 4 * 32),
+                own_operand_descriptor(x + k / 4 * Tile::kTokens * kTokenRow + k % 4 * 32), true,
+                T{});
+        wgmma_commit();
+        wgmma_wait<0>();
+        if (i + stages < count) {
+            named_barrier(1 + group, kWarpgroup);
+            if (leader)
+                copy(i + stages, stage);
+            __syncwarp();
+        }
+        if (++stage == stages)
+            stage = 0, phase ^= 1;
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kSums; i++)
+        asm volatile("" : "+f"(sums[i])::"memory");
+
+    named_barrier(kTablesBarrier, kConsumers);  // the rings are read: sums take their place
+    const auto place = [&](int from, int i) {
+        return smem + kProjectRing + (from * Tile::kSums * kWarpgroup + i) * 4;
+    };
+#pragma unroll
+    for (int i = 0; i < Tile::kSums; i++)
+        store_shared(place(group, i * kWarpgroup + threadIdx.x % kWarpgroup), sums[i]);
+    named_barrier(kTablesBarrier, kConsumers);
+    float* const out = p.partial_z + slice * Tile::kTokens * rank;
+#pragma unroll
+    for (int i = threadIdx.x; i < Tile::kSums * kWarpgroup; i += kConsumers) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int from = 0; from < 4; from++)
+            sum += __uint_as_float(load_shared_at<0>(place(from, i)));
+        const int e = i / kWarpgroup, thread = i % kWarpgroup;
+        const int j = thread / kWarpSize * 16 + thread % kWarpSize / 4 + e / 2 % 2 * 8;
+        const int token = e / 4 * 8 + thread % 4 * 2 + e % 2;
+        if (j < rank)
+            __stcg(out + token * rank + j, sum);
+    }
+    named_barrier(kTablesBarrier, kConsumers);
+    if (warp > 0)
+        return;
+    __threadfence();
+    for (int cta = threadIdx.x; cta < p.ctas; cta += kWarpSize) {
+        if (finishes_tiles(p.shares, cta))
+            store_relaxed(p.z_flags + cta * kProjectors + slice, p.mark);
+    }
+}
+
+// z, scaled and rounded, to shared memory as rows of 64 columns under the 128-byte swizzle, of
+// which the padded rank is written, by the last three warps of a CTA that finishes tiles. One CTA
+// also writes z_out.
+template <typename T, typename Tile>
+__device__ __forceinline__ void gather_z(const Problem& p, int cta, uint32_t smem) {
+    const int thread = threadIdx.x - (kThreads - kGatherers);
+    if (!finishes_tiles(p.shares, cta))
+        return;
+    wait_for_previous_kernel();
+    if (p.z_in == nullptr) {
+        if (thread < kProjectors)
+            wait_for_mark(p.z_flags + cta * kProjectors + thread, p.mark);
+        named_barrier(kGatherBarrier, kGatherers);
+    }
+    const int rank = padded_rank(p.r), values = Tile::kTokens * rank;
+    const bool writes = p.z_in == nullptr && p.z_out != nullptr && cta == p.ctas - 1;
+    for (int i = 4 * thread; i < values; i += 4 * kGatherers) {
+        const int token = divide(i, p.by_rank), j = i - token * rank;
+        float z[4] = {};
+        if (p.z_in == nullptr) {
+            float4 parts[kProjectors];
+#pragma unroll
+            for (int s = 0; s < kProjectors; s++)
+                parts[s] = __ldcg(reinterpret_cast<const float4*>(p.partial_z + s * values + i));
+#pragma unroll
+            for (const float4& part : parts)
+                z[0] += part.x, z[1] += part.y, z[2] += part.z, z[3] += part.w;
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const bool inside = token < p.M && j + e < p.r;
+            const int place = token * p.r + j + e;
+            float scale = p.scaling;
+            if (inside && p.lora_scaling != nullptr)
+                scale *= __ldg(p.lora_scaling + j + e);
+            if (inside && p.z_in != nullptr)
+                z[e] = to_float(static_cast<const T*>(p.z_in)[place]);
+            if (inside && writes)
+                static_cast<T*>(p.z_out)[place] = from_float<T>(z[e]);
+            z[e] = inside ? z[e] * scale : 0.0f;
+        }
+        store_shared_pair(
+            smem + Tile::kZ + swizzled_offset(token, j / 8) + j % 8 * 2, pack_pair(z[0], z[1], T{}),
+            pack_pair(z[2], z[3], T{}));
+    }
+    fence_async_proxy();
+    named_barrier_arrive(kZBarrier, kGatherers + Tile::kFinishers);
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

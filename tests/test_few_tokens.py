@@ -1,0 +1,172 @@
+"""The kernel for 2 to 64 tokens beyond what test_nf4_lora_matmul.py asks of every kernel.
+
+z comes from CTAs of the same launch, and hand-overs go through memory that no launch has cleared.
+The operator of the library is called itself, with a z of its own or a given one.
+"""
+
+import pytest
+import torch
+from helpers import assert_bitwise_equal, assert_close_to_float64, kernel_unavailable
+
+import lowbit
+from lowbit import reference
+
+pytestmark = pytest.mark.gpu
+
+KERNEL = "nf4_lora_matmul_small"
+# The least, tile edges, one before and one beyond each.
+TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 64)
+# No adapter; a single row of lora_A; odd ones; each number of 16 rows.
+RANKS = (0, 1, 5, 16, 17, 40, 64)
+# N, K: one unit of one tile; an odd number of blocks, fewer than warpgroups compute z; many; tiles
+# that are whole and in parts, of which several end in a CTA's piece.
+LAYERS = [(16, 64), (272, 320), (208, 18944), (4096, 4096), (18944, 448)]
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if (why := kernel_unavailable(KERNEL)) is not None:
+        pytest.skip(why)
+
+
+def _inside(values: torch.Tensor) -> torch.Tensor:
+    """The same as a view of memory that is NaN around it, 16-byte aligned and no more."""
+    around = torch.full((values.numel() + 128,), torch.nan, dtype=values.dtype, device="cuda")
+    around[8 : 8 + values.numel()] = values.flatten()
+    view = around[8 : 8 + values.numel()].view_as(values)
+    assert view.data_ptr() % 32 == 16
+    return view
+
+
+class _Call:
+    """A layer and its input, as the operator takes them."""
+
+    def __init__(self, M, N, K, r, dtype=torch.bfloat16, *, vector=False):
+        def randn(*shape):
+            return torch.randn(shape, device="cuda")
+
+        self.q = lowbit.quantize((randn(N, K) / K**0.5).to(dtype))
+        self.x = _inside(randn(M, K).to(dtype))
+        self.lora_A = _inside((randn(r, K) / K**0.5).to(dtype)) if r else None
+        self.lora_B = _inside(randn(N, r).to(dtype)) if r else None
+        self.bias, self.scaling = randn(N).to(dtype), 1.7
+        self.vector = torch.rand(r, device="cuda") + 0.5 if vector and r else None
+
+    def run(self, z_in=None, *, z=True):
+        """(y, z); z is None where it is given, or not asked for."""
+        z_out = None
+        if self.lora_A is not None and z_in is None and z:
+            z_out = self.x.new_full((self.x.shape[0], self.lora_A.shape[0]), torch.nan)
+        lora_A = self.lora_A if z_in is None else None
+        y = torch.ops.lowbit_cuda.nf4_lora_matmul_small(
+            self.x, *self.q.args(), lora_A, self.lora_B, self.vector, self.scaling, self.bias,
+            z_in, z_out,
+        )  # fmt: skip
+        return y, z_out
+
+    def formula(self, dtype):
+        weight = reference.dequantize_4bit(*self.q.args(), torch.float64)
+        weight = weight.to(self.x.dtype).to(dtype) if dtype != torch.float64 else weight
+        x, bias = self.x.to(dtype), self.bias.to(dtype)
+        if self.lora_A is None:
+            return x @ weight.t() + bias, None
+        adapter = self.lora_A.to(dtype), self.lora_B.to(dtype), self.vector, self.scaling
+        return reference.lora_linear(x, weight, *adapter, bias, 0.0, None)
+
+
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+def test_with_z_of_its_own_and_given(N, K, M, r):
+    call = _Call(M, N, K, r, torch.float16 if r == 5 else torch.bfloat16, vector=r in (1, 40))
+    y, z = call.run()
+    exact, low = call.formula(torch.float64), call.formula(call.x.dtype)
+    assert_close_to_float64("y", y, exact[0], low[0])
+    for _ in range(3):
+        again, z_again = call.run()
+        assert_bitwise_equal(again, y, "y")
+        if r:
+            assert_bitwise_equal(z_again, z, "z")
+    if r == 0:
+        return
+    assert_close_to_float64("z", z, exact[1], low[1])
+    assert_bitwise_equal(call.run(z=False)[0], y, "y without z")
+    assert_close_to_float64("y of a given z", call.run(z)[0], exact[0], low[0])
+
+
+def _capture(call, memory=()):
+    """(graph, (y, z)): a call, and behind it copies of `memory` to what it leaves free."""
+    call.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call.run()
+        taken = [torch.empty_like(t) for t in memory]
+        for to, source in zip(taken, memory, strict=True):
+            to.copy_(source)
+    return graph, results
+
+
+@pytest.mark.parametrize(("M", "r"), [(16, 16), (64, 64), (3, 0)])
+def test_a_graph_replays_over_memory_that_holds_anything(M, r):
+    """Its runs have one mark. In between others write where the workspace was."""
+    call = _Call(M, 1040, 4096, r)
+    small = [torch.empty(1 << 16, dtype=torch.uint8, device="cuda") for _ in range(32)]
+    large = [torch.empty(2 << 20, dtype=torch.uint8, device="cuda") for _ in range(9)]
+    memory = small + large
+    graph, (y, z) = _capture(call, memory)
+    for run in range(20):
+        for t in memory:
+            t.random_() if run != 10 else t.zero_()
+        call.x.copy_(torch.randn_like(call.x))
+        expected, z_expected = call.run()
+        graph.replay()
+        assert_bitwise_equal(y, expected, "y")
+        if r:
+            assert_bitwise_equal(z, z_expected, "z")
+
+
+@pytest.mark.parametrize(("M", "r"), [(2, 64), (16, 16), (64, 16)])
+def test_a_graph_replays_without_a_pause(M, r):
+    """A run may start while the one before it, with the same mark and workspace, is at its end."""
+    call = _Call(M, 4096, 4096, r)
+    y, z = call.run()
+    graph, results = _capture(call)
+    for _ in range(20):
+        for t in results:
+            t.fill_(torch.nan)
+        for _ in range(50):
+            graph.replay()
+        for name, actual, expected in zip("yz", results, (y, z), strict=True):
+            assert_bitwise_equal(actual, expected, name)
+
+
+def test_several_calls_in_a_graph():
+    """One behind the other, in the same workspace or where the last one's results are."""
+    calls = [_Call(M, N, 2048, r) for M, N, r in ((8, 4096, 16), (64, 528, 64), (2, 272, 1))]
+    expected = [call.run() for call in calls for _ in range(4)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call.run() for call in calls for _ in range(4)]
+    for _ in range(10):
+        graph.replay()
+    for actual, exact in zip(results, expected, strict=True):
+        for name, a, e in zip("yz", actual, exact, strict=True):
+            assert_bitwise_equal(a, e, name)
+
+
+def test_graphs_on_two_streams():
+    calls = [_Call(16, 4096, 4096, 64), _Call(64, 14336, 1024, 16)]
+    expected = [call.run() for call in calls]
+    graphs = [_capture(call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for (graph, _), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for (_, results), exact in zip(graphs, expected, strict=True):
+        for name, a, e in zip("yz", results, exact, strict=True):
+            assert_bitwise_equal(a, e, name)
