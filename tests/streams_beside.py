@@ -1,5 +1,5 @@
-"""Forward products of six random layers, each on a stream of its own, by kernels whose CTAs wait
-for each other; run by test_cuda_room.py in a process of its own.
+"""Products of eight random layers, each on a stream of its own, by kernels whose CTAs wait for each
+other or for a kernel beside them; run by test_cuda_room.py in a process of its own.
 
 Prints a line per round: how many results have other bits than those of the layer alone. Until
 2026-11 two kernels could each hold SMs that the other one waited for, after 9 of these rounds or
@@ -13,17 +13,18 @@ import torch
 import lowbit
 from lowbit import dispatch
 
-KERNELS = ("nf4_lora_matmul_large", "nf4_lora_matmul_mid", "nf4_lora_matmul_small")
 TOKENS = {
     "nf4_lora_matmul_large": (2304, 3000, 4096),
     "nf4_lora_matmul_mid": (256, 700, 1024, 3000),
     "nf4_lora_matmul_small": (2, 16, 64),
+    "nf4_lora_backward": (64, 256, 700),
 }
+KERNELS = tuple(TOKENS)
 ROUNDS, CALLS, RANK = 40, 25, 16
 
 
 def layer(kernel: str, draw: random.Random):
-    """A call of the layer's product."""
+    """A call of the layer's product, or of its backward pass."""
     M, N, K = draw.choice(TOKENS[kernel]), 64 * draw.randint(8, 80), 64 * draw.randint(8, 70)
 
     def values(*shape):
@@ -31,9 +32,15 @@ def layer(kernel: str, draw: random.Random):
 
     x, w, A, B = values(M, K), lowbit.quantize(values(N, K)), values(RANK, K), values(N, RANK)
 
-    def call() -> torch.Tensor:
+    backward = (values(M, N), x, x @ A.t(), *w.args(), A, B, None, 1.5, 0.0, None)
+    needs = True, True, True, True, False
+
+    def call() -> tuple[torch.Tensor, ...]:
         with dispatch.force(f"cuda:{kernel}"):
-            return lowbit.lora_matmul(x, w, A, B, 1.5)
+            if kernel != "nf4_lora_backward":
+                return (lowbit.lora_matmul(x, w, A, B, 1.5),)
+            arguments = (*backward, *needs)
+            return dispatch.select("lora_linear_backward", arguments)(*arguments)[:4]
 
     return call
 
@@ -56,7 +63,8 @@ def main() -> None:
                 with torch.cuda.stream(stream):
                     results.append(call())
         torch.cuda.synchronize()
-        differ = sum(not torch.equal(a, b) for a, b in zip(results, alone, strict=True))
+        pairs = [p for of in zip(results, alone, strict=True) for p in zip(*of, strict=True)]
+        differ = sum(not torch.equal(*pair) for pair in pairs)
         print(f"round {number}: {differ} differ", flush=True)
 
 
