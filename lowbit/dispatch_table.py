@@ -150,7 +150,7 @@ BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
     _fused("nf4_lora_gemv", (1, 1), "one launch; 83 % of copy bandwidth", Layer.one_token, 78),
-    _fused("nf4_lora_matmul_small", (1, 64), "equal shares of W; 63 % of copy bandwidth at 8"),
+    _fused("nf4_lora_matmul_small", (1, 64), "equal shares of W; 68 % of copy bandwidth at 8"),
     # Beyond their last M, s z may not fit the workspace.
     _fused(
         "nf4_lora_matmul_large",
