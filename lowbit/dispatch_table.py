@@ -143,10 +143,11 @@ BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 # Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 4.25 TB/s and 671 TFLOP/s that the same
 # H200 keeps up (bench/results/linear_h200.json, 2026-11-30; linear_h100.json has an H100). By ncu,
 # cold, same layer, busy of the peak and in brackets cuBLAS with a 16-bit weight
-# (counters_h200.json): gemv, M = 1: DRAM 67 % (88), issue slots 55; small, M = 8: DRAM 53 (87),
-# issue slots 52; M = 64: L1 and shared memory 65, tensor pipes 47, DRAM 38 (87); mid, M = 256:
-# tensor pipes 66 (78), L1 75; M = 1024: 90 (94) and 76; large, M = 4096: tensor pipes 91 (96), M =
-# 16384: 93 (98). Backward, 14336 x 4096: tensor pipes 38 (79) at M = 256, 90 (95) at 4096.
+# (counters_h200.json, of c021916, where another launch packed x for small): gemv, M = 1: DRAM 67 %
+# (88), issue slots 55; small, M = 8: DRAM 53 (87), issue slots 52; M = 64: L1 and shared memory 65,
+# tensor pipes 47, DRAM 38 (87); mid, M = 256: tensor pipes 66 (78), L1 75; M = 1024: 90 (94) and
+# 76; large, M = 4096: tensor pipes 91 (96), M = 16384: 93 (98). Backward, 14336 x 4096: tensor
+# pipes 38 (79) at M = 256, 90 (95) at 4096.
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
     _fused("nf4_lora_gemv", (1, 1), "one launch; 83 % of copy bandwidth", Layer.one_token, 78),

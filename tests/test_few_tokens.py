@@ -128,11 +128,12 @@ def test_a_graph_replays_over_memory_that_holds_anything(M, r):
 
 @pytest.mark.parametrize(("M", "r"), [(2, 64), (16, 16), (64, 16)])
 def test_a_graph_replays_without_a_pause(M, r):
-    """A run may start while the one before it, with the same mark and workspace, is at its end."""
+    """Runs that all have one mark, one behind the other, for other x each time."""
     call = _Call(M, 4096, 4096, r)
-    y, z = call.run()
     graph, results = _capture(call)
     for _ in range(20):
+        call.x.copy_(torch.randn_like(call.x))
+        y, z = call.run()
         for t in results:
             t.fill_(torch.nan)
         for _ in range(50):
@@ -142,13 +143,21 @@ def test_a_graph_replays_without_a_pause(M, r):
 
 
 def test_several_calls_in_a_graph():
-    """One behind the other, in the same workspace or where the last one's results are."""
+    """One behind the other in the same workspace, each for another x: what is left of the call
+    before, read too early, gives other bits."""
     calls = [_Call(M, N, 2048, r) for M, N, r in ((8, 4096, 16), (64, 528, 64), (2, 272, 1))]
-    expected = [call.run() for call in calls for _ in range(4)]
+    tasks = [(call, torch.randn_like(call.x)) for call in calls for _ in range(4)]
+
+    def run_all():
+        for call, x in tasks:
+            call.x = x
+            yield call.run()
+
+    expected = list(run_all())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [call.run() for call in calls for _ in range(4)]
+        results = list(run_all())
     for _ in range(10):
         graph.replay()
     for actual, exact in zip(results, expected, strict=True):

@@ -17,7 +17,7 @@ template <typename T, typename Tile>
 __device__ __forceinline__ void
 gather_z(const Problem& p, uint32_t smem, int token0, bool writes, int threads) {
     constexpr int kBatch = 8;  // loads under way
-    const int rank = (p.r + 15) / 16 * 16, tokens = token_tiles<Tile>(p) * Tile::kTokens;
+    const int rank = padded_rank(p.r), tokens = token_tiles<Tile>(p) * Tile::kTokens;
     for (int i = threadIdx.x; i < Tile::kTokens * rank; i += threads) {
         const int token = divide(i, p.by_rank), j = i - token * rank, m = token0 + token;
         const bool inside = m < p.M && j < p.r;

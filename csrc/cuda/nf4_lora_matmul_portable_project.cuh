@@ -27,6 +27,15 @@ struct Projection {
     int slices;
 };
 
+// 16 elements of a row of x or lora_A from `row` on, or zeros.
+__device__ __forceinline__ void load_row(uint32_t (&words)[8], const void* row, bool inside) {
+    const uint4* p = static_cast<const uint4*>(row);
+    const uint4 zero = {0, 0, 0, 0};
+    const uint4 a = inside ? __ldg(p) : zero, b = inside ? __ldg(p + 1) : zero;
+    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
+    words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
+}
+
 // Grid (slices, tokens / 8). A warp takes every blocks of K for 8 tokens, lane t of a quad 16
 // neighbouring columns of it; the sums of 8 warps are added in order.
 template <typename T, int kRankTiles>

@@ -277,7 +277,7 @@ Workspace layout_workspace(const LoraMatmulArgs& a, const Plan& plan) {
     };
     Workspace s{};
     const size_t rows = kWarpRows * (kWarps / plan.groups);
-    const size_t z = a.lora_A == nullptr ? 0 : static_cast<size_t>((a.r + 15) / 16 * 16);
+    const size_t z = a.lora_A == nullptr ? 0 : static_cast<size_t>(padded_rank(a.r));
     s.flags = round_up(sizeof(float) * plan.slices * plan.token_tiles * plan.tokens * z);
     s.partials = s.flags + round_up(plan.ctas * sizeof(uint32_t));
     s.bytes = s.partials + sizeof(float) * plan.ctas * rows * plan.tokens;
@@ -331,7 +331,7 @@ cudaError_t launch(const LoraMatmulArgs& a, cudaStream_t stream) {
     problem.y = a.y;
     problem.M = static_cast<int>(a.M);
     problem.r = a.r;
-    problem.by_rank = make_divisor(std::max(16, (a.r + 15) / 16 * 16));
+    problem.by_rank = make_divisor(std::max(16, padded_rank(a.r)));
     problem.blocks = static_cast<int>(a.w.K / kBlock);
     problem.row_bytes = static_cast<int>(a.w.K / 2);
     problem.token_tiles = plan.token_tiles;

@@ -72,13 +72,9 @@ __device__ __forceinline__ int row_of(int g) {
     return 4 * (g >> 1) + (g & 1);
 }
 
-// 16 elements of a row of x or lora_A from `row` on, or zeros.
-__device__ __forceinline__ void load_row(uint32_t (&words)[8], const void* row, bool inside) {
-    const uint4* p = static_cast<const uint4*>(row);
-    const uint4 zero = {0, 0, 0, 0};
-    const uint4 a = inside ? __ldg(p) : zero, b = inside ? __ldg(p + 1) : zero;
-    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
-    words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
+// Whole k16 steps of the low-rank product.
+__host__ __device__ inline int padded_rank(int r) {
+    return (r + 15) / 16 * 16;
 }
 
 // lora_B[row, j], lora_B[row, j + 1], zero past the rank.

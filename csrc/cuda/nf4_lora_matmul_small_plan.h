@@ -56,12 +56,19 @@ int projectors_of(const LoraMatmulArgs& a) {
     return a.lora_A == nullptr || a.r == 0 ? 0 : kProjectors;
 }
 
+// Microseconds that CTAs wait for an SM where those that compute z leave none: these take 0.1 TB/s
+// each (H200, 2026-11).
+double project_time(const LoraMatmulArgs& a, const Plan& plan) {
+    const auto columns = static_cast<double>(a.w.K / kProjectors);
+    return 2.5 + columns * 2e-5 * (padded_rank(a.r) + plan.tokens);
+}
+
 Plan make_plan(const LoraMatmulArgs& a, int sms) {
-    sms = std::max(1, sms - projectors_of(a));
+    const int projectors = projectors_of(a), beside = std::max(1, sms - projectors);
     Plan best{};
     double best_time = 0.0;
     const auto consider = [&](const Plan& plan) {
-        const double time = estimate(a, plan);
+        const double time = estimate(a, plan) + (plan.ctas > beside ? project_time(a, plan) : 0.0);
         if (best.ctas == 0 || time < best_time)
             best = plan, best_time = time;
     };
@@ -75,8 +82,10 @@ Plan make_plan(const LoraMatmulArgs& a, int sms) {
             plan.ctas = tiles * share;
             consider(plan);
         }
-        plan.ctas = int64_t{tiles} * units < sms ? tiles * units : sms;
-        consider(plan);
+        for (const int most : {beside, sms}) {
+            plan.ctas = int64_t{tiles} * units < most ? tiles * units : most;
+            consider(plan);
+        }
     }
     return best;
 }

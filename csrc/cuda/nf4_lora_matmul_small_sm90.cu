@@ -10,7 +10,8 @@
 //
 // At most one CTA per SM, each with an equal share of the weight: the tiles of 64, 128 or 256 rows,
 // cut along K into units, form one sequence, and a CTA takes a contiguous piece of it. make_plan
-// chooses tile height and CTAs.
+// chooses tile height and CTAs; four that compute z are more, of which a full device has the last
+// wait for an SM.
 //
 //     CTA    |---- 0 ----|---- 1 ----|---- 2 ----|
 //     tile   |---- 0 ----+-|-- 1 ------+---|--- 2
@@ -32,8 +33,9 @@
 // (next_mark). Data is stored before the mark is released, and loaded after it was acquired. Each
 // word has one thread that waits for it, which sets it back: when a launch ends no word holds its
 // mark, and the runs of a captured graph, which all have the same one, find what the first one
-// found. Nothing touches the workspace before griddepcontrol.wait, that is, while the kernel
-// before, perhaps the same graph's last run, may still be at it.
+// found. (Two runs at once of what was captured once share y, too: CUDA and torch rule that out.)
+// Nothing touches the workspace before griddepcontrol.wait, that is, while the kernel before,
+// perhaps of another such call in the same memory, may still be at it.
 //
 // Bound by weight bytes (0.516 N K with nested scales) as long as an SM decodes as fast as they
 // come, 22 codes per clock and SM. Per 4096 codes its shared memory is busy for 64 clocks with
@@ -367,10 +369,10 @@ cudaError_t launch(const LoraMatmulArgs& a, const Plan& plan, cudaStream_t strea
 
 bool serves_nf4_lora_matmul_small(const LoraMatmulArgs& a) {
     const WeightView& w = a.w;
-    return device_is_sm90() && is_aligned(w.qweight) && is_aligned(w.absmax) &&
-           is_aligned(w.absmax_8bit, 4) && a.M >= 1 && a.M <= 64 && a.dtype != Dtype::kFloat32 &&
-           w.flat && w.K % kBlock == 0 && w.N % 16 == 0 && w.N > 0 && w.K > 0 &&
-           w.blocksize_log2 >= 6 && a.r >= 0 && a.r <= kMaxRank &&
+    return device_is_sm90() && is_aligned(a.x) && is_aligned(a.lora_A) && is_aligned(w.qweight) &&
+           is_aligned(w.absmax) && is_aligned(w.absmax_8bit, 4) && a.M >= 1 && a.M <= 64 &&
+           a.dtype != Dtype::kFloat32 && w.flat && w.K % kBlock == 0 && w.N % 16 == 0 && w.N > 0 &&
+           w.K > 0 && w.blocksize_log2 >= 6 && a.r >= 0 && a.r <= kMaxRank &&
            w.N / 64 * w.K < (int64_t{1} << 31);
 }
 

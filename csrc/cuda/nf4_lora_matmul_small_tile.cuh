@@ -106,10 +106,6 @@ struct Maps {
     CUtensorMap lora_A;  // [K / 64][r][64], if there are projectors
 };
 
-__host__ __device__ inline int padded_rank(int r) {
-    return (r + 15) / 16 * 16;
-}
-
 // Of a projector's stage: tokens and rows of lora_A of two blocks.
 template <typename Tile>
 __host__ __device__ int project_stage_bytes(int r) {
