@@ -86,17 +86,13 @@ const char* check_products(const LoraDxArgs& a, int clusters) {
 }
 
 int64_t grads_time(const LoraGradsArgs& a, int sms) {
-    return sms == 0                  ? 0
-           : lora_columns(a.r) == 16 ? time_of<16>(a, sms)
+    return lora_columns(a.r) == 16   ? time_of<16>(a, sms)
            : lora_columns(a.r) == 32 ? time_of<32>(a, sms)
                                      : time_of<64>(a, sms);
 }
 
-// As nf4_lora_matmul_dx_spare_sms has it.
 int spare_sms(const LoraDxArgs& a, const LoraGradsArgs& grads, int sms, int room) {
-    const Beside beside = plan_beside(a, sms, room);
-    return choose_beside(
-        a, sms, beside, grads_time(grads, beside.spare_sms), grads_time(grads, sms));
+    return choose_spare_sms(a, sms, room, [&](int on) { return grads_time(grads, on); });
 }
 
 void set_sizes(LoraGradsArgs& g, LoraDxArgs& a, int64_t M, int64_t N, int64_t K, int r) {

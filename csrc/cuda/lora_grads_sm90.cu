@@ -7,7 +7,7 @@
 //
 // dy [M, N], x [M, K], z [M, r], u [M, 16, 32 or 64], d_bias [N]: one 16-bit dtype T, row-major;
 // lora_B and d_lora_B [N, r], d_lora_A [r, K] in T or fp32, lora_B rounded to T for the products;
-// d_lora_scaling fp32.
+// d_lora_scaling fp32. An fp32 lora_A is rounded to T on request, for the product that follows.
 // Sums in fp32 in an order fixed by the shapes and the number of SMs; each result is rounded once.
 // u is rounded before it enters d_lora_A and dx.
 //

@@ -95,16 +95,19 @@ inline Beside plan_beside(const LoraDxArgs& a, int sms, int room) {
     return {left / kBesideCluster * kBesideCluster, products.first_end, products.time};
 }
 
-// SMs that the gradients had better have, by the time they take there and in front, on all; 0 of
-// either: not in one launch. The first tiles wait for all of them: 4096 x 14336, 1024 tokens, four
+// SMs that the gradients had better have beside the product, 0: all, in front of it.
+// grads_time(SMs) is how long they take there, 0 if that is not one launch; for all SMs it is asked
+// only where it matters. The first tiles wait for all of them: 4096 x 14336, 1024 tokens, four
 // rounds, took 8 % longer beside than in front, forward and backward (H200, 2026-11).
-inline int choose_beside(
-    const LoraDxArgs& a, int sms, const Beside& beside, int64_t grads_beside, int64_t grads_alone) {
-    if (grads_beside == 0)
+template <typename GradsTime>
+int choose_spare_sms(const LoraDxArgs& a, int sms, int room, GradsTime grads_time) {
+    const Beside beside = plan_beside(a, sms, room);
+    const int64_t grads = beside.spare_sms == 0 ? 0 : grads_time(beside.spare_sms);
+    if (grads == 0)
         return 0;
-    const int64_t in_front = grads_alone + choose_products(a, clusters_of(sms, false)).time;
-    const int64_t waits = std::max<int64_t>(0, grads_beside - beside.first_end);
-    return beside.time + waits < in_front ? beside.spare_sms : 0;
+    const int64_t time = beside.time + std::max<int64_t>(0, grads - beside.first_end);
+    const int64_t alone = choose_products(a, clusters_of(sms, false)).time;
+    return time <= alone || time < alone + grads_time(sms) ? beside.spare_sms : 0;
 }
 
 }  // namespace

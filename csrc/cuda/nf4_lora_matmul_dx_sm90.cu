@@ -198,12 +198,8 @@ bool serves_nf4_lora_matmul_dx(const LoraDxArgs& a) {
 int nf4_lora_matmul_dx_spare_sms(const LoraDxArgs& a, const LoraGradsArgs& grads) {
     if (a.M == 0 || a.w.K == 0)
         return 0;
-    const int sms = sm_count();
-    const Beside beside = plan_beside(a, sms, lora_grads_room());
-    if (beside.spare_sms == 0)
-        return 0;
-    return choose_beside(
-        a, sms, beside, lora_grads_time(grads, beside.spare_sms), lora_grads_time(grads, sms));
+    return choose_spare_sms(
+        a, sm_count(), lora_grads_room(), [&](int sms) { return lora_grads_time(grads, sms); });
 }
 
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& a, cudaStream_t stream) {
