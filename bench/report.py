@@ -166,7 +166,28 @@ def linear(
         rates += _note(record)
     caption = machine(record["environment"], card=True)
     what = f"Linear layers on a GPU, {title}, {rows[0]['dtype']}, rank {rows[0]['r']}"
-    return f"{what} ({caption}; {rates}; `{name}`):\n\n{table(head, body)}"
+    text = f"{what} ({caption}; {rates}; `{name}`):\n\n{table(head, body)}"
+    return text if "headline" in record else text + _in_turn(cases, columns)
+
+
+def _in_turn(cases: dict[tuple, dict[str, dict]], columns: dict[str, str]) -> str:
+    """Microseconds of those cases at the power limit that were also timed in turn, if any."""
+    body = []
+    for (N, K, M), impls in cases.items():
+        times = {impl: row.get("in_turn_us") for impl, row in impls.items()}
+        if not times["lowbit"]:
+            continue
+        cells = [f"{times[impl]:.1f}" if times.get(impl) else "-" for impl in columns]
+        ratio = f"{times['lowbit'] / times['dense']:.2f}" if times.get("dense") else "-"
+        body.append([f"{N} x {K}", str(M), *cells, ratio, f"{impls['lowbit']['us']:.1f}"])
+    if not body:
+        return ""
+    head = ["us", "M", *columns.values(), "lowbit / dense", "kept up"]
+    what = (
+        "In turn, each for some milliseconds, before the card is at its power limit; in the last "
+        "column what lowbit keeps up there"
+    )
+    return f"\n\n{what}:\n\n{table(head, body)}"
 
 
 def linear_options(name: str, record: dict) -> str:

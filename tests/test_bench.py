@@ -355,10 +355,10 @@ def test_check_holds_lowbit_only():
 def no_gpu_needed(monkeypatch):
     """Replace what needs a GPU: 1 us for each character of a contender's name."""
 
-    def time_replays(replays, *, seconds, rounds, own_seconds):
+    def time_replays(replays, *, seconds, rounds, own_seconds=0.0):
         for replay in replays.values():
             replay.run()
-        return {name: (float(len(name)),) * 3 for name in replays}
+        return {name: (len(name) + own_seconds,) * 3 for name in replays}
 
     monkeypatch.setattr(linear, "DEVICE", "cpu")
     monkeypatch.setattr(linear, "MIN_COPIES", 2)
@@ -407,6 +407,20 @@ def test_run_writes_rows_record_and_plots(no_gpu_needed, tmp_path, capsys):
     assert records.COLUMNS in shown
     assert "# 96x128, M 5: relative RMS error dense 0.00" in shown
     assert "geometric mean over 4 cases, lowbit" in shown
+
+
+def test_what_arithmetic_limits_is_timed_in_turn_too(no_gpu_needed, monkeypatch):
+    """Up to IN_TURN_MAX_TOKENS, and only where a time is one that is kept up."""
+    monkeypatch.setattr(linear, "IN_TURN_MAX_TOKENS", 5)
+    card = timing.Ceilings(copy_gbps=2000.0, matmul_tflops=10.0)
+    for ceilings, in_turn in ((card, {1: None, 5: 6.0, 6: None}), (CARD, dict.fromkeys((1, 5, 6)))):
+        monkeypatch.setattr(timing, "measure_ceilings", lambda dtype, it=ceilings: it)
+        rows = linear.run(options(tokens=[1, 5, 6], implementations=["lowbit"]))
+        assert {row.M: row.in_turn_us for row in rows} == in_turn
+        sustained = {row.M for row in rows if row.timing == "graph, sustained"}
+        assert sustained == ({5, 6} if ceilings is card else set())
+        own = timing.SUSTAINED_SECONDS
+        assert all(row.us == len("lowbit") + own * (row.M in sustained) for row in rows)
 
 
 def test_forward_and_backward(no_gpu_needed, monkeypatch, tmp_path, capsys):
@@ -596,6 +610,28 @@ def test_report_makes_a_table_of_a_record(monkeypatch):
         "| 4096 x 4096 | 16 | 4.0 | 20.0 | 50.0 | 8.0 | 0.40 | 2.00 |",
         "| 4096 x 4096 | 256 | 4.0 | 22.0 | - | 11.0 | 0.50 | 2.75 |",
     ]
+
+
+def test_report_of_times_in_turn(monkeypatch):
+    """A table of its own, of the cases that have them."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import report
+
+    rows = [make_row("lowbit", 8.0, M=1, timing="graph")]
+    for impl, us, in_turn in (("dense", 20.0, 16.0), ("torchao", 90.0, None), ("lowbit", 9.0, 8.0)):
+        rows.append(make_row(impl, us, timing="graph, sustained", in_turn_us=in_turn))
+    record = {
+        "environment": {"card": "a card", "torch": "2.11.0", "date": "2026-11-24"},
+        "ceilings": {"copy_gbps": 3020.0, "matmul_tflops": 739.4},
+        "rows": [vars(row) for row in rows],
+    }
+    what, _, head, _, *body = report.linear("linear_a.json", record).split("\n\n", 2)[2].split("\n")
+    assert what.startswith("In turn, each for some milliseconds")
+    assert head == "| us | M | dense, no LoRA | torchao | lowbit | lowbit / dense | kept up |"
+    assert body == ["| 4096 x 4096 | 16 | 16.0 | - | 8.0 | 0.50 | 9.0 |"]
+    assert "In turn" not in report.linear("linear_a.json", record | {"headline": True})
+    del record["rows"][1:]
+    assert "In turn" not in report.linear("linear_a.json", record)
 
 
 def test_report_of_eager_times(monkeypatch):

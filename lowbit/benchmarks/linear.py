@@ -4,7 +4,8 @@ Every implementation is checked against float64 and then timed as a CUDA graph t
 several copies of the weight, together larger than twice the L2 cache: weights come from memory, as
 in a model, and no launch gap counts. Activations may stay in the cache, as in a model too. Where
 arithmetic is the limit, a time is the one that a contender keeps up at the card's power limit
-(timing.py). What is counted, per layer:
+(timing.py); for up to some hundred tokens a row also has the time in turn with the others. What is
+counted, per layer:
 
     flops   2 M (N K + r (N + K)), without the second term for `dense`
     bytes   the weight as it is stored, x, y, and for LoRA A and B, each once
@@ -45,6 +46,7 @@ ROTATED_BYTES = 120_000_000  # of the packed copies together: 2.4 times the L2 o
 MIN_COPIES = 4
 DEVICE = "cuda"
 CASE_SECONDS = 1.0  # of GPU time for the timed rounds of one layer and M
+IN_TURN_MAX_TOKENS = 256  # above, a call takes longer than a change of the card's clock
 # A graph repeats its copies until a replay would take this long at the floor: the gap between two
 # replays, a few microseconds, then does not count.
 REPLAY_US = 500.0
@@ -249,6 +251,10 @@ class Benchmark:
         measured = timing.time_replays(
             replays, seconds=CASE_SECONDS, rounds=self.options.rounds, own_seconds=own
         )
+        if own and x.shape[0] <= IN_TURN_MAX_TOKENS:
+            in_turn = timing.time_replays(replays, seconds=CASE_SECONDS, rounds=self.options.rounds)
+            for name, times in in_turn.items():
+                rows[name].in_turn_us = times[0]
         in_graph = "graph, sustained" if own else "graph"
         for name, times in measured.items():
             rows[name].us, rows[name].p20, rows[name].p80 = times

@@ -49,6 +49,7 @@ class Row:
     # graph is "sustained" where it ran for a while before, the last two are "in a row" where calls
     # of the same contender did.
     timing: str | None = None
+    in_turn_us: float | None = None  # of a sustained graph: with the others every few milliseconds
     kernel: str | None = None  # what lowbit's dispatch table chose
 
     @property
