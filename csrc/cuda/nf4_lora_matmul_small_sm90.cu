@@ -23,10 +23,11 @@
 // the others add it to their first finished tile at the earliest, and by then it is there.
 //
 // Who waits for whom: a CTA that finishes a tile for z, and for CTAs before it that have begun the
-// tile. Those that compute z wait for nobody, and neither does anybody before storing sums for
-// another. So CTAs wait for lower numbers only, which the device starts first, and for what these
-// do before they wait themselves: no CTA needs another that has not started, however few SMs there
-// are and whatever else runs on them.
+// tile. Those that compute z wait for nobody, but for the last of them, which waits for the others
+// where it adds z up for all; and nobody waits before storing sums for another. So CTAs wait for
+// lower numbers only, which the device starts first, and for what these do before they wait for
+// anything but these: no CTA needs another that has not started, however few SMs there are and
+// whatever else runs on them.
 //
 // A word in the workspace for each such hand-over says that it has happened. There is no launch in
 // front to clear it, and memory may hold anything; so it says so by holding the launch's mark

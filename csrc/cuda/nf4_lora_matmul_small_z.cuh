@@ -10,10 +10,36 @@
 namespace lowbit::cuda {
 namespace {
 
+// Up to so many values of z, padding included, each CTA adds what the projectors have of them; it
+// would need a round of loads for each 384. The last projector adds more of them, for all CTAs.
+constexpr int kSharedValues = 1024;
+
+template <typename Tile>
+__device__ __forceinline__ bool projectors_add(const Problem& p) {
+    return Tile::kTokens * kMaxRank > kSharedValues &&
+           Tile::kTokens * padded_rank(p.r) > kSharedValues;
+}
+
+// As the low-rank product takes it; zero outside. If asked to, also stores it to z_out.
+template <typename T>
+__device__ __forceinline__ float
+finish_z(const Problem& p, int token, int j, float z, bool writes) {
+    if (token >= p.M || j >= p.r)
+        return 0.0f;
+    if (writes)
+        static_cast<T*>(p.z_out)[token * p.r + j] = from_float<T>(z);
+    float scale = p.scaling;
+    if (p.lora_scaling != nullptr)
+        scale *= __ldg(p.lora_scaling + j);
+    return z * scale;
+}
+
 // Each projector takes a slice of K, and each of its four warpgroups every fourth step of two
 // blocks in it, through a ring of its own. Products have 64 rows of lora_A; those past the padded
 // rank are whatever lies behind it. What the warpgroups have is added in their order and handed to
-// every CTA that will ask: each has a flag of its own, which it resets.
+// every CTA that will ask: each has a flag of its own, which it resets. Or to the last projector,
+// through the flags of CTA 0, and what that one has, scaled and rounded [kTokens][padded rank], to
+// every CTA that will ask; it lies where a slice of its own would.
 template <typename T, typename Tile>
 __device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint32_t smem) {
     constexpr int kStep = kUnitBlocks * kBlock;
@@ -85,23 +111,59 @@ __device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint
     for (int i = 0; i < Tile::kSums; i++)
         store_shared(place(group, i * kWarpgroup + threadIdx.x % kWarpgroup), sums[i]);
     named_barrier(kTablesBarrier, kConsumers);
+    constexpr int kValues = Tile::kSums * kWarpgroup / kConsumers;  // of a thread
+    const bool together = projectors_add<Tile>(p), last = together && slice == kProjectors - 1;
     float* const out = p.partial_z + slice * Tile::kTokens * rank;
+    const auto token_of = [](int i) {
+        return i / kWarpgroup / 4 * 8 + threadIdx.x % 4 * 2 + i / kWarpgroup % 2;
+    };
+    const auto column_of = [](int i) {
+        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x % kWarpgroup / kWarpSize;
+        return warp * 16 + lane / 4 + i / kWarpgroup / 2 % 2 * 8;
+    };
+    float before[kValues][kProjectors - 1];
+    if (last) {
+        if (threadIdx.x < kProjectors - 1)
+            wait_for_mark(p.z_flags + threadIdx.x, p.mark);
+        named_barrier(kTablesBarrier, kConsumers);
 #pragma unroll
-    for (int i = threadIdx.x; i < Tile::kSums * kWarpgroup; i += kConsumers) {
+        for (int v = 0; v < kValues; v++) {
+            const int i = threadIdx.x + v * kConsumers;
+            const int place = token_of(i) * rank + min(column_of(i), rank - 1);
+#pragma unroll
+            for (int s = 0; s < kProjectors - 1; s++)
+                before[v][s] = __ldcg(p.partial_z + s * Tile::kTokens * rank + place);
+        }
+    }
+#pragma unroll
+    for (int v = 0; v < kValues; v++) {
+        const int i = threadIdx.x + v * kConsumers, token = token_of(i), j = column_of(i);
         float sum = 0.0f;
 #pragma unroll
         for (int from = 0; from < 4; from++)
             sum += __uint_as_float(load_shared_at<0>(place(from, i)));
-        const int e = i / kWarpgroup, thread = i % kWarpgroup;
-        const int j = thread / kWarpSize * 16 + thread % kWarpSize / 4 + e / 2 % 2 * 8;
-        const int token = e / 4 * 8 + thread % 4 * 2 + e % 2;
-        if (j < rank)
+        if (j >= rank)
+            continue;
+        if (last) {
+            float z = 0.0f;
+#pragma unroll
+            for (const float part : before[v])
+                z += part;
+            z = finish_z<T>(p, token, j, z + sum, p.z_out != nullptr);
+            reinterpret_cast<T*>(out)[token * rank + j] = from_float<T>(z);
+        } else {
             __stcg(out + token * rank + j, sum);
+        }
     }
     named_barrier(kTablesBarrier, kConsumers);
     if (warp > 0)
         return;
     __threadfence();
+    if (together && !last) {
+        if (threadIdx.x == 0)
+            store_relaxed(p.z_flags + slice, p.mark);
+        return;
+    }
     for (int cta = threadIdx.x; cta < p.ctas; cta += kWarpSize) {
         if (finishes_tiles(p.shares, cta))
             store_relaxed(p.z_flags + cta * kProjectors + slice, p.mark);
@@ -110,21 +172,36 @@ __device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint
 
 // z, scaled and rounded, to shared memory as rows of 64 columns under the 128-byte swizzle, of
 // which the padded rank is written, by the last three warps of a CTA that finishes tiles. One CTA
-// also writes z_out.
+// also writes z_out, where no projector does.
 template <typename T, typename Tile>
 __device__ __forceinline__ void gather_z(const Problem& p, int cta, uint32_t smem) {
     const int thread = threadIdx.x - (kThreads - kGatherers);
     if (!finishes_tiles(p.shares, cta))
         return;
     wait_for_previous_kernel();
+    const bool together = p.z_in == nullptr && projectors_add<Tile>(p);
     if (p.z_in == nullptr) {
-        if (thread < kProjectors)
+        if (thread < kProjectors && (!together || thread == kProjectors - 1))
             wait_for_mark(p.z_flags + cta * kProjectors + thread, p.mark);
         named_barrier(kGatherBarrier, kGatherers);
     }
     const int rank = padded_rank(p.r), values = Tile::kTokens * rank;
+    const auto place_of = [&](int token, int j) {
+        return smem + Tile::kZ + swizzled_offset(token, j / 8) + j % 8 * 2;
+    };
+    if (together) {
+        const float* const z = p.partial_z + (kProjectors - 1) * values;
+#pragma unroll 3
+        for (int i = thread; i < values / 8; i += kGatherers) {
+            const uint4 eight = __ldcg(reinterpret_cast<const uint4*>(z) + i);
+            const int token = divide(8 * i, p.by_rank);
+            const uint32_t place = place_of(token, 8 * i - token * rank);
+            store_shared_pair(place, eight.x, eight.y);
+            store_shared_pair(place + 8, eight.z, eight.w);
+        }
+    }
     const bool writes = p.z_in == nullptr && p.z_out != nullptr && cta == p.ctas - 1;
-    for (int i = 4 * thread; i < values; i += 4 * kGatherers) {
+    for (int i = 4 * thread; i < values && !together; i += 4 * kGatherers) {
         const int token = divide(i, p.by_rank), j = i - token * rank;
         float z[4] = {};
         if (p.z_in == nullptr) {
@@ -138,20 +215,12 @@ __device__ __forceinline__ void gather_z(const Problem& p, int cta, uint32_t sme
         }
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const bool inside = token < p.M && j + e < p.r;
-            const int place = token * p.r + j + e;
-            float scale = p.scaling;
-            if (inside && p.lora_scaling != nullptr)
-                scale *= __ldg(p.lora_scaling + j + e);
-            if (inside && p.z_in != nullptr)
-                z[e] = to_float(static_cast<const T*>(p.z_in)[place]);
-            if (inside && writes)
-                static_cast<T*>(p.z_out)[place] = from_float<T>(z[e]);
-            z[e] = inside ? z[e] * scale : 0.0f;
+            if (p.z_in != nullptr && token < p.M && j + e < p.r)
+                z[e] = to_float(static_cast<const T*>(p.z_in)[token * p.r + j + e]);
+            z[e] = finish_z<T>(p, token, j + e, z[e], writes);
         }
         store_shared_pair(
-            smem + Tile::kZ + swizzled_offset(token, j / 8) + j % 8 * 2, pack_pair(z[0], z[1], T{}),
-            pack_pair(z[2], z[3], T{}));
+            place_of(token, j), pack_pair(z[0], z[1], T{}), pack_pair(z[2], z[3], T{}));
     }
     fence_async_proxy();
     named_barrier_arrive(kZBarrier, kGatherers + Tile::kFinishers);
