@@ -71,6 +71,7 @@ copy_stages(const Problem& p, const Maps& maps, int cta, uint32_t smem) {
     const auto block_of = [](const Segment& s, int group, int i) {
         return s.first * Tile::kUnit + (group * s.count + i) * kUnitBlocks;
     };
+    prefetch_map(maps.x);
     {
         const Segment s(piece.begin, piece.end, p.shares);
         const int count = min(s.count, kPrefetchStages);

@@ -61,6 +61,7 @@ __device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint
     };
     const bool leader = warp % 4 == 0 && elect_lane();
     if (leader) {
+        prefetch_map(maps.x);
         for (int i = 0; i < stages; i++)
             barrier_init(full + 8 * i, 1);
         barrier_init_fence();
@@ -156,17 +157,15 @@ __device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint
         }
     }
     named_barrier(kTablesBarrier, kConsumers);
-    if (warp > 0)
-        return;
-    __threadfence();
     if (together && !last) {
         if (threadIdx.x == 0)
-            store_relaxed(p.z_flags + slice, p.mark);
+            store_release(p.z_flags + slice, p.mark);
         return;
     }
-    for (int cta = threadIdx.x; cta < p.ctas; cta += kWarpSize) {
+    // One each: a second release would wait for the first.
+    for (int cta = threadIdx.x; cta < p.ctas; cta += kConsumers) {
         if (finishes_tiles(p.shares, cta))
-            store_relaxed(p.z_flags + cta * kProjectors + slice, p.mark);
+            store_release(p.z_flags + cta * kProjectors + slice, p.mark);
     }
 }
 
