@@ -75,7 +75,9 @@ const char* check_workspace(const LoraMatmulArgs& a, const Plan& plan) {
         return "flags";
     if (s.flags % word != 0 || s.z_flags % word != 0 || s.partials % 16 != 0)
         return "alignment";
-    const size_t partial = size_t{64} * plan.row_groups * plan.tokens * sizeof(float);
+    const size_t sums = size_t{64} * plan.row_groups * plan.tokens;
+    const size_t partial =
+        marks_sums(plan.tokens) ? sums / 2 * sizeof(MarkedPair) : sums * sizeof(float);
     return s.partials + ctas * partial > s.bytes ? "partials" : nullptr;
 }
 

@@ -9,26 +9,20 @@
 namespace lowbit::cuda {
 namespace {
 
-// sums += lora_B z, by the warpgroups of K group 0; `first`: of the CTA, which waits for z.
-template <typename T, typename Tile>
-__device__ __forceinline__ void
-add_low_rank(float (&sums)[Tile::kSums], const Problem& p, int row0, uint32_t z, bool first) {
+// A lane's rows of lora_B, in steps of 16 columns.
+using Factor = uint32_t[kMaxRank / 16][4];
+
+template <typename T>
+__device__ __forceinline__ void load_factor(Factor& a, const Problem& p, int row0) {
     const int lane = threadIdx.x % kWarpSize, t = lane % 4;
     const int last = static_cast<int>(p.w.N) - 1, row = row0 + row_of(lane / 4);
     const T* low = static_cast<const T*>(p.lora_B) + static_cast<int64_t>(min(row, last)) * p.r;
     const T* high =
         static_cast<const T*>(p.lora_B) + static_cast<int64_t>(min(row + 2, last)) * p.r;
-    uint32_t a[kMaxRank / 16][4];
     const auto load = [&](int i) {
         const int j = 16 * i + 2 * t;
         a[i][0] = load_lora_pair(low, j, p.r), a[i][1] = load_lora_pair(high, j, p.r);
         a[i][2] = load_lora_pair(low, j + 8, p.r), a[i][3] = load_lora_pair(high, j + 8, p.r);
-    };
-    const auto multiply = [&](int i) {
-        wgmma_fence();
-        wgmma(sums, a[i], own_operand_descriptor(z + 32 * i), true, T{});
-        wgmma_commit();
-        wgmma_wait<0>();
     };
     load(0);
     if (p.r > 16) {
@@ -36,6 +30,18 @@ add_low_rank(float (&sums)[Tile::kSums], const Problem& p, int row0, uint32_t z,
         for (int i = 1; i < kMaxRank / 16; i++)
             load(i);
     }
+}
+
+// sums += lora_B z, by the warpgroups of K group 0; `first`: of the CTA, which waits for z.
+template <typename T, typename Tile>
+__device__ __forceinline__ void
+add_low_rank(float (&sums)[Tile::kSums], Factor& factor, const Problem& p, uint32_t z, bool first) {
+    const auto multiply = [&](int i) {
+        wgmma_fence();
+        wgmma(sums, factor[i], own_operand_descriptor(z + 32 * i), true, T{});
+        wgmma_commit();
+        wgmma_wait<0>();
+    };
     if (first)
         named_barrier(kZBarrier, kGatherers + Tile::kFinishers);
     multiply(0);
@@ -73,6 +79,52 @@ add_groups(float (&sums)[Tile::kSums], int group, int row_group, uint32_t table)
         }
     }
     named_barrier(1 + row_group, Tile::kGroups * kWarpgroup);
+}
+
+// Each two sums with the mark beside them. The one thread that waits for a pair sets its mark back.
+template <typename Tile>
+__device__ __forceinline__ MarkedPair* marked_of(const Problem& p, int cta) {
+    return reinterpret_cast<MarkedPair*>(p.partials) +
+           static_cast<int64_t>(cta) * (Tile::kFinishers * Tile::kSums / 2) + threadIdx.x;
+}
+
+// To the CTA that finishes the tile.
+template <typename Tile>
+__device__ __forceinline__ void
+hand_over(const float (&sums)[Tile::kSums], const Problem& p, int cta) {
+    if constexpr (Tile::kMarkSums) {
+        MarkedPair* const out = marked_of<Tile>(p, cta);
+#pragma unroll
+        for (int i = 0; i < Tile::kSums; i += 2)
+            store_relaxed(out + i / 2 * Tile::kFinishers, {sums[i], sums[i + 1], p.mark});
+    } else {
+        store_partial<Tile>(sums, p, cta);
+    }
+}
+
+// What other CTAs have handed over of this tile; see add_partials.
+template <typename Tile>
+__device__ __forceinline__ void
+add_marked(float (&sums)[Tile::kSums], const Problem& p, int own, int tile_begin) {
+    for (int cta = p.shares.pieces.piece_before(own, tile_begin); cta < own; cta++) {
+        MarkedPair* const in = marked_of<Tile>(p, cta);
+        MarkedPair pairs[Tile::kSums / 2];
+        bool there;
+        do {
+            there = true;
+#pragma unroll
+            for (int i = 0; i < Tile::kSums / 2; i++)
+                pairs[i] = load_relaxed(in + i * Tile::kFinishers);
+#pragma unroll
+            for (const MarkedPair& pair : pairs)
+                there = there && pair.mark == p.mark;
+        } while (!__all_sync(kFullWarp, there));
+#pragma unroll
+        for (int i = 0; i < Tile::kSums / 2; i++) {
+            in[i * Tile::kFinishers].mark = 0;
+            sums[2 * i] += pairs[i].a, sums[2 * i + 1] += pairs[i].b;
+        }
+    }
 }
 
 }  // namespace

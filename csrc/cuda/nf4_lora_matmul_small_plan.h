@@ -103,7 +103,8 @@ Workspace layout_workspace(const LoraMatmulArgs& a, const Plan& plan) {
     s.flags = sizeof(float) * projectors_of(a) * plan.tokens * kMaxRank;
     s.z_flags = s.flags + round_up(plan.ctas * sizeof(uint64_t));
     s.partials = s.z_flags + round_up(plan.ctas * projectors_of(a) * sizeof(uint64_t));
-    s.bytes = s.partials + sizeof(float) * plan.ctas * plan.row_groups * 64 * plan.tokens;
+    s.bytes = s.partials + sizeof(float) * plan.ctas * plan.row_groups * 64 * plan.tokens *
+                               (marks_sums(plan.tokens) ? 2 : 1);
     return s;
 }
 

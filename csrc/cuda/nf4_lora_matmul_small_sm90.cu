@@ -31,12 +31,13 @@
 //
 // A word in the workspace for each such hand-over says that it has happened. There is no launch in
 // front to clear it, and memory may hold anything; so it says so by holding the launch's mark
-// (next_mark). Data is stored before the mark is released, and loaded after it was acquired. Each
-// word has one thread that waits for it, which sets it back: when a launch ends no word holds its
-// mark, and the runs of a captured graph, which all have the same one, find what the first one
-// found. (Two runs at once of what was captured once share y, too: CUDA and torch rule that out.)
-// Nothing touches the workspace before griddepcontrol.wait, that is, while the kernel before,
-// perhaps of another such call in the same memory, may still be at it.
+// (next_mark). Data is stored before the mark is released, and loaded after it was acquired; with
+// up to 16 tokens each two sums of a tile and their own mark are one access of 16 bytes. Each word
+// has one thread that waits for it, which sets it back: when a launch ends no word holds its mark,
+// and the runs of a captured graph, which all have the same one, find what the first one found.
+// (Two runs at once of what was captured once share y, too: CUDA and torch rule that out.) Nothing
+// touches the workspace before griddepcontrol.wait, that is, while the kernel before, perhaps of
+// another such call in the same memory, may still be at it.
 //
 // Bound by weight bytes (0.516 N K with nested scales) as long as an SM decodes as fast as they
 // come, 22 codes per clock and SM. Per 4096 codes its shared memory is busy for 64 clocks with
@@ -226,6 +227,11 @@ __device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem
             if (++stage == Tile::kStages)
                 stage = 0, phase ^= 1;
         }
+        // With few tokens there is room for lora_B while sums come together.
+        Factor factor;
+        const bool adds_low_rank = p.r > 0 && s.finishes && group == 0;
+        if (Tile::kMarkSums && adds_low_rank)
+            load_factor<T>(factor, p, row0);
         wgmma_wait<0>();
         if (!Tile::kScaleWeight)
             add_scaled(sums, of_block, pending);
@@ -237,13 +243,18 @@ __device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem
         if (group > 0)
             continue;
         if (!s.finishes) {
-            store_partial<Tile>(sums, p, cta);
+            hand_over<Tile>(sums, p, cta);
             continue;
         }
-        if (p.r > 0)
+        if (Tile::kMarkSums && !s.whole)
+            add_marked<Tile>(sums, p, cta, s.tile * p.shares.units);
+        if (adds_low_rank) {
+            if (!Tile::kMarkSums)
+                load_factor<T>(factor, p, row0);
             add_low_rank<T, Tile>(
-                sums, p, row0, smem + Tile::kZ, finishes_first(s, piece, p.shares));
-        if (!s.whole)
+                sums, factor, p, smem + Tile::kZ, finishes_first(s, piece, p.shares));
+        }
+        if (!Tile::kMarkSums && !s.whole)
             add_partials<Tile>(sums, p, cta, s.tile * p.shares.units);
         store_y<T>(sums, p, row0);
     }

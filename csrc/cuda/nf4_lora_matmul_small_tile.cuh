@@ -40,6 +40,13 @@ constexpr int kTokenRow = kBlock * 2;  // bytes of a token, or of a row of lora_
 // so that the base is part of the load instruction; nf4_lora_matmul_small_kernel checks it.
 constexpr int kSharedStart = 1024;
 
+// Whether each two sums that go to another CTA have the mark beside them: twice the bytes, but one
+// way through L2. A flag for all takes three, until the sums are stored, the mark is seen and the
+// sums are loaded.
+__host__ __device__ constexpr bool marks_sums(int tokens) {
+    return tokens <= 16;
+}
+
 // kRowGroups warpgroups share the rows of a tile, 64 each, and 4 / kRowGroups the columns.
 template <int kTokens_, int kRowGroups_>
 struct Tile {
@@ -51,6 +58,7 @@ struct Tile {
     static constexpr int kSums = kTokens / 2;                   // per thread
     static constexpr int kUnit = kUnitBlocks * kGroups;         // blocks along K per stage
     static constexpr bool kScaleWeight = kTokens > 32;
+    static constexpr bool kMarkSums = marks_sums(kTokens);
 
     static constexpr int kBoxBytes = kRows * kUnitBlocks * kBlock / 2;  // codes of a K group
     static constexpr int kWeightBytes = kGroups * kBoxBytes;
@@ -88,8 +96,8 @@ struct Problem {
     int project_stages;  // of each warpgroup of theirs
     float* partial_z;    // [kProjectors][kTokens][padded rank]
     uint64_t* z_flags;   // [CTAs][kProjectors], the mark when the slice of z is there for the CTA
-    float* partials;     // [CTAs][kRows kTokens]
-    uint64_t* flags;     // [CTAs], the mark when the CTA's partial is there
+    float* partials;     // [CTAs][kRows kTokens], or as many MarkedPairs as pairs of them
+    uint64_t* flags;     // [CTAs], the mark when the CTA's partial is there; unless kMarkSums
     uint64_t mark;
     void* y;
     int M;

@@ -141,6 +141,32 @@ __device__ __forceinline__ void store_release(uint32_t* counter, uint32_t value)
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
+// Two values and a mark in 16 bytes, aligned, which CTAs pass to each other as a whole: who sees
+// the mark has the values.
+struct MarkedPair {
+    float a, b;
+    uint64_t mark;
+};
+
+__device__ __forceinline__ MarkedPair load_relaxed(const MarkedPair* p) {
+    MarkedPair v;
+    asm volatile("{.reg .b128 whole;\n\t.reg .b64 pair;\n\t"
+                 "ld.relaxed.gpu.global.b128 whole, [%3];\n\t"
+                 "mov.b128 {pair, %2}, whole;\n\tmov.b64 {%0, %1}, pair;}"
+                 : "=f"(v.a), "=f"(v.b), "=l"(v.mark)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_relaxed(MarkedPair* p, const MarkedPair& v) {
+    asm volatile("{.reg .b128 whole;\n\t.reg .b64 pair;\n\t"
+                 "mov.b64 pair, {%1, %2};\n\tmov.b128 whole, {pair, %3};\n\t"
+                 "st.relaxed.gpu.global.b128 [%0], whole;}" ::"l"(p),
+                 "f"(v.a), "f"(v.b), "l"(v.mark)
+                 : "memory");
+}
+
 // 16 bytes from global to shared memory in the background, past L1. Groups complete in order;
 // wait_async<n> leaves the n youngest under way.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
