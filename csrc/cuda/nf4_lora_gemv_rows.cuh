@@ -106,6 +106,9 @@ __device__ __forceinline__ void store_y(
         const uint32_t row = share.row_of(group, static_cast<uint32_t>(args.w.N)) + i % kRows;
         if (row < (share.first_group + group) * kRows)
             continue;  // stored by the group before
+        float bias = 0.0f;
+        if (args.bias != nullptr)
+            bias = to_float(static_cast<const T*>(args.bias)[row]);
         const uint32_t first = share.warp_of(plan, group * plan.steps);
         const uint32_t last = share.warp_of(plan, (group + 1) * plan.steps - 1);
         float y = 0;
@@ -115,7 +118,7 @@ __device__ __forceinline__ void store_y(
         if (args.r > 0)
             y += low_rank[i];
         if (args.bias != nullptr)
-            y += to_float(static_cast<const T*>(args.bias)[row]);
+            y += bias;
         static_cast<T*>(args.y)[row] = from_float<T>(y);
     }
 }

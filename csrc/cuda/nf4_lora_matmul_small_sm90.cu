@@ -227,11 +227,14 @@ __device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem
             if (++stage == Tile::kStages)
                 stage = 0, phase ^= 1;
         }
-        // With few tokens there is room for lora_B while sums come together.
+        // With few tokens there is room for lora_B and the bias while sums come together.
         Factor factor;
+        float2 bias;
         const bool adds_low_rank = p.r > 0 && s.finishes && group == 0;
         if (Tile::kMarkSums && adds_low_rank)
             load_factor<T>(factor, p, row0);
+        if (Tile::kMarkSums && p.bias != nullptr && s.finishes && group == 0)
+            bias = load_bias<T>(p, min(row0, static_cast<int>(p.w.N) - 16), g);
         wgmma_wait<0>();
         if (!Tile::kScaleWeight)
             add_scaled(sums, of_block, pending);
@@ -256,7 +259,7 @@ __device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem
         }
         if (!Tile::kMarkSums && !s.whole)
             add_partials<Tile>(sums, p, cta, s.tile * p.shares.units);
-        store_y<T>(sums, p, row0);
+        store_y<T>(sums, p, row0, 0, Tile::kMarkSums ? &bias : nullptr);
     }
 }
 
