@@ -134,6 +134,8 @@ def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter
     Costs adapters times the low-rank arithmetic, needs no sorting and no synchronization, and is
     differentiable.
     """
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("adapter_index", adapter_index)):
+        _check_tensor(value, name)
     if lora_A.dim() != 3 or lora_B.dim() != 3 or lora_A.shape[0] != lora_B.shape[0]:
         raise ValueError(
             "with adapter_index, lora_A must be [adapters, r, K] and lora_B [adapters, N, r], got "
@@ -224,9 +226,17 @@ def _dense_args(x: torch.Tensor, w: torch.Tensor) -> WeightArgs:
     return WeightArgs(w.detach(), None, None, None, None, None, w.shape[0], w.shape[1], 0, 0, True)
 
 
+def _check_tensor(value, name: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def _bias(x: torch.Tensor, weight: WeightArgs, bias: torch.Tensor | None) -> torch.Tensor | None:
     if bias is None:
         return None
+    _check_tensor(bias, "bias")
+    if bias.dtype not in _FLOATS or (bias.dtype == torch.float64 != x.dtype):
+        raise TypeError(f"bias must be a float32, float16 or bfloat16 tensor, got {bias.dtype}")
     if bias.shape != (weight.N,):
         raise ValueError(f"bias must be [N] = [{weight.N}], got {list(bias.shape)}")
     if bias.device != x.device:
@@ -235,6 +245,8 @@ def _bias(x: torch.Tensor, weight: WeightArgs, bias: torch.Tensor | None) -> tor
 
 
 def _adapter(x, weight: WeightArgs, lora_A, lora_B) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_tensor(lora_A, "lora_A")
+    _check_tensor(lora_B, "lora_B")
     shape = lora_A.shape
     if len(shape) != 2 or shape[1] != weight.K or shape[0] == 0:
         raise ValueError(f"lora_A must be [r, K] with K = {weight.K} and r >= 1, got {list(shape)}")
@@ -258,7 +270,12 @@ def _factor(x: torch.Tensor, tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 def _scaling(x, scaling, r: int) -> tuple[torch.Tensor | None, float]:
     if not isinstance(scaling, torch.Tensor):
-        return None, float(scaling)
+        try:
+            return None, float(scaling)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"scaling must be a number or a tensor [r] = [{r}], got {scaling!r}"
+            ) from None
     if scaling.numel() == 1 and scaling.dim() == 0:
         scaling = scaling.expand(r)
     if scaling.shape != (r,):

@@ -89,7 +89,9 @@ def lora_matmul(x, w, lora_A, lora_B, scaling: float, bias) -> torch.Tensor | No
         weight = w.args()
     else:
         return None
-    if weight.absmax is None or not calls.plain((x, lora_A, lora_B, bias, *weight[:6])):
+    if weight.absmax is None or lora_A is None or lora_B is None:
+        return None
+    if not calls.plain((x, lora_A, lora_B, bias, *weight[:6])):
         return None
     records = calls.recording() and (
         x.requires_grad

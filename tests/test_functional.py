@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowbit
-from lowbit import reference
+from lowbit import reference, repeated
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -649,6 +649,22 @@ def _bad(p, **changes):
             ValueError,
             r"scaling must be a number or a tensor \[r\] = \[4\]",
         ),
+        ({"lora_A": None}, TypeError, "lora_A must be a tensor, got NoneType"),
+        ({"lora_B": [1.0]}, TypeError, "lora_B must be a tensor, got list"),
+        ({"scaling": None}, TypeError, r"scaling must be a number or a tensor .* got None"),
+        ({"scaling": "two"}, TypeError, "scaling must be a number or a tensor .* got 'two'"),
+        ({"bias": [0.0] * 48}, TypeError, "bias must be a tensor, got list"),
+        (
+            {"bias": torch.ones(48, dtype=torch.int64)},
+            TypeError,
+            "bias must be a float32.* got torch.int64",
+        ),
+        (
+            {"bias": torch.ones(48, dtype=torch.float64)},
+            TypeError,
+            "bias must be a float32.* got torch.float64",
+        ),
+        ({"adapter_index": [0, 0]}, TypeError, "adapter_index must be a tensor, got list"),
         ({"bias": torch.ones(47)}, ValueError, r"bias must be \[N\] = \[48\], got \[47\]"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"adapter_index": torch.zeros(5)}, ValueError, "with adapter_index, lora_A must be"),
@@ -668,3 +684,10 @@ def test_wrong_arguments_are_named(changes, error, message):
     p = _problem((5, 48, 64, 4), torch.float32, torch.device("cpu"))
     with pytest.raises(error, match=message):
         _bad(p, **changes)
+
+
+def test_no_call_is_remembered_without_an_adapter():
+    """On a GPU such calls are looked up before arguments are checked."""
+    p = _problem((5, 48, 64, 4), torch.float32, torch.device("cpu"))
+    for adapter in ((None, p["lora_B"]), (p["lora_A"], None), (None, None)):
+        assert repeated.lora_matmul(p["x"], p["w"], *adapter, 2.0, None) is None
