@@ -37,8 +37,9 @@ inline int sm_count() {
     return device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
-// Whether kernels in a stream have the SMs of a green context, fewer than sm_count. Its own context
-// decides, for the default stream the thread's.
+// Whether kernels in a stream run in a green context, on fewer SMs than sm_count. That is decided
+// by the context that the stream was created in, for the default stream by the thread's current
+// one.
 inline bool in_green_context(cudaStream_t stream) {
     static const auto contexts_of =
         driver_function<decltype(&cuStreamGetCtx_v2)>("cuStreamGetCtx", 12050);

@@ -48,7 +48,7 @@ bool serves_lora_grads(const LoraGradsArgs& args);
 // At most 28 MiB with rounded_lora_A, but for extreme shapes.
 size_t lora_grads_workspace_bytes(const LoraGradsArgs& args);
 
-// On how many SMs of the idle device clusters of kBesideCluster CTAs find room.
+// How many SMs of the idle device clusters of kBesideCluster of these CTAs can occupy at once.
 int lora_grads_room();
 
 // How long the passes take on so many SMs, in hundredths of microseconds, roughly; 0 if they are

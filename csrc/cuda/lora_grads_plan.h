@@ -131,8 +131,8 @@ Workspace lay_out(const Division& d, const LoraGradsArgs& a, int64_t C, Copies c
     return w;
 }
 
-// In as few passes as the limit of the workspace allows. With one part of the tokens, and no
-// projection, more of them would need more.
+// In as few passes as the limit of the workspace allows. More passes save workspace only while
+// tokens are in several parts or there is a projection; otherwise they add running sums.
 template <class P>
 Division divide(const LoraGradsArgs& a, int64_t C, bool projects, Copies copies, int processors) {
     const int64_t rounded_bytes = a.rounded_lora_A != nullptr ? 2 * a.r * a.K : 0;

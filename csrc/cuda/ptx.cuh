@@ -141,9 +141,11 @@ __device__ __forceinline__ void store_release(uint32_t* counter, uint32_t value)
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
-// Two values and a mark in 16 bytes, aligned, which CTAs pass to each other as a whole: who sees
-// the mark has the values.
-struct MarkedPair {
+// Two values and a mark in 16 bytes, which CTAs pass to each other as a whole: who sees the mark
+// has the values. PTX's memory model ends at 64 bits (8.2.4 of ISA 9.1, on vectors) and says
+// nothing of b128. CUDA C++ promises that loads and stores of 16 bytes are atomic from sm_70 on
+// (__nv_atomic_load, __nv_atomic_store), and nvcc 13.0 makes these two instructions of them.
+struct alignas(16) MarkedPair {
     float a, b;
     uint64_t mark;
 };
