@@ -121,7 +121,7 @@ add_marked(float (&sums)[Tile::kSums], const Problem& p, int own, int tile_begin
         } while (!__all_sync(kFullWarp, there));
 #pragma unroll
         for (int i = 0; i < Tile::kSums / 2; i++) {
-            in[i * Tile::kFinishers].mark = 0;
+            store_relaxed(in + i * Tile::kFinishers, {0.0f, 0.0f, 0});
             sums[2 * i] += pairs[i].a, sums[2 * i + 1] += pairs[i].b;
         }
     }
