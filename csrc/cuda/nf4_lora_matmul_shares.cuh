@@ -145,9 +145,9 @@ add_partials(float (&sums)[kSums], const Problem& p, int own, int tile_begin) {
 
 // Of a lane's two rows, which exist; there is a bias.
 template <typename T, typename Problem>
-__device__ __forceinline__ float2 load_bias(const Problem& p, int row0, int g) {
-    const T* bias = static_cast<const T*>(p.bias) + row0 + row_of(g);
-    return {to_float(bias[0]), to_float(bias[2])};
+__device__ __forceinline__ void load_bias(T (&bias)[2], const Problem& p, int row0, int g) {
+    const T* rows = static_cast<const T*>(p.bias) + row0 + row_of(g);
+    bias[0] = rows[0], bias[1] = rows[2];
 }
 
 // Of a warp's 16 rows, for 2 kSums tokens from token0 on. The rows are whole 32-byte sectors of y:
@@ -158,18 +158,23 @@ __device__ __forceinline__ void store_y(
     const Problem& p,
     int row0,
     int token0 = 0,
-    const float2* early = nullptr) {
+    const T* early = nullptr) {
     if (row0 >= p.w.N)
         return;
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-    float2 bias = {0.0f, 0.0f};
-    if (p.bias != nullptr)
-        bias = early != nullptr ? *early : load_bias<T>(p, row0, g);
+    float low = 0.0f, high = 0.0f;
+    if (p.bias != nullptr) {
+        T bias[2];
+        if (early == nullptr)
+            load_bias(bias, p, row0, g);
+        low = to_float(early != nullptr ? early[0] : bias[0]);
+        high = to_float(early != nullptr ? early[1] : bias[1]);
+    }
 #pragma unroll
     for (int i = 0; i < kSums; i += 4) {
         uint2 out;
-        out.x = transpose_8x8(pack_pair(sums[i] + bias.x, sums[i + 1] + bias.x, T{}));
-        out.y = transpose_8x8(pack_pair(sums[i + 2] + bias.y, sums[i + 3] + bias.y, T{}));
+        out.x = transpose_8x8(pack_pair(sums[i] + low, sums[i + 1] + low, T{}));
+        out.y = transpose_8x8(pack_pair(sums[i + 2] + high, sums[i + 3] + high, T{}));
         const int token = token0 + 2 * i + g;
         if (token < p.M)
             *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + token * p.w.N + row0 + 4 * t) = out;

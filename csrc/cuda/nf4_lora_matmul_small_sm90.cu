@@ -123,14 +123,18 @@ __device__ __forceinline__ void fill_tables(const Problem& p, uint32_t smem, Sca
     named_barrier(kTablesBarrier, kConsumers);
 }
 
-// Rows of lora_B that belong to a warp's.
+// Rows of lora_B that belong to a warp's, and their bias.
 template <typename T>
-__device__ __forceinline__ void prefetch_factor(const Problem& p, int row0) {
+__device__ __forceinline__ void prefetch_ending(const Problem& p, int row0) {
     const int lane = opaque(threadIdx.x % kWarpSize), row = row0 + lane / 2;
-    if (row < p.w.N)
+    if (row >= p.w.N)
+        return;
+    if (p.r > 0)
         prefetch_l2(
             static_cast<const T*>(p.lora_B) + static_cast<int64_t>(row) * p.r +
             lane % 2 * (p.r / 2));
+    if (p.bias != nullptr && lane == 0)
+        prefetch_l2(static_cast<const T*>(p.bias) + row);
 }
 
 // Four warpgroups, each with 64 rows of the tile and a share of K: codes to operands, products,
@@ -171,8 +175,8 @@ __device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem
         end -= s.count;
         const int row0 = s.tile * Tile::kRows + warp_row;
         const int block0 = first_block(s), block_end = block0 + s.count * kUnitBlocks;
-        if (p.r > 0 && s.finishes && group == 0)
-            prefetch_factor<T>(p, row0);
+        if (s.finishes && group == 0)
+            prefetch_ending<T>(p, row0);
         float sums[Tile::kSums] = {}, of_block[Tile::kSums] = {};
         float2 pending = {0.0f, 0.0f};  // scales of the product under way
         uint32_t a[2][16];
@@ -229,12 +233,12 @@ __device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem
         }
         // With few tokens there is room for lora_B and the bias while sums come together.
         Factor factor;
-        float2 bias;
+        T bias[2];
         const bool adds_low_rank = p.r > 0 && s.finishes && group == 0;
         if (Tile::kMarkSums && adds_low_rank)
             load_factor<T>(factor, p, row0);
         if (Tile::kMarkSums && p.bias != nullptr && s.finishes && group == 0)
-            bias = load_bias<T>(p, min(row0, static_cast<int>(p.w.N) - 16), g);
+            load_bias(bias, p, min(row0, static_cast<int>(p.w.N) - 16), g);
         wgmma_wait<0>();
         if (!Tile::kScaleWeight)
             add_scaled(sums, of_block, pending);
@@ -259,7 +263,7 @@ __device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem
         }
         if (!Tile::kMarkSums && !s.whole)
             add_partials<Tile>(sums, p, cta, s.tile * p.shares.units);
-        store_y<T>(sums, p, row0, 0, Tile::kMarkSums ? &bias : nullptr);
+        store_y<T>(sums, p, row0, 0, Tile::kMarkSums ? bias : nullptr);
     }
 }
 

@@ -20,28 +20,40 @@ __device__ __forceinline__ bool projectors_add(const Problem& p) {
            Tile::kTokens * padded_rank(p.r) > kSharedValues;
 }
 
-// As the low-rank product takes it; zero outside. If asked to, also stores it to z_out.
+// Four columns of a token's z as the low-rank product takes them, zero outside. If asked to, also
+// stores them to z_out.
 template <typename T>
-__device__ __forceinline__ float
-finish_z(const Problem& p, int token, int j, float z, bool writes) {
-    if (token >= p.M || j >= p.r)
-        return 0.0f;
-    if (writes)
-        static_cast<T*>(p.z_out)[token * p.r + j] = from_float<T>(z);
-    float scale = p.scaling;
-    if (p.lora_scaling != nullptr)
-        scale *= __ldg(p.lora_scaling + j);
-    return z * scale;
+__device__ __forceinline__ void
+finish_z(const Problem& p, int token, int j, float (&z)[4], bool writes) {
+    const int columns = token < p.M ? p.r - j : 0;
+    if (writes) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            if (e < columns)
+                static_cast<T*>(p.z_out)[token * p.r + j + e] = from_float<T>(z[e]);
+        }
+    }
+    float scale[4] = {p.scaling, p.scaling, p.scaling, p.scaling};
+    if (p.lora_scaling != nullptr) {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            scale[e] *= __ldg(p.lora_scaling + min(j + e, p.r - 1));
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        z[e] = e < columns ? z[e] * scale[e] : 0.0f;
 }
 
-// Each projector takes a slice of K, and each of its four warpgroups every fourth step of two
-// blocks in it, through a ring of its own. Products have 64 rows of lora_A; those past the padded
-// rank are whatever lies behind it. What the warpgroups have is added in their order and handed to
-// every CTA that will ask: each has a flag of its own, which it resets. Or to the last projector,
-// through the flags of CTA 0, and what that one has, scaled and rounded [kTokens][padded rank], to
-// every CTA that will ask; it lies where a slice of its own would.
+__device__ __forceinline__ void add_part(float (&z)[4], const float4& part) {
+    z[0] += part.x, z[1] += part.y, z[2] += part.z, z[3] += part.w;
+}
+
+// A projector takes a slice of K, and each of its four warpgroups every fourth step of two blocks
+// in it, through a ring of its own. Products have 64 rows of lora_A; those past the padded rank are
+// whatever lies behind it.
 template <typename T, typename Tile>
-__device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint32_t smem) {
+__device__ __forceinline__ void
+multiply_slice(float (&sums)[Tile::kSums], const Problem& p, const Maps& maps, uint32_t smem) {
     constexpr int kStep = kUnitBlocks * kBlock;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
     const int group = warp / 4, slice = blockIdx.x;
@@ -76,7 +88,6 @@ __device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint
     __syncwarp();
     named_barrier(1 + group, kWarpgroup);
 
-    float sums[Tile::kSums] = {};
     int stage = 0, phase = 0;
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
@@ -103,58 +114,65 @@ __device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint
 #pragma unroll
     for (int i = 0; i < Tile::kSums; i++)
         asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// What the four warpgroups have is added in their order and handed to every CTA that will ask: each
+// has a flag of its own, which it resets. Or to the last projector, through the flags of CTA 0, and
+// what that one has, scaled and rounded [kTokens][padded rank], to every CTA that will ask; it lies
+// where a slice of its own would.
+template <typename T, typename Tile>
+__device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint32_t smem) {
+    const int slice = blockIdx.x, rank = padded_rank(p.r), values = Tile::kTokens * rank;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % 4;
+    float sums[Tile::kSums] = {};
+    multiply_slice<T, Tile>(sums, p, maps, smem);
 
     named_barrier(kTablesBarrier, kConsumers);  // the rings are read: sums take their place
-    const auto place = [&](int from, int i) {
-        return smem + kProjectRing + (from * Tile::kSums * kWarpgroup + i) * 4;
+    const auto place_of = [&](int group, int token, int j) {
+        return smem + kProjectRing + ((group * Tile::kTokens + token) * kSumsRow + j) * 4;
     };
+    if (warp * 16 < rank) {
+        const uint32_t own = place_of(threadIdx.x / kWarpgroup, lane % 4 * 2, warp * 16 + lane / 4);
 #pragma unroll
-    for (int i = 0; i < Tile::kSums; i++)
-        store_shared(place(group, i * kWarpgroup + threadIdx.x % kWarpgroup), sums[i]);
+        for (int i = 0; i < Tile::kSums; i++)
+            store_shared(own + ((i / 4 * 8 + i % 2) * kSumsRow + i / 2 % 2 * 8) * 4, sums[i]);
+    }
     named_barrier(kTablesBarrier, kConsumers);
-    constexpr int kValues = Tile::kSums * kWarpgroup / kConsumers;  // of a thread
+
     const bool together = projectors_add<Tile>(p), last = together && slice == kProjectors - 1;
-    float* const out = p.partial_z + slice * Tile::kTokens * rank;
-    const auto token_of = [](int i) {
-        return i / kWarpgroup / 4 * 8 + threadIdx.x % 4 * 2 + i / kWarpgroup % 2;
-    };
-    const auto column_of = [](int i) {
-        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x % kWarpgroup / kWarpSize;
-        return warp * 16 + lane / 4 + i / kWarpgroup / 2 % 2 * 8;
-    };
-    float before[kValues][kProjectors - 1];
     if (last) {
         if (threadIdx.x < kProjectors - 1)
             wait_for_mark(p.z_flags + threadIdx.x, p.mark);
         named_barrier(kTablesBarrier, kConsumers);
-#pragma unroll
-        for (int v = 0; v < kValues; v++) {
-            const int i = threadIdx.x + v * kConsumers;
-            const int place = token_of(i) * rank + min(column_of(i), rank - 1);
+    }
+    float* const out = p.partial_z + slice * values;
+#pragma unroll 1
+    for (int i = 4 * threadIdx.x; i < values; i += 4 * kConsumers) {
+        const int token = divide(i, p.by_rank), j = i - token * rank;
+        float4 before[kProjectors - 1];
+        if (last) {
 #pragma unroll
             for (int s = 0; s < kProjectors - 1; s++)
-                before[v][s] = __ldcg(p.partial_z + s * Tile::kTokens * rank + place);
+                before[s] = __ldcg(reinterpret_cast<const float4*>(p.partial_z + s * values + i));
         }
-    }
+        float sum[4] = {};
 #pragma unroll
-    for (int v = 0; v < kValues; v++) {
-        const int i = threadIdx.x + v * kConsumers, token = token_of(i), j = column_of(i);
-        float sum = 0.0f;
-#pragma unroll
-        for (int from = 0; from < 4; from++)
-            sum += __uint_as_float(load_shared_at<0>(place(from, i)));
-        if (j >= rank)
+        for (int group = 0; group < 4; group++) {
+            const uint4 part = load_shared(place_of(group, token, j));
+            add_part(sum, reinterpret_cast<const float4&>(part));
+        }
+        if (!last) {
+            __stcg(reinterpret_cast<float4*>(out + i), make_float4(sum[0], sum[1], sum[2], sum[3]));
             continue;
-        if (last) {
-            float z = 0.0f;
-#pragma unroll
-            for (const float part : before[v])
-                z += part;
-            z = finish_z<T>(p, token, j, z + sum, p.z_out != nullptr);
-            reinterpret_cast<T*>(out)[token * rank + j] = from_float<T>(z);
-        } else {
-            __stcg(out + token * rank + j, sum);
         }
+        float z[4] = {};
+#pragma unroll
+        for (const float4& part : before)
+            add_part(z, part);
+        add_part(z, make_float4(sum[0], sum[1], sum[2], sum[3]));
+        finish_z<T>(p, token, j, z, p.z_out != nullptr);
+        reinterpret_cast<uint2*>(out)[i / 4] = {
+            pack_pair(z[0], z[1], T{}), pack_pair(z[2], z[3], T{})};
     }
     named_barrier(kTablesBarrier, kConsumers);
     if (together && !last) {
@@ -200,6 +218,7 @@ __device__ __forceinline__ void gather_z(const Problem& p, int cta, uint32_t sme
         }
     }
     const bool writes = p.z_in == nullptr && p.z_out != nullptr && cta == p.ctas - 1;
+#pragma unroll 1
     for (int i = 4 * thread; i < values && !together; i += 4 * kGatherers) {
         const int token = divide(i, p.by_rank), j = i - token * rank;
         float z[4] = {};
@@ -210,14 +229,15 @@ __device__ __forceinline__ void gather_z(const Problem& p, int cta, uint32_t sme
                 parts[s] = __ldcg(reinterpret_cast<const float4*>(p.partial_z + s * values + i));
 #pragma unroll
             for (const float4& part : parts)
-                z[0] += part.x, z[1] += part.y, z[2] += part.z, z[3] += part.w;
-        }
+                add_part(z, part);
+        } else {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            if (p.z_in != nullptr && token < p.M && j + e < p.r)
-                z[e] = to_float(static_cast<const T*>(p.z_in)[token * p.r + j + e]);
-            z[e] = finish_z<T>(p, token, j + e, z[e], writes);
+            for (int e = 0; e < 4; e++) {
+                if (token < p.M && j + e < p.r)
+                    z[e] = to_float(static_cast<const T*>(p.z_in)[token * p.r + j + e]);
+            }
         }
+        finish_z<T>(p, token, j, z, writes);
         store_shared_pair(
             place_of(token, j), pack_pair(z[0], z[1], T{}), pack_pair(z[2], z[3], T{}));
     }
