@@ -3,9 +3,8 @@
     python bench/record_tests.py bench/results/tests_h200.json -m "gpu or not gpu" tests -n 4
 
 The first argument is the record, the rest goes to pytest. With workers (-n), tests marked
-`exclusive`, which measure the whole card, run afterwards, in a pass of their own without workers.
-The record holds the environment, the counts per file, every failure, and the reasons for skipped
-tests.
+`exclusive`, which measure the whole card, run first, in a pass of their own without workers. The
+record holds the environment, the counts per file, every failure, and the reasons for skipped tests.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ def passes(arguments: list[str]) -> list[list[str]]:
         return [arguments]
     given = f"({chosen.m}) and " if chosen.m else ""
     return [
-        [*rest, "-n", chosen.numprocesses, "-m", f"{given}not exclusive"],
         [*rest, "-m", f"{given}exclusive"],
+        [*rest, "-n", chosen.numprocesses, "-m", f"{given}not exclusive"],
     ]
 
 
