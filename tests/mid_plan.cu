@@ -49,9 +49,32 @@ const char* check_division(const LoraMatmulArgs& a, const Machine& machine) {
         return "spare SMs";
     if (d.spare_sms > 0 && machine.room.cluster < kBesideCluster)
         return "a projection beside that finds no cluster";
-    const bool level = d.split_tiles > 0 && d.split_clusters % d.split_tiles == 0;
-    if (level && d.split_clusters / d.split_tiles > kMostParts)
-        return "parts that wait for each other";
+    return nullptr;
+}
+
+// The exchange of a tile's parts, each of which gives all before it takes.
+const char* check_turns(bool level, int parts) {
+    for (int quarter = 0; quarter < 4; quarter++) {
+        const int owner = owner_of(level, parts, quarter);
+        if (owner < 0 || owner >= parts)
+            return "the owner of a quarter";
+        if (level && (owner_of(level, parts, quarter ^ 2) == owner ||
+                      owner_of(level, parts, quarter ^ 3) == owner))
+            return "a place for sums that are taken";
+        for (int turn = 1; turn < parts; turn++) {
+            if (giver_to(owner, parts, turn) != (owner + turn) % parts)
+                return "the order of sums";
+            if (receiver_of(giver_to(owner, parts, turn), parts, turn) != owner)
+                return "what is given and not taken";
+        }
+    }
+    for (int part = 0; part < parts; part++) {
+        int gives = 0;
+        for (int turn = 1; turn < parts; turn++)
+            gives += receiver_of(part, parts, turn) == parts - 1;
+        if (gives != (part != parts - 1))
+            return "turns of a part in a row";
+    }
     return nullptr;
 }
 
@@ -70,6 +93,15 @@ const char* check_split_tiles(const LoraMatmulArgs& a, const Division& d) {
             last++;
         if (split.first_cluster(tile) != first || split.last_cluster(tile) != last)
             return "clusters of a divided tile";
+        const int parts = last - first + 1;
+        if (parts > kMostParts)
+            return "flags of a divided tile";
+        const bool level = d.split_clusters % d.split_tiles == 0;
+        const char* wrong = check_turns(false, parts);
+        if (wrong == nullptr && level)
+            wrong = check_turns(true, parts);
+        if (wrong != nullptr)
+            return wrong;
     }
     for (int cluster = 0; cluster <= d.split_clusters; cluster++) {
         const int at = begin(cluster);

@@ -220,6 +220,26 @@ def test_a_first_wave_without_tiles(M, N, K, r):
     case.check_repeats("nf4_lora_matmul_large", 10)
 
 
+# Tiles of each of the mid kernel's shapes in 2, 3, 4, 6 and 8 level parts, behind whole tiles or
+# alone, and in parts in a row, on a card of 132 SMs.
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [
+        (65, 256, 1024), (65, 256, 1536), (65, 128, 3008), (65, 256, 4096), (65, 5632, 4096),
+        (200, 5504, 1536), (200, 4224, 2048), (200, 2816, 3008), (200, 2304, 4096),
+        (700, 5760, 2048), (200, 5632, 4096),
+        (257, 2816, 1536), (257, 2688, 3008), (257, 1920, 4096), (512, 1152, 4096),
+        (1000, 384, 4096), (257, 4608, 4096),
+    ],
+)  # fmt: skip
+def test_tiles_in_parts(M, N, K):
+    case = _Case(M, N, K)
+    case.check("nf4_lora_matmul_mid")
+    scratch = torch.full((64 << 20,), 255, dtype=torch.uint8, device="cuda")
+    del scratch
+    case.check_repeats("nf4_lora_matmul_mid", 10)
+
+
 OPTIONS = {
     "fp16": {"dtype": torch.float16},
     "fp32-absmax": {"double_quant": False},

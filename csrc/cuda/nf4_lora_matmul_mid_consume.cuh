@@ -97,60 +97,132 @@ __device__ __forceinline__ float4* partial_of(const Params& p, int cta, int quar
     return reinterpret_cast<float4*>(p.partials) + first + threadIdx.x - P::kProducers;
 }
 
-constexpr int kExchangeBarrier = 3;
-
-// The parts of a tile give what they have of each quarter of the tokens to its owner, which adds up
-// in the order of K but for its own part, the first.
+// A quarter of the tokens as it lies among a thread's sums.
 template <class P>
-__device__ __forceinline__ void exchange_parts(Sums<P>& d, const Params& p, const Tile& tile) {
-    constexpr int kQuarter = P::kTokens / 8;  // sums of a thread
-    const int thread = threadIdx.x - P::kProducers;
-    bool gives = false, owns = false;
+struct Quarter {
+    static constexpr int kSums = P::kTokens / 8;
+
+    // Sum i of quarter q.
+    static __device__ __forceinline__ float* at(Sums<P>& d, int q, int i) {
+        return sum_at<P>(d, q * kSums + i);
+    }
+
+    static __device__ __forceinline__ void store(Sums<P>& d, int q, float4* out) {
 #pragma unroll
-    for (int q = 0; q < 4; q++) {
-        if (owner_of(p, tile, q) == tile.part) {
-            owns = true;
-            continue;
-        }
-        gives = true;
-        float4* out = partial_of<P>(p, blockIdx.x, q);
-#pragma unroll
-        for (int i = 0; i < kQuarter; i += 4) {
-            const float* v = sum_at<P>(d, q * kQuarter + i);
+        for (int i = 0; i < kSums; i += 4) {
+            const float* v = at(d, q, i);
             __stcg(out + i / 4 * kConsumers, make_float4(v[0], v[1], v[2], v[3]));
         }
     }
-    // Before this call's first kernel has ended, its zeros may be missing.
-    if (gives) {
-        named_barrier(kExchangeBarrier, kConsumers);
-        if (thread == 0) {
-            wait_for_previous_kernel();
-            store_release(p.flags + blockIdx.x, 1);
+
+    // Into the place of quarter q.
+    static __device__ __forceinline__ void load(Sums<P>& d, int q, const float4* in) {
+#pragma unroll
+        for (int i = 0; i < kSums; i += 4) {
+            const float4 v = __ldcg(in + i / 4 * kConsumers);
+            float* to = at(d, q, i);
+            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
         }
     }
-    if (!owns)
-        return;
-    const int first = blockIdx.x - tile.part * kCluster;
-    if (thread < tile.parts && thread != tile.part) {
-        wait_for_previous_kernel();
-        while (load_acquire(p.flags + first + thread * kCluster) == 0) {
+
+    static __device__ __forceinline__ void add(Sums<P>& d, int q, int from) {
+#pragma unroll
+        for (int i = 0; i < kSums; i++)
+            *at(d, q, i) += *at(d, from, i);
+    }
+
+    static __device__ __forceinline__ void load_and_add(Sums<P>& d, int q, const float4* in) {
+        float4 v[kSums / 4];
+#pragma unroll
+        for (int i = 0; i < kSums / 4; i++)
+            v[i] = __ldcg(in + i * kConsumers);
+#pragma unroll
+        for (int i = 0; i < kSums / 4; i++) {
+            float* own = at(d, q, 4 * i);
+            own[0] += v[i].x, own[1] += v[i].y, own[2] += v[i].z, own[3] += v[i].w;
         }
     }
-    named_barrier(kExchangeBarrier, kConsumers);
-    for (int part = 0; part < tile.parts; part++) {
-        if (part == tile.part)
-            continue;
+};
+
+// What has been given to a part.
+struct Turns {
+    const Params& p;
+    const Tile& tile;
+    uint32_t given;  // bit i: turn i
+
+    __device__ __forceinline__ int giver_cta(int turn) const {
+        return blockIdx.x + (giver_to(tile.part, tile.parts, turn) - tile.part) * kCluster;
+    }
+    // By a warp, which asks for all turns at a time.
+    __device__ __forceinline__ void take(int turn) {
+        const int lane = threadIdx.x % kWarpSize;
+        while ((given >> turn & 1) == 0) {
+            bool is_given = false;
+            if (lane > 0 && lane < tile.parts) {
+                wait_for_previous_kernel();
+                is_given = load_acquire(flag_of(p, giver_cta(lane), lane)) != 0;
+            }
+            given = __ballot_sync(kFullWarp, is_given);
+        }
+        __syncwarp();
+    }
+};
+
+// The parts of a tile give what they have of each quarter of the tokens to its owner, which adds it
+// to its own: the next part's first, then around the end. They give all before they take, so level
+// parts, all of them running, never wait in a circle. A part in a row gives in one turn, to the
+// last, and while its producers are at the next tile, so it says itself that this is done.
+template <class P>
+__device__ __forceinline__ void exchange_parts(Sums<P>& d, const Params& p, const Tile& tile) {
+    const int thread = threadIdx.x - P::kProducers;
+    Turns turns{p, tile, 0};
+#pragma unroll 1
+    for (int turn = 1; turn < tile.parts; turn++) {
+        const int receiver = receiver_of(tile.part, tile.parts, turn);
 #pragma unroll
         for (int q = 0; q < 4; q++) {
-            if (owner_of(p, tile, q) != tile.part)
-                continue;
-            const float4* in = partial_of<P>(p, first + part * kCluster, q);
+            if (owner_of(p.level, tile.parts, q) == receiver)
+                Quarter<P>::store(d, q, partial_of<P>(p, blockIdx.x, q));
+        }
+        if (p.level) {
+            named_barrier_arrive(kGivenBarrier + turn, kConsumers + kWarpSize);
+        } else if (receiver == tile.parts - 1) {
+            named_barrier(kGivenBarrier, kConsumers);
+            if (thread == 0)
+                give(p, turn);
+        }
+    }
 #pragma unroll
-            for (int i = 0; i < kQuarter; i += 4) {
-                const float4 v = __ldcg(in + i / 4 * kConsumers);
-                float* own = sum_at<P>(d, q * kQuarter + i);
-                own[0] += v.x, own[1] += v.y, own[2] += v.z, own[3] += v.w;
+    for (int q = 0; q < 4; q++) {
+        if (owner_of(p.level, tile.parts, q) != tile.part)
+            continue;
+        const auto partial = [&](int turn) { return partial_of<P>(p, turns.giver_cta(turn), q); };
+        if (!p.level) {
+#pragma unroll 1
+            for (int turn = 1; turn < tile.parts; turn++) {
+                turns.take(turn);
+                Quarter<P>::load_and_add(d, q, partial(turn));
             }
+            continue;
+        }
+        // Two turns under way, in the place of two quarters that never are this part's.
+        const int even = q ^ 2, odd = q ^ 3;
+        turns.take(1);
+        Quarter<P>::load(d, odd, partial(1));
+#pragma unroll 1
+        for (int turn = 1; turn < tile.parts; turn += 2) {
+            const bool second = turn + 1 < tile.parts;
+            if (second) {
+                turns.take(turn + 1);
+                Quarter<P>::load(d, even, partial(turn + 1));
+            }
+            Quarter<P>::add(d, q, odd);
+            if (turn + 2 < tile.parts) {
+                turns.take(turn + 2);
+                Quarter<P>::load(d, odd, partial(turn + 2));
+            }
+            if (second)
+                Quarter<P>::add(d, q, even);
         }
     }
 }
@@ -176,7 +248,7 @@ store_output(Sums<P>& d, const Maps& maps, const Params& p, const Tile& tile, ui
     }
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
-        if (tile.parts > 1 && owner_of(p, tile, c / (kChunks / 4)) != tile.part)
+        if (tile.parts > 1 && owner_of(p.level, tile.parts, c / (kChunks / 4)) != tile.part)
             continue;
         const uint32_t buffer = smem + P::kOutput + (group * 2 + c % 2) * kChunkBytes;
         if (stores)
@@ -213,6 +285,11 @@ __device__ __forceinline__ void consume(const Maps& maps, const Params& p, uint3
                      {0, 0},   0};
     const Schedule schedule(p);
     const int tiles = schedule.count();
+    if (thread == 0) {
+        prefetch_map(maps.y);
+        if (p.r > 0)
+            prefetch_map(maps.z);
+    }
     cluster_wait_unaligned();
     for (int index = 0; index < tiles; index++) {
         const Tile tile = tile_at<P>(p, schedule, index);

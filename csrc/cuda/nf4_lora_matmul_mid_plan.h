@@ -38,8 +38,6 @@ inline Rates rates_of(PlanKind plan) {
                                  : Rates{70, 660};
 }
 
-constexpr int64_t kMostParts = 8;  // of a tile, level
-
 // What a division may count on: SMs of the device, and what a projection in front finds room for.
 struct Machine {
     int sms;
@@ -101,7 +99,8 @@ inline Division divide_tiles(
     const int64_t in_row = std::min<int64_t>(clusters, rest * quads);
     if (in_row > rest && in_row <= 3 * rest && in_row % rest != 0)
         consider(rest, in_row, ceil_div(rest * quads, in_row) * kQuad, 6 * rates.partial / 5);
-    for (int64_t parts = 2; parts <= std::min({kMostParts, clusters / rest, quads}); parts++)
+    for (int64_t parts = 2; parts <= std::min<int64_t>({kMostParts, clusters / rest, quads});
+         parts++)
         consider(
             rest, rest * parts, ceil_div(quads, parts) * kQuad,
             rates.partial * (parts - 1) / parts);
@@ -144,7 +143,7 @@ inline Workspace layout_workspace(const LoraMatmulArgs& a, const Division& divis
     const size_t tokens = division.plan == kSharedX128 ? 128 : 256;
     Workspace space{};
     space.flags = round_up(static_cast<size_t>(a.M) * padded_rank(a.r) * 2);
-    space.partials = space.flags + round_up(ctas * sizeof(uint32_t));
+    space.partials = space.flags + round_up(ctas * kMostParts * sizeof(uint32_t));
     space.bytes = space.partials + ctas * kTileRows * tokens * sizeof(float);
     return space;
 }

@@ -142,7 +142,17 @@ load_x(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t fu
     }
 }
 
-constexpr int kTablesBarrier = 4;
+// The consumers of level parts, whose last tile this is, store for one turn of the exchange after
+// the other; to say that it is there takes as long as the stores do, so they leave it to producers.
+template <class P>
+__device__ __forceinline__ void give_turns(const Params& p, const Tile& tile) {
+    for (int turn = 1 + threadIdx.x / kWarpSize; turn < tile.parts; turn += P::kProducerWarps) {
+        named_barrier(kGivenBarrier + turn, kConsumers + kWarpSize);
+        if (threadIdx.x % kWarpSize == 0)
+            give(p, turn);
+        __syncwarp();
+    }
+}
 
 template <typename T, bool kNested, class P>
 __device__ __forceinline__ void
@@ -269,6 +279,12 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         tile = next;
         block = next_block;
     }
+    if (p.level)
+        give_turns<P>(p, tile);
+    // The other CTA's consumers have freed all stages here, so nothing from there is on its way:
+    // they waited for its copies, and for those from here.
+    for (int i = 0; i < P::kStages; i += P::kStride, at.advance(P::kStride))
+        barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
 }
 
 }  // namespace

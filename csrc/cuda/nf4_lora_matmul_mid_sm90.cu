@@ -22,7 +22,8 @@
 // of two ways or not at all, whatever nf4_lora_matmul_mid_plan.h expects to be fastest:
 //   in a row   equal shares of all their steps: a part that does not end its tile comes first, so
 //              that it is stored while the cluster that ends the tile, its last, still works
-//   level      parts of equal length, which end together: each adds up a quarter of the tokens
+//   level      parts of equal length, which end together: each adds up a share of the tokens,
+//              its own sums first, then those of the next parts, around the end
 // Level parts wait for each other, so they are launched cooperatively: all start, or none. Where
 // the whole grid does not fit (a green context), the last part has all tokens, as in a row, and
 // waits for those before it alone; they start first and wait for nobody. Up to some 1000 tokens,
@@ -31,7 +32,8 @@
 // Bound by decoding beside wgmma and by shared memory: per step wgmma reads 80 KB (96 with shared
 // x, see Plan), x takes 32, decoded weights 16. A step of 128 x 256 takes 0.70 us with shared W,
 // 0.81 with shared x, 0.72 there with decoding switched off (H100, 2026-11). Eight decoding warps
-// instead of four gain 6% with shared x. An exchange costs 5 to 8 us at 256 tokens.
+// instead of four gain 6% with shared x. An exchange costs 5 to 8 us at 256 tokens;
+// in turns 0.5 us less than with one flag for all (H200, 2026-11).
 //
 // Callers have checked what serves_nf4_lora_matmul_mid lists.
 
@@ -86,8 +88,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(P::kThreads, 1)
             grow_registers<P::kSharesW ? 200 : 176>();
         consume<T, P>(maps, p, smem);
     }
-    __syncwarp();
-    cluster_sync_unaligned();  // nobody leaves while the other may write here
 }
 
 // ---- launch -------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ cudaError_t launch_nf4_lora_matmul_mid(const LoraMatmulArgs& a, cudaStream_t str
         Projection projection{};
         projection.z_scaled = workspace;
         projection.flags = reinterpret_cast<uint32_t*>(workspace + space.flags);
-        projection.flag_count = kCluster * division.split_clusters;
+        projection.flag_count = kCluster * division.split_clusters * kMostParts;
         projection.spare_sms = division.spare_sms;
         const cudaError_t error = launch_lora_project(a, projection, stream);
         if (error != cudaSuccess)

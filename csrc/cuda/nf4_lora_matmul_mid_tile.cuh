@@ -68,6 +68,12 @@ struct Maps {
 // Four neighbouring scales are loaded together, so K is divided in units of four steps.
 constexpr int kQuad = 4;
 
+constexpr int kMostParts = 8;  // of a tile, level
+
+// Of named barriers, from here on one for each turn of an exchange.
+constexpr int kTablesBarrier = 3;
+constexpr int kGivenBarrier = 4;
+
 // Tiles whose quads, in a row, clusters divide evenly. Quad q of all is with the last cluster c
 // whose share, all * c / clusters, begins at q or before: c = (clusters * (q + 1) - 1) / all; here
 // q = tile * quads and (tile + 1) * quads - 1, all = tiles * quads. Dividend and divisor are
@@ -105,7 +111,7 @@ struct Params {
     const void* lora_B;
     const void* bias;
     float* partials;  // [CTAs][quarters][kTileRows kTokens / 4]
-    uint32_t* flags;  // [CTAs], 1 when the CTA's partial is there; zeroed by the kernel before
+    uint32_t* flags;  // [CTAs][kMostParts], see give; zeroed by the kernel before
     int r;
     int steps;         // K / 64
     int token_groups;  // token tiles of a cluster beside each other
@@ -181,8 +187,29 @@ __device__ __forceinline__ Tile tile_at(const Params& p, const Schedule& schedul
 
 // Which part of a tile stores a quarter of its tokens: parts of equal length share them, of others
 // the last has them all.
-__device__ __forceinline__ int owner_of(const Params& p, const Tile& tile, int quarter) {
-    return p.level ? quarter * tile.parts / 4 : tile.parts - 1;
+__host__ __device__ inline int owner_of(bool level, int parts, int quarter) {
+    return level ? quarter * parts / 4 : parts - 1;
+}
+
+// In turn i of an exchange, from 1 on, a part gives to the part i before its own and takes from the
+// part i behind, around the end. So no two parts take from the same one at a time, and a part can
+// add what it takes in the order of the turns while later turns are on their way.
+__host__ __device__ inline int receiver_of(int part, int parts, int turn) {
+    return part - turn + (part < turn ? parts : 0);
+}
+__host__ __device__ inline int giver_to(int part, int parts, int turn) {
+    return part + turn - (part + turn < parts ? 0 : parts);
+}
+
+// What a CTA gives in a turn of an exchange is there when its flag is 1.
+__device__ __forceinline__ uint32_t* flag_of(const Params& p, int cta, int turn) {
+    return p.flags + cta * kMostParts + turn;
+}
+
+// By one thread. Before this call's first kernel has ended, its zeros may be missing.
+__device__ __forceinline__ void give(const Params& p, int turn) {
+    wait_for_previous_kernel();
+    store_release(flag_of(p, blockIdx.x, turn), 1);
 }
 
 }  // namespace
