@@ -82,36 +82,51 @@ multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Tile& tile, int r)
 }
 
 // N was split: each CTA of the pair keeps one half of the tokens and is sent the other's sums of
-// them, through the stages, which nobody fills any more.
+// them, in place of dy in the stages that the next steps would fill, were there any: both CTAs have
+// left them when they are free here. A warp waits for what the same warp of the other CTA sends.
 template <class P>
 __device__ __forceinline__ void
-add_halves(float (&d)[P::kTokens / 2], uint32_t smem, const uint8_t* smem_generic) {
+add_halves(float (&d)[P::kTokens / 2], const Reader<P>& reader, const uint8_t* smem_generic) {
     constexpr int kHalf = P::kTokens / 4;
     constexpr int kVectorBytes = kConsumers * 16;
+    constexpr int kInStage = P::kDyBytes / kVectorBytes;  // of a thread
+    constexpr int kBuffers = kHalf / 4 / kInStage;
+    static_assert(kBuffers * kInStage * 4 == kHalf && kBuffers < P::kStages);
     const int rank = blockIdx.x % kCluster;
     const int thread = threadIdx.x - P::kProducers;
-    const uint32_t buffer = in_cta(smem + thread * 16, rank ^ 1);
-    cluster_sync_unaligned();
+    const uint32_t barrier = reader.smem + P::kSums + thread / kWarpSize * 8;
+    if (thread % kWarpSize == 0)
+        barrier_arrive_expect(barrier, kHalf * 4 * kWarpSize);
+    Position<P> at = reader.at;
+    uint32_t buffers[kBuffers];
+#pragma unroll
+    for (int b = 0; b < kBuffers; b++, at.advance(1)) {
+        barrier_wait(reader.smem + P::kEmpty + at.slot * 8, at.parity ^ 1);
+        buffers[b] = at.slot * P::kStageBytes + thread * 16;
+    }
+    const uint32_t peer = in_cta(reader.smem, rank ^ 1);
+    const uint32_t peer_barrier = in_cta(barrier, rank ^ 1);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         if (half == rank)
             continue;
 #pragma unroll
-        for (int i = 0; i < kHalf; i += 4) {
-            const float* v = d + half * kHalf + i;
-            store_remote(buffer + i / 4 * kVectorBytes, v[0], v[1], v[2], v[3]);
+        for (int i = 0; i < kHalf / 4; i++) {
+            const float* v = d + half * kHalf + 4 * i;
+            const uint32_t to = peer + buffers[i / kInStage] + i % kInStage * kVectorBytes;
+            store_remote_async(to, v[0], v[1], v[2], v[3], peer_barrier);
         }
     }
-    cluster_sync_unaligned();
+    barrier_wait_cluster<0>(barrier);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         if (half != rank)
             continue;
 #pragma unroll
-        for (int i = 0; i < kHalf; i += 4) {
-            const float4 v =
-                *reinterpret_cast<const float4*>(smem_generic + i / 4 * kVectorBytes + thread * 16);
-            float* own = d + half * kHalf + i;
+        for (int i = 0; i < kHalf / 4; i++) {
+            const float4 v = *reinterpret_cast<const float4*>(
+                smem_generic + buffers[i / kInStage] + i % kInStage * kVectorBytes);
+            float* own = d + half * kHalf + 4 * i;
             own[0] += v.x, own[1] += v.y, own[2] += v.z, own[3] += v.w;
         }
     }
@@ -184,7 +199,7 @@ consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_ge
         float d[P::kTokens / 2];
         multiply<T, P>(d, reader, tile, p.r);
         if (tile.split)
-            add_halves<P>(d, smem, smem_generic);
+            add_halves<P>(d, reader, smem_generic);
         store_output<T, P>(d, maps, tile, p.adds, smem);
     }
     if (own < kWarpSize && elect_lane())

@@ -243,6 +243,11 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         step -= tile.steps;
         tile = next;
     }
+    // The other CTA's consumers have freed all stages here, so nothing from there is on its way:
+    // they waited for its copies, and for those from here. Halves of sums are waited for by those
+    // that add them.
+    for (int i = 0; i < P::kStages; i += P::kStride, at.advance(P::kStride))
+        barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
 }
 
 }  // namespace

@@ -59,6 +59,8 @@ __global__ void __launch_bounds__(P::kThreads, 1)
             barrier_init(smem + P::kPackedFull + i * 8, 1);
             barrier_init(smem + P::kPackedEmpty + i * 8, P::kProducerWarps);
         }
+        for (int i = 0; i < kConsumerWarps; i++)
+            barrier_init(smem + P::kSums + i * 8, 1);
         barrier_init_fence();
     }
     // The first product of a call waits for all that it reads, or for u alone when it comes to it
@@ -77,20 +79,14 @@ __global__ void __launch_bounds__(P::kThreads, 1)
         if (kMovesRegisters)
             shrink_registers<104>();
         produce<T, P>(maps, p, smem, reinterpret_cast<float*>(smem_generic + P::kCodebook));
-        __syncwarp();
-        if (blockIdx.x / kCluster < p.split_tiles) {  // the two of add_halves
-            cluster_sync_unaligned();
-            cluster_sync_unaligned();
-        }
     } else {
         if (kMovesRegisters)
             grow_registers<200>();
         consume<T, P>(maps, p, smem, smem_generic);
     }
-    __syncwarp();
-    cluster_sync_unaligned();  // nobody leaves while the other may write here
-    // Whoever waits for this kernel waits for both. One CTA is enough, and the others make room.
-    if (!p.is_first && blockIdx.x == 0)
+    // Whoever waits for this kernel waits for those in front. One CTA is enough, and the others
+    // make room.
+    if (blockIdx.x == 0 && (!p.is_first || p.waits_for_u))
         wait_for_previous_kernel();
 }
 

@@ -23,8 +23,8 @@ constexpr int kSlabTokens = 4096;
 constexpr int kRingStages = 4;
 
 // Shared memory in this order: stages (dy, then W), two groups of packed weights, staged output, 16
-// codebook values, 256 of the nested one and its offset, barriers. 231 600 bytes for 256 tokens,
-// 182 448 for 128.
+// codebook values, 256 of the nested one and its offset, barriers. 231 664 bytes for 256 tokens,
+// 182 512 for 128.
 //
 // Decoded W of a stage: line 64 b + i has row i of the step, block b of the tile's two. A CTA that
 // shares W decodes 32 rows of both blocks for both CTAs.
@@ -60,7 +60,8 @@ struct Plan {
     static constexpr int kEmpty = kFull + kStages * 8;
     static constexpr int kPackedFull = kEmpty + kStages * 8;
     static constexpr int kPackedEmpty = kPackedFull + 2 * 8;
-    static constexpr int kSmemBytes = kPackedEmpty + 2 * 8 + kSmemAlignment;
+    static constexpr int kSums = kPackedEmpty + 2 * 8;  // one for each consumer warp
+    static constexpr int kSmemBytes = kSums + kConsumerWarps * 8 + kSmemAlignment;
     static_assert(kStride == 1 || kStride == 2, "what next_tile_step counts on");
     static_assert(kSmemBytes <= 227 * 1024);
 };

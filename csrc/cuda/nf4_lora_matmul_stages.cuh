@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2 * kWarpgroup;
+constexpr int kConsumerWarps = kConsumers / kWarpSize;
 constexpr int kCluster = 2;
 constexpr int kLineBytes = 128;       // a swizzled line: 64 elements
 constexpr int kUnitRows = kWarpSize;  // what a warp decodes at a time: 32 blocks below each other

@@ -147,16 +147,6 @@ __device__ __forceinline__ float4 load_remote(uint32_t address) {
     return v;
 }
 
-__device__ __forceinline__ void store_remote(uint32_t address, float value) {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_remote(uint32_t address, float a, float b, float c, float d) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b),
-                 "f"(c), "f"(d)
-                 : "memory");
-}
-
 // In the background; the barrier beside the destination counts the 4 bytes.
 __device__ __forceinline__ void
 store_remote_async(uint32_t address, float value, uint32_t barrier) {
@@ -173,6 +163,15 @@ store_remote_async(uint32_t address, const uint4& v, uint32_t barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
                  "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
                  "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+                 : "memory");
+}
+
+// Four sums: as the bits of one vector they would cost products their registers (ptxas C7511).
+__device__ __forceinline__ void
+store_remote_async(uint32_t address, float a, float b, float c, float d, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+                 "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+                 "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
                  : "memory");
 }
 
