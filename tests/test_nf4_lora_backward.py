@@ -477,6 +477,30 @@ def test_a_cuda_graph_of_forward_and_backward(M, masters, kernel):
     assert not any(tensor.any() for tensor in later), "a workspace is not the graph's own"
 
 
+# Gradients in front of dx, with several tiles of three steps for some CTAs, and beside it.
+@pytest.mark.parametrize(
+    "layer", [(16, 512, 1024, 16), (200, 72, 8704, 16), *beside_dx.LAYERS], ids=str
+)
+def test_a_cuda_graph_of_two_calls_in_one_workspace(layer):
+    """Whatever says there that u has been made was set in the run before, too."""
+    case = _case(*layer)
+    z = _z(case)
+
+    def two_calls():
+        return [case.backward(z, ONE_LAUNCH, kernel=KERNEL) for _ in range(2)]
+
+    two_calls()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = two_calls()
+    for _ in range(5):
+        case.dy.copy_(torch.randn_like(case.dy))
+        graph.replay()
+        for actual, expected in zip(captured, two_calls(), strict=True):
+            _same(actual, expected)
+
+
 def test_an_input_used_twice_and_a_graph_used_twice():
     case = _case(130, 256, 512)
     leaves = _leaves(case)

@@ -84,6 +84,8 @@ struct DxKernel {
     bool rounds_lora_A;  // itself; else lora_grads does, in front
     // Where lora_grads runs beside the product; null: it always runs in front.
     int (*spare_sms)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
+    // By which it learns from lora_grads that u is there; null: none.
+    int (*marks)(const LoraDxArgs&) = nullptr;
     // With the gradients of the adapter; null: lora_grads makes them.
     bool (*serves_all)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
     size_t (*workspace_bytes_of_all)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
@@ -95,13 +97,15 @@ inline constexpr DxKernel kDxInLoop{"nf4_lora_matmul_dx",
                                     nullptr,
                                     launch_nf4_lora_matmul_dx,
                                     false,
-                                    nf4_lora_matmul_dx_spare_sms};
+                                    nf4_lora_matmul_dx_spare_sms,
+                                    nf4_lora_matmul_dx_marks};
 inline constexpr DxKernel kDxLarge{
     "nf4_lora_matmul_dx_large",
     serves_nf4_lora_matmul_dx_large,
     nf4_lora_matmul_dx_large_workspace_bytes,
     launch_nf4_lora_matmul_dx_large,
     true,
+    nullptr,
     nullptr,
     serves_nf4_lora_backward_large,
     nf4_lora_backward_large_workspace_bytes,
@@ -120,8 +124,8 @@ inline void run_backward(
     LoraDxArgs& b,
     cudaStream_t stream,
     bool* launched = nullptr) {
-    // One workspace: u, lora_A rounded, and what the kernels need for themselves, which they use in
-    // turn.
+    // One workspace: u, its marks, lora_A rounded, and what the kernels need for themselves, which
+    // they use in turn.
     constexpr int64_t kAlignment = 256;
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
     const bool need_dx = b.dx != nullptr, need_u = need_dx || a.d_lora_A != nullptr;
@@ -134,6 +138,13 @@ inline void run_backward(
     if (need_dx && kernel.spare_sms != nullptr)
         a.spare_sms = kernel.spare_sms(b, a);
     const bool all = need_dx && kernel.serves_all != nullptr && kernel.serves_all(b, a);
+    b.follows_grads = !all;
+    b.beside_grads = a.spare_sms > 0;
+    const int marks = need_dx && kernel.marks != nullptr ? kernel.marks(b) : 0;
+    a.u_marks = {};
+    if (marks > 0 && lora_grads_marks_u(a))
+        a.u_marks = {nullptr, marks, next_mark()};
+    const int64_t mark_bytes = round_up(a.u_marks.count * sizeof(uint64_t));
     size_t own_bytes = 0;
     if (all) {
         own_bytes = kernel.workspace_bytes_of_all(b, a);
@@ -142,15 +153,20 @@ inline void run_backward(
         if (need_dx && kernel.workspace_bytes != nullptr)
             own_bytes = std::max(own_bytes, kernel.workspace_bytes(b));
     }
-    const Workspace workspace(static_cast<size_t>(u_bytes + factor_bytes) + own_bytes);
+    const Workspace workspace(static_cast<size_t>(u_bytes + mark_bytes + factor_bytes) + own_bytes);
     uint8_t* bytes = workspace.data();
     a.u = need_u ? bytes : nullptr;
+    bytes += u_bytes;
+    if (mark_bytes > 0)
+        a.u_marks.words = reinterpret_cast<uint64_t*>(bytes);
+    b.u_marks = a.u_marks;
+    bytes += mark_bytes;
     if (rounds) {
         a.lora_A = b.lora_A;
-        b.lora_A = a.rounded_lora_A = bytes + u_bytes;
+        b.lora_A = a.rounded_lora_A = bytes;
         b.lora_A_dtype = b.dtype;
     }
-    a.workspace = b.workspace = bytes + u_bytes + factor_bytes;
+    a.workspace = b.workspace = bytes + factor_bytes;
     b.u = a.u;
     if (launched != nullptr)
         *launched = true;
@@ -161,8 +177,6 @@ inline void run_backward(
     run_grads(a, stream);
     if (!need_dx)
         return;
-    b.follows_grads = true;
-    b.beside_grads = a.spare_sms > 0;
     check_launch(kernel.launch(b, stream), kernel.name);
 }
 

@@ -9,6 +9,7 @@
 #include <cstddef>
 
 #include "device.h"
+#include "marks.h"
 #include "weight.h"
 
 namespace lowbit::cuda {
@@ -39,6 +40,7 @@ struct LoraGradsArgs {
     void* d_lora_B;        // [N, r]
     void* d_bias;          // [N]
     float* d_lora_scaling;  // [r]
+    Marks u_marks;          // see lora_grads_marks_u
     void* workspace;        // lora_grads_workspace_bytes, uninitialized
 };
 
@@ -54,6 +56,10 @@ int lora_grads_room();
 // How long the passes take on so many SMs, in hundredths of microseconds, roughly; 0 if they are
 // several launches there.
 int64_t lora_grads_time(const LoraGradsArgs& args, int sms);
+
+// Whether u_marks are set when u is there. A kernel that follows as a programmatic dependent may
+// wait for one of them, and see u, while d_lora_A is being made.
+bool lora_grads_marks_u(const LoraGradsArgs& args);
 
 // One read of dy, and for d_lora_A, with which u is wanted, one of x.
 cudaError_t launch_lora_grads(const LoraGradsArgs& args, cudaStream_t stream);

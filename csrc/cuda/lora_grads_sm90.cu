@@ -16,9 +16,10 @@
 // (lora_grads_finish.cuh). Where the workspace would exceed its limit the tokens are cut into
 // several passes over each, which add to the sums of features before them.
 // One launch for both, if there is one pass over each, neither has more rectangles than SMs, and
-// d_lora_scaling is not wanted. Else each pass is a launch, and with more rectangles than SMs the
-// sums over the parts are another. d_lora_scaling needs no u: it is scaling * sum_n lora_B[n, j]
-// (dy^T z)[n, j], whose terms are summed up by a last launch after the passes over dy.
+// d_lora_scaling is not wanted. Between the passes it sets marks, on request, that say that u is
+// there. Else each pass is a launch, and with more rectangles than SMs the sums over the parts are
+// another. d_lora_scaling needs no u: it is scaling * sum_n lora_B[n, j] (dy^T z)[n, j], whose
+// terms are summed up by a last launch after the passes over dy.
 //
 // On request the one launch keeps to a few SMs, in clusters, while a product has the others. Four
 // CTAs take in 0.28 TB/s and have few to share the sums over parts, which therefore are avoided:
@@ -204,6 +205,7 @@ cudaError_t launch_both(
         error = allow_shared_memory<kKernel>(Dy::kSmemBytes);
     if (error != cudaSuccess)
         return error;
+    x.u_marks = a.u_marks;
     const int ctas = std::max(dy.ctas, x.ctas);
     return launch_together<GradPass, GradPass>(kKernel, a, ctas, Dy::kSmemBytes, stream, dy, x);
 }
@@ -296,6 +298,21 @@ int64_t lora_grads_time(const LoraGradsArgs& a, int sms) {
         return time_of<32>(a, sms);
     default:
         return time_of<64>(a, sms);
+    }
+}
+
+bool lora_grads_marks_u(const LoraGradsArgs& a) {
+    const auto in_one_launch = [](const Divisions& of) { return of.one_launch && of.makes_A; };
+    const int sms = own_sms(a);
+    if (a.M == 0 || a.N == 0 || sms == 0)
+        return false;
+    switch (lora_columns(a.r)) {
+    case 16:
+        return in_one_launch(divide_both<16>(a, sms));
+    case 32:
+        return in_one_launch(divide_both<32>(a, sms));
+    default:
+        return in_one_launch(divide_both<64>(a, sms));
     }
 }
 

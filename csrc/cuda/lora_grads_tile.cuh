@@ -18,6 +18,7 @@
 #include "bulk_sm90.cuh"
 #include "common.cuh"
 #include "lora_grads_finish.cuh"
+#include "marks.h"
 #include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
@@ -311,8 +312,19 @@ struct GradPass {
     GradMaps maps;
     GradParams params;
     FinishParams finish;
+    Marks u_marks;  // that say that u is there, set by the pass over x
     int ctas;
 };
+
+// Behind the grid barrier that follows u; by the warps that wait for the first stage anyway.
+__device__ __forceinline__ void set_marks(const Marks& marks) {
+    const int first = blockIdx.x + gridDim.x * threadIdx.x;
+    if (marks.words == nullptr || first >= marks.count)
+        return;
+    __threadfence();
+    for (int i = first; i < marks.count; i += gridDim.x * kComputeWarps * kWarpSize)
+        store_relaxed(marks.words + i, marks.mark);
+}
 
 template <typename T, class P>
 __device__ __forceinline__ void run_pass(const GradPass& pass, uint8_t* smem_raw) {
@@ -336,6 +348,8 @@ __device__ __forceinline__ void run_pass(const GradPass& pass, uint8_t* smem_raw
     __syncthreads();
     wait_for_previous_kernel();
     let_next_kernel_start();
+    if (!P::kProjects && warp < kComputeWarps)
+        set_marks(pass.u_marks);
     if (warp == kComputeWarps) {
         if (elect_lane())
             load_part<P>(maps, p, smem);

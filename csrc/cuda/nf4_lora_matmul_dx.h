@@ -20,6 +20,7 @@ struct LoraDxArgs {
     bool adds;           // to what is in dx, in its own dtype
     // launch_lora_grads is in front in the stream: it makes u and has waited for all else in here.
     bool follows_grads;
+    Marks u_marks;      // that it sets when u is there: nf4_lora_matmul_dx_marks words, or none
     bool beside_grads;  // which runs on SMs that the product leaves to it, see below
     int64_t M;
     int r;
@@ -34,6 +35,9 @@ bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
 // SMs on which launch_lora_grads had better run beside the product, whose beside_grads is then
 // true. 0: in front of it, on all.
 int nf4_lora_matmul_dx_spare_sms(const LoraDxArgs& args, const LoraGradsArgs& grads);
+
+// Words of u_marks, 0 if it waits for the end of the gradients before it begins.
+int nf4_lora_matmul_dx_marks(const LoraDxArgs& args);
 
 // One kernel or two, one after the other in the stream, as programmatic dependent launches; lora_A
 // in dtype.

@@ -45,7 +45,7 @@ struct Reader {
 // Sums of one tile in d.
 template <typename T, class P>
 __device__ __forceinline__ void
-multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Tile& tile, int r) {
+multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Params& p, const Tile& tile) {
 #pragma unroll 1
     for (int step = 0; step < tile.weight_steps; step++) {
         const uint32_t stage = reader.next_stage();
@@ -59,8 +59,8 @@ multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Tile& tile, int r)
         wgmma_commit();
         reader.template leave_stage<1>(step > 0);
     }
-    // Of a split tile's CTAs, one has the low-rank term, and one may have fewer steps.
-    const bool low_rank = r > 0 && !(tile.split && blockIdx.x % kCluster != 0);
+    // Of a split tile's CTAs, one may have fewer steps.
+    const bool low_rank = has_low_rank(p, tile);
     for (int step = tile.weight_steps + low_rank; step < tile.steps; step++) {
         reader.next_stage();
         reader.template leave_stage<0>(true);
@@ -70,7 +70,7 @@ multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Tile& tile, int r)
         const uint64_t u = operand_descriptor(stage);
         const uint64_t w = transposed_operand_descriptor(stage + reader.w_offset);
 #pragma unroll 1
-        for (int k16 = 0; k16 < (r + 15) / 16; k16++) {
+        for (int k16 = 0; k16 < (p.r + 15) / 16; k16++) {
             wgmma_fence();
             wgmma_transposed(d, w + k16 * kLines16, u + 2 * k16, true, T{});
             wgmma_commit();
@@ -193,15 +193,21 @@ consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_ge
         {0, 0},
         0};
     const int tiles = tile_count<P>(p);
+    if (thread == 0)
+        prefetch_map(maps.dx);
     cluster_wait_unaligned();
     for (int index = 0; index < tiles; index++) {
         const Tile tile = tile_at<P>(p, index);
         float d[P::kTokens / 2];
-        multiply<T, P>(d, reader, tile, p.r);
+        multiply<T, P>(d, reader, p, tile);
         if (tile.split)
             add_halves<P>(d, reader, smem_generic);
         store_output<T, P>(d, maps, tile, p.adds, smem);
     }
+    // Every low-rank step has come, so nobody waits for u any more. A graph's next run has the same
+    // mark and must not find it.
+    if (thread == 0 && p.u_words != nullptr)
+        p.u_words[blockIdx.x] = 0;
     if (own < kWarpSize && elect_lane())
         wait_stores_read<0>();
 }

@@ -99,29 +99,32 @@ load_dy(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t f
     }
 }
 
-// The low-rank term as one step: u against lora_A, whose rows are lines as they are. Every CTA has
-// its own. Or, where the peer has one step of a split N more, a step that nobody multiplies.
-//
 // Waiting here for the kernel that makes u keeps nobody from an SM: this one could not begin before
-// every CTA in front was running, or had ended (let_next_kernel_start). What is awaited is that
-// they end; there is no flag that an earlier call could have left.
-template <class P>
-__device__ __forceinline__ void load_last_step(
-    const Maps& maps,
-    const Params& p,
-    const Tile& tile,
-    bool low_rank,
-    uint32_t stage,
-    uint32_t full) {
-    if (low_rank && p.waits_for_u)
+// every CTA in front was running, or had ended (let_next_kernel_start). Where that kernel sets
+// marks, each CTA has a word of its own. Two warps may wait for it at a time, for different tiles,
+// so the consumers set it back.
+__device__ __forceinline__ void wait_for_u(const Params& p) {
+    if (!p.waits_for_u)
+        return;
+    if (p.u_words == nullptr) {
         wait_for_previous_kernel();
-    barrier_arrive_expect(full, P::kDyBytes + (low_rank ? P::kWBytes : 0));
-    load_tokens<P>(stage, low_rank ? maps.u : maps.dy, 0, tile.token0, full);
-    if (low_rank) {
-        const uint32_t lines = stage + P::kDyBytes;
-        load_tile(lines, maps.lora_A, tile.column0, 0, full);
-        load_tile(lines + P::kWBytes / 2, maps.lora_A, tile.column0 + 64, 0, full);
+        return;
     }
+    while (load_acquire(p.u_words + blockIdx.x) != p.u_mark) {
+    }
+    fence_async_proxy_global();
+}
+
+// The low-rank term as one step: u against lora_A, whose rows are lines as they are. Every CTA has
+// its own.
+template <class P>
+__device__ __forceinline__ void
+load_low_rank(const Maps& maps, const Tile& tile, uint32_t stage, uint32_t full) {
+    barrier_arrive_expect(full, P::kDyBytes + P::kWBytes);
+    load_tokens<P>(stage, maps.u, 0, tile.token0, full);
+    const uint32_t lines = stage + P::kDyBytes;
+    load_tile(lines, maps.lora_A, tile.column0, 0, full);
+    load_tile(lines + P::kWBytes / 2, maps.lora_A, tile.column0 + 64, 0, full);
 }
 
 constexpr int kTablesBarrier = 3;
@@ -170,6 +173,11 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
 
     for (int index = 0; index < tiles; index++) {
         const Tile next = tile_at<P>(p, min(index + 1, tiles - 1));
+        if (warp == P::kProducerWarps - 1 && has_low_rank(p, tile) && elect_lane()) {
+            prefetch_map(maps.u);
+            prefetch_tile_l2(maps.lora_A, tile.column0, 0);
+            prefetch_tile_l2(maps.lora_A, tile.column0 + 64, 0);
+        }
 #pragma unroll 1
         for (int group = 0; group < tile.weight_steps; group += P::kGroupSteps) {
             const uint32_t packed_empty = smem + P::kPackedEmpty + buffer * 8;
@@ -232,10 +240,14 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         for (; step < tile.steps; step += P::kStride, at.advance(P::kStride)) {
             const uint32_t full = smem + P::kFull + at.slot * 8;
             barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
-            if (loading_warp && elect_lane())
-                load_last_step<P>(
-                    maps, p, tile, p.r > 0 && step == tile.steps - 1,
-                    smem + at.slot * P::kStageBytes, full);
+            if (loading_warp && elect_lane()) {
+                if (step == tile.steps - 1 && has_low_rank(p, tile)) {
+                    wait_for_u(p);
+                    load_low_rank<P>(maps, tile, smem + at.slot * P::kStageBytes, full);
+                } else {
+                    barrier_arrive(full);  // for a step that nobody multiplies
+                }
+            }
             __syncwarp();
             if (lane == 0)
                 barrier_arrive(full);

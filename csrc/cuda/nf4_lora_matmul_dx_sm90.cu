@@ -22,7 +22,8 @@
 //
 // The gradients of the adapter are made in front of it or, where that is expected to be faster, at
 // the same time on SMs that are left idle, four of them at least: then it waits for u at its last
-// step (nf4_lora_matmul_dx_plan.h).
+// step (nf4_lora_matmul_dx_plan.h). Gradients of one launch set a mark for each CTA when u is there
+// (marks.h); of others it awaits the end. Its own end comes after theirs in any case.
 //
 // Bound by shared memory and by the latency of decoding, as the forward product is. From 2048
 // tokens on nf4_lora_matmul_dx_large_sm90.cu is faster (H200, 2026-11).
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
         barrier_init_fence();
     }
     // The first product of a call waits for all that it reads, or for u alone when it comes to it
-    // (load_last_step). Then a second one, which reads the same, fills the SMs that it leaves idle.
+    // (wait_for_u). Then a second one, which reads the same, fills the SMs that it leaves idle.
     // A kernel that must wait would only keep its CTAs waiting on those few SMs.
     if (p.is_first && !p.waits_for_u)
         wait_for_previous_kernel();
@@ -95,6 +96,10 @@ __global__ void __launch_bounds__(P::kThreads, 1)
 // Up to here the product also begins beside gradients that have all SMs, as they take few: 27
 // instead of 44 us for both at 4096 x 4096 and 16 tokens (H200, 2026-11).
 constexpr int64_t kOverlappingTokens = 256;
+
+bool waits_for_u(const LoraDxArgs& a) {
+    return a.follows_grads && a.r > 0 && (a.beside_grads || a.M <= kOverlappingTokens);
+}
 
 template <class P>
 cudaError_t make_maps(Maps& maps, const LoraDxArgs& a) {
@@ -148,7 +153,11 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     p.by_clusters = make_divisor(p.clusters);
     p.is_first = columns.first == 0;
     p.is_last = columns.first + columns.count == ceil_div(a.w.K, kTileColumns);
-    p.waits_for_u = a.follows_grads && a.r > 0 && (a.beside_grads || a.M <= kOverlappingTokens);
+    p.waits_for_u = waits_for_u(a);
+    if (a.u_marks.words != nullptr) {
+        p.u_words = a.u_marks.words + (p.is_first ? 0 : sm_count());
+        p.u_mark = a.u_marks.mark;
+    }
     p.adds = a.adds;
 
     constexpr auto kKernel = nf4_lora_matmul_dx_kernel<T, P>;
@@ -196,6 +205,11 @@ int nf4_lora_matmul_dx_spare_sms(const LoraDxArgs& a, const LoraGradsArgs& grads
         return 0;
     return choose_spare_sms(
         a, sm_count(), lora_grads_room(), [&](int sms) { return lora_grads_time(grads, sms); });
+}
+
+// Two launches of at most one CTA for each SM.
+int nf4_lora_matmul_dx_marks(const LoraDxArgs& a) {
+    return waits_for_u(a) ? 2 * sm_count() : 0;
 }
 
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& a, cudaStream_t stream) {

@@ -62,7 +62,7 @@ struct Plan {
     static constexpr int kPackedEmpty = kPackedFull + 2 * 8;
     static constexpr int kSums = kPackedEmpty + 2 * 8;  // one for each consumer warp
     static constexpr int kSmemBytes = kSums + kConsumerWarps * 8 + kSmemAlignment;
-    static_assert(kStride == 1 || kStride == 2, "what next_tile_step counts on");
+    static_assert(kStride == 1 || kStride == 2, "how a warp finds its first step of a tile");
     static_assert(kSmemBytes <= 227 * 1024);
 };
 
@@ -88,8 +88,10 @@ struct Params {
     int split_tiles;  // after them, tiles of CTAs whose N a cluster splits: at most one each
     bool is_first;    // of the products of a call
     bool is_last;
-    bool waits_for_u;  // behind its steps of W, and for nothing else
-    bool adds;         // to dx
+    bool waits_for_u;   // behind its steps of W, and for nothing else
+    uint64_t* u_words;  // [CTAs], u_mark when u is there; null: it is when the gradients end
+    uint64_t u_mark;
+    bool adds;  // to dx
 };
 
 // What one CTA does in one round. `steps` is the same in the whole cluster, whose CTAs free each
@@ -99,6 +101,11 @@ struct Tile {
     int first_step, weight_steps, steps;
     bool split;
 };
+
+// Of a split tile's CTAs, one has the low-rank term.
+__device__ __forceinline__ bool has_low_rank(const Params& p, const Tile& tile) {
+    return p.r > 0 && !(tile.split && blockIdx.x % kCluster != 0);
+}
 
 template <class P>
 __device__ __forceinline__ int tile_count(const Params& p) {

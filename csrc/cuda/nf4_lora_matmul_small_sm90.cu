@@ -48,10 +48,10 @@
 #include "nf4_lora_matmul_small.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "bulk_sm90.cuh"
 #include "launch_config.h"
+#include "marks.h"
 #include "nf4_lora_matmul_small_decode.cuh"
 #include "nf4_lora_matmul_small_finish.cuh"
 #include "nf4_lora_matmul_small_plan.h"
@@ -304,17 +304,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // ---- host ---------------------------------------------------------------------------------------
-
-// No two launches of a process have the same mark, except runs of a captured graph: each step maps
-// 64-bit numbers one to one. Memory that was never part of a workspace holds it with a probability
-// of 2^-64 per word. None is 0.
-uint64_t next_mark() {
-    static std::atomic<uint64_t> launches;
-    uint64_t mark = ++launches;
-    mark = (mark ^ mark >> 30) * 0xbf58476d1ce4e5b9u;
-    mark = (mark ^ mark >> 27) * 0x94d049bb133111ebu;
-    return mark ^ mark >> 31;
-}
 
 template <typename T, int kTokens, int kRowGroups>
 cudaError_t launch_kernel(const LoraMatmulArgs& a, Problem& problem, cudaStream_t stream) {
