@@ -91,8 +91,9 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_wrong_input_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "lowbit.cli", "finetune", "--model", "m", "--output", "o"]
+@pytest.mark.parametrize("module", ["lowbit", "lowbit.cli"])
+def test_wrong_input_in_a_process_of_its_own(module, tmp_path):
+    command = [sys.executable, "-m", module, "finetune", "--model", "m", "--output", "o"]
     done = subprocess.run(
         [*command, "--data", "none.jsonl"], cwd=tmp_path, capture_output=True, text=True
     )

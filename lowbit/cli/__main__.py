@@ -1,4 +1,4 @@
-"""`python -m lowbit.cli` is the same as the `lowbit` script."""
+"""`python -m lowbit.cli`, like `python -m lowbit`, is the same as the `lowbit` script."""
 
 from . import main
 
