@@ -74,7 +74,8 @@ def lora_matmul(
         bias: [N] or None.
         dropout_p: probability of dropping an element of x in the low-rank branch, 0 <= p < 1.
         adapter_index: integer [M] or x.shape[:-1]; row m uses adapter adapter_index[m], -1 the base
-            weight only.
+            weight only. Any other number is an error on a CPU. On a GPU, where the check would have
+            to wait for the device, and in graphs that are traced, it counts as -1.
 
     Returns:
         [..., N] in x's dtype.
@@ -148,6 +149,12 @@ def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter
             f"{adapter_index.dtype} {list(adapter_index.shape)}"
         )
     adapters, r = lora_A.shape[:2]
+    if index.device.type == "cpu" and calls.nothing_intercepts((index,)):
+        least, greatest = (int(i) for i in index.long().aminmax())
+        if least < -1 or greatest >= adapters:
+            raise ValueError(
+                f"adapter_index must lie in -1..{adapters - 1}, got {least}..{greatest}"
+            )
     stacked_A, stacked_B = _adapter(
         x, weight, lora_A.flatten(0, 1), lora_B.permute(1, 0, 2).reshape(lora_B.shape[1], -1)
     )

@@ -604,6 +604,28 @@ def test_mixed_adapters_equal_one_call_per_adapter(device, scaling):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3, msg=lambda m, n=name: f"d_{n}: {m}")
 
 
+@pytest.mark.parametrize("index", [[0, 3, -1], [-2, 0, 1]], ids=str)
+def test_an_adapter_that_is_not_there(device, index):
+    """An error where looking costs nothing; in a traced graph and on a GPU, the base weight."""
+    p = _problem((3, 48, 64, 4), torch.float32, device)
+    A, B = torch.randn(3, 4, 64, device=device), torch.randn(3, 48, 4, device=device)
+    index = torch.tensor(index, device=device)
+
+    def run(x, index):
+        return lowbit.lora_matmul(x, p["w"], A, B, 2.0, adapter_index=index)
+
+    if device.type == "cpu":
+        with pytest.raises(
+            ValueError, match=r"adapter_index must lie in -1\.\.2, got -[12]\.\.[13]"
+        ):
+            run(p["x"], index)
+        traced = torch.compile(run, fullgraph=True, backend="aot_eager")
+    else:
+        traced = run
+    base = torch.where(index < 3, index, -1).clamp(min=-1)
+    assert_bitwise_equal(traced(p["x"], index), run(p["x"], base), "y")
+
+
 def _bad(p, **changes):
     call = {n: p[n] for n in ("x", "w", "lora_A", "lora_B", "scaling", "bias")} | changes
     return lowbit.lora_matmul(**call)
