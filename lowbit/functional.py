@@ -21,7 +21,7 @@ def matmul(x: torch.Tensor, w: QuantizedWeight | torch.Tensor, bias: torch.Tenso
 
     Args:
         x: [..., K] fp32, fp16 or bf16, any strides; under autocast it is cast to the autocast
-            dtype.
+            dtype. Also fp64, for comparisons: plain torch computes it, on any device.
         w: QuantizedWeight [N, K], or a dense tensor [N, K] in x's dtype.
         bias: [N] or None.
 
@@ -65,7 +65,7 @@ def lora_matmul(
 
     Args:
         x: [..., K] fp32, fp16 or bf16, any strides; under autocast it is cast to the autocast
-            dtype.
+            dtype. Also fp64, for comparisons: plain torch computes it, on any device.
         w: QuantizedWeight [N, K], or a dense tensor [N, K] in x's dtype.
         lora_A: [r, K] in x's dtype or fp32; with adapter_index [adapters, r, K].
         lora_B: [N, r] in x's dtype or fp32; with adapter_index [adapters, N, r].
@@ -173,7 +173,7 @@ def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x must be a float32, float16 or bfloat16 tensor, got {got}")
+        raise TypeError(f"x must be a float32, float16, bfloat16 or float64 tensor, got {got}")
     if _is_any_autocast_enabled() and _casts(x) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
@@ -243,7 +243,10 @@ def _bias(x: torch.Tensor, weight: WeightArgs, bias: torch.Tensor | None) -> tor
         return None
     _check_tensor(bias, "bias")
     if bias.dtype not in _FLOATS or (bias.dtype == torch.float64 != x.dtype):
-        raise TypeError(f"bias must be a float32, float16 or bfloat16 tensor, got {bias.dtype}")
+        raise TypeError(
+            "bias must be a float32, float16 or bfloat16 tensor, or float64 like x, got "
+            f"{bias.dtype}"
+        )
     if bias.shape != (weight.N,):
         raise ValueError(f"bias must be [N] = [{weight.N}], got {list(bias.shape)}")
     if bias.device != x.device:

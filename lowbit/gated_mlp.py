@@ -177,7 +177,7 @@ def lora_gated_mlp(
 
     Args:
         x: [..., K] fp32, fp16 or bf16, any strides; under autocast it is cast to the autocast
-            dtype.
+            dtype. Also fp64, for comparisons: plain torch computes it, on any device.
         weights: gate [H, K], up [H, K] and down [N, H], each a QuantizedWeight or a dense tensor in
             x's dtype.
         lora_As, lora_Bs, scalings, biases: of gate, up and down, as in `lora_matmul_group`.

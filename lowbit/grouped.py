@@ -125,7 +125,7 @@ def lora_matmul_group(
 
     Args:
         x: [..., K] fp32, fp16 or bf16, any strides; under autocast it is cast to the autocast
-            dtype.
+            dtype. Also fp64, for comparisons: plain torch computes it, on any device.
         weights: one QuantizedWeight [N_i, K], or dense tensor in x's dtype, per member.
         lora_As, lora_Bs: [r_i, K] and [N_i, r_i] in x's dtype or fp32; None in both for a member
             without adapter.

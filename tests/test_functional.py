@@ -7,6 +7,7 @@ import contextlib
 import hypothesis
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_bitwise_equal, assert_close_to_float64
 from hypothesis import strategies as st
 from torch._dynamo import compiled_autograd
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lowbit
 from lowbit import reference, repeated
+from lowbit.nn import QLoRALinear
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -290,6 +292,41 @@ def test_gradients_of_the_definition_by_finite_differences():
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     assert torch.autograd.gradcheck(lambda *a: function(*a, 0.3), leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda x: lowbit.matmul(x, w), (x,), fast_mode=True)
+
+
+def test_float64_is_computed_by_plain_torch(device):
+    """By every function, also under autocast, which leaves it alone."""
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    x, A, B, bias = (p[name].double() for name in ("x", "lora_A", "lora_B", "bias"))
+    low_rank = 2.0 * (x @ A.t()) @ B.t()
+    base = x @ lowbit.dequantize(p["w"], torch.float32).double().t() + bias
+    index = torch.tensor([0, 0, -1, 0, -1], device=device)
+    layer = QLoRALinear.from_quantized(p["w"], bias, lora_A=A.float(), lora_B=B.float(), alpha=8)
+    down = lowbit.quantize(torch.randn(64, 48, device=device))
+    mlp = [p["w"], p["w"], down], [A, A, None], [B, B, None], 2.0
+
+    def run(x):
+        yield lowbit.matmul(x, p["w"], bias)
+        yield lowbit.lora_matmul(x, p["w"], A, B, 2.0, bias=bias)
+        yield lowbit.lora_matmul(x, p["w"], A[None], B[None], 2.0, bias=bias, adapter_index=index)
+        yield lowbit.lora_matmul_group(x, [p["w"]], [A], [B], 2.0, biases=[bias])[0]
+        yield layer(x)
+        yield lowbit.lora_gated_mlp(x, *mlp, biases=[bias, bias, None])
+
+    hidden = F.silu(base + low_rank) * (base + low_rank)
+    expected = [
+        base,
+        base + low_rank,
+        base + low_rank * (index >= 0).unsqueeze(1),
+        base + low_rank,
+        base + low_rank,
+        hidden @ lowbit.dequantize(down, torch.float32).double().t(),
+    ]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        under_autocast = list(run(x))
+    for actual in (list(run(x)), under_autocast):
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -637,7 +674,7 @@ def _bad(p, **changes):
         (
             {"x": torch.ones(3, 64, dtype=torch.int32)},
             TypeError,
-            "x must be a float32.* got torch.int32",
+            "x must be a float32, float16, bfloat16 or float64 tensor, got torch.int32",
         ),
         (
             {"x": torch.randn(3, 63)},

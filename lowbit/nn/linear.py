@@ -51,7 +51,7 @@ class Linear4bit(StateDict, nn.Linear):
         weight_dtype: dtype of the weight that was quantized; default of `to_linear`.
         quant_type, blocksize, nested_blocksize, row_blocks: as in QuantizedWeight.
 
-    Shape: x [..., K] fp32, fp16 or bf16 -> y [..., N] in the dtype of x.
+    Shape: x [..., K] fp32, fp16 or bf16 (fp64: by plain torch) -> y [..., N] in the dtype of x.
 
     Raises:
         TypeError, ValueError: an option is out of range.
