@@ -125,7 +125,7 @@ def load(
         The model, everything but the adapters frozen, every tensor equal to what was saved.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: the folder or a file in it is not there.
         CheckpointError: the checkpoint is damaged, cut off or does not fit the model. The message
             names the tensor. The model is unchanged: everything is checked first.
         ValueError: the model must be given but was not.
@@ -163,6 +163,8 @@ def load(
 
 def _build(folder: Path) -> nn.Module:
     """A transformers model on the meta device, as the folder's config.json describes it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; load a folder of lowbit.save")
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} has no config.json, so it does not say which model to build; "

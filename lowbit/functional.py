@@ -99,8 +99,7 @@ def lora_matmul(
         >>> lowbit.lora_matmul(torch.randn(3, 256), q, A, B, scaling=2.0).shape
         torch.Size([3, 128])
     """
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    check_probability(dropout_p, "dropout_p")
     x = _autocast(x)
     repeatable = (
         type(scaling) is float
@@ -126,6 +125,17 @@ def lora_matmul(
     if repeatable and x.is_contiguous() and A is lora_A and B is lora_B:
         repeated.remember(x, weight, A, B, scaling, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.N)
+
+
+def check_probability(value, name: str) -> None:
+    """Of dropping an element."""
+    try:
+        inside = 0.0 <= value < 1.0
+    except TypeError:
+        got = type(value).__name__
+        raise TypeError(f"{name} must be a number in [0, 1), got {got} {value!r}") from None
+    if not inside:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
 def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index):
@@ -158,7 +168,12 @@ def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter
     stacked_A, stacked_B = _adapter(
         x, weight, lora_A.flatten(0, 1), lora_B.permute(1, 0, 2).reshape(lora_B.shape[1], -1)
     )
-    scale = torch.as_tensor(scaling, dtype=torch.float32, device=x.device)
+    try:
+        scale = torch.as_tensor(scaling, dtype=torch.float32, device=x.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"with adapter_index, scaling must be a number or [{adapters}], got {scaling!r}"
+        ) from error
     if scale.dim() > 1 or (scale.dim() == 1 and scale.numel() != adapters):
         raise ValueError(
             f"with adapter_index, scaling must be a number or [{adapters}], got {list(scale.shape)}"
@@ -281,11 +296,11 @@ def _factor(x: torch.Tensor, tensor: torch.Tensor, name: str) -> torch.Tensor:
 def _scaling(x, scaling, r: int) -> tuple[torch.Tensor | None, float]:
     if not isinstance(scaling, torch.Tensor):
         try:
-            return None, float(scaling)
+            if not isinstance(scaling, (str, bytes)):  # float() would read them
+                return None, float(scaling)
         except (TypeError, ValueError):
-            raise TypeError(
-                f"scaling must be a number or a tensor [r] = [{r}], got {scaling!r}"
-            ) from None
+            pass
+        raise TypeError(f"scaling must be a number or a tensor [r] = [{r}], got {scaling!r}")
     if scaling.numel() == 1 and scaling.dim() == 0:
         scaling = scaling.expand(r)
     if scaling.shape != (r,):

@@ -238,8 +238,7 @@ def _for_each(value, count: int) -> Sequence:
 
 
 def _checked_member(x, width, w, lora_A, lora_B, scaling, bias, dropout_p) -> Member:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    functional.check_probability(dropout_p, "dropout_p")
     weight = functional._weight_args(x, w, width)
     bias = functional._bias(x, weight, bias)
     if lora_A is None or lora_B is None:

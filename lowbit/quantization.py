@@ -173,6 +173,8 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
         TypeError: codes is not an integer tensor.
         ValueError: a code is outside 0..15.
     """
+    if not isinstance(codes, torch.Tensor):
+        raise TypeError(f"codes must be an integer tensor, got {type(codes).__name__}")
     if codes.is_floating_point() or codes.is_complex():
         raise TypeError(f"codes must be an integer tensor, got {codes.dtype}; quantize first")
     if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) <= 15):
@@ -191,11 +193,14 @@ def unpack(packed: torch.Tensor, n: int | None = None) -> torch.Tensor:
         uint8 [..., n] with values 0 to 15.
 
     Raises:
-        TypeError: packed is not uint8.
+        TypeError: packed is not a uint8 tensor.
         ValueError: n is larger than 2b.
     """
-    if packed.dtype != torch.uint8:
-        raise TypeError(f"packed must be uint8, got {packed.dtype}")
+    if isinstance(packed, QuantizedWeight):
+        raise TypeError("packed must be a uint8 tensor, got a QuantizedWeight; pass its .qweight")
+    if not isinstance(packed, torch.Tensor) or packed.dtype != torch.uint8:
+        got = packed.dtype if isinstance(packed, torch.Tensor) else type(packed).__name__
+        raise TypeError(f"packed must be a uint8 tensor, got {got}")
     if n is not None and not 0 <= n <= 2 * packed.shape[-1]:
         raise ValueError(f"n must be between 0 and {2 * packed.shape[-1]}, got {n}")
     return reference.unpack(packed, n)

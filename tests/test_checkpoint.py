@@ -301,6 +301,8 @@ def test_missing_files(tmp_path):
         load(Toy(), tmp_path)
     with pytest.raises(ValueError, match="folder is missing"):
         load(Toy())
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/nowhere"):
+        load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load(tmp_path)
 

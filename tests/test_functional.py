@@ -712,6 +712,17 @@ def _bad(p, **changes):
         ({"lora_B": [1.0]}, TypeError, "lora_B must be a tensor, got list"),
         ({"scaling": None}, TypeError, r"scaling must be a number or a tensor .* got None"),
         ({"scaling": "two"}, TypeError, "scaling must be a number or a tensor .* got 'two'"),
+        ({"scaling": "2"}, TypeError, "scaling must be a number or a tensor .* got '2'"),
+        (
+            {
+                "scaling": "2",
+                "lora_A": torch.ones(1, 4, 64),
+                "lora_B": torch.ones(1, 48, 4),
+                "adapter_index": torch.zeros(5, dtype=torch.int32),
+            },
+            TypeError,
+            r"with adapter_index, scaling must be a number or \[1\], got '2'",
+        ),
         ({"bias": [0.0] * 48}, TypeError, "bias must be a tensor, got list"),
         (
             {"bias": torch.ones(48, dtype=torch.int64)},
@@ -725,7 +736,13 @@ def _bad(p, **changes):
         ),
         ({"adapter_index": [0, 0]}, TypeError, "adapter_index must be a tensor, got list"),
         ({"bias": torch.ones(47)}, ValueError, r"bias must be \[N\] = \[48\], got \[47\]"),
-        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
+        (
+            {"dropout_p": "0.1"},
+            TypeError,
+            r"dropout_p must be a number in \[0, 1\), got str '0.1'",
+        ),
+        ({"dropout_p": None}, TypeError, "dropout_p must be a number .* got NoneType"),
         ({"adapter_index": torch.zeros(5)}, ValueError, "with adapter_index, lora_A must be"),
         (
             {"w": lowbit.quantize(torch.randn(2, 24, 64))},

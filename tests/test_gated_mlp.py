@@ -291,7 +291,7 @@ def test_batch_shapes_and_empty(device, way):
         ({"activation": "relu"}, "activation must be one of silu, gelu, gelu_tanh, got 'relu'"),
         ({"drop": 1}, "weights must be those of gate, up and down, got 2"),
         ({"up": 99}, r"up must be \[H, K\] and down \[N, H\] with gate's H = 100, got \[99, 64\]"),
-        ({"dropout_p": (0.0, 0.0, 1.5)}, r"down: dropout_p must be in \[0, 1\), got 1.5"),
+        ({"dropout_p": (0.0, 0.0, 1.5)}, r"down: dropout_p must lie in \[0, 1\), got 1.5"),
         ({"x": 63}, r"gate: x must be \[\.\.\., K\] with K = 64, got \[3, 63\]"),
     ],
 )

@@ -343,7 +343,9 @@ def test_retain_graph_and_second_derivatives(device, way):
         ({"lora_As": [None]}, ValueError, "lora_As must have one entry per weight, 2, got 1"),
         ({"scalings": [1.0] * 3}, ValueError, "scalings must have one entry per weight, 2, got 3"),
         ({"dropout_p": [0.1]}, ValueError, "dropout_p must have one entry per weight"),
-        ({"dropout_p": [0.1, 1.0]}, ValueError, r"member 1: dropout_p must be in \[0, 1\)"),
+        ({"dropout_p": [0.1, 1.0]}, ValueError, r"member 1: dropout_p must lie in \[0, 1\)"),
+        ({"dropout_p": "0.1"}, TypeError, "member 0: dropout_p must be a number"),
+        ({"scalings": [1.0, "2"]}, TypeError, "member 1: scaling must be a number"),
         ({"lora_Bs": [None, None]}, ValueError, "member 0: lora_A and lora_B must both be given"),
         ({"biases": [None, torch.ones(3)]}, ValueError, r"member 1: bias must be \[N\] = \[24\]"),
         (

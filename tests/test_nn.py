@@ -291,6 +291,7 @@ def test_custom_codebook_survives():
         (lambda: QLoRALinear(K, N, r=0), ValueError, "r must be an integer of at least 1"),
         (lambda: QLoRALinear(K, N, r=2.5), ValueError, "r must be an integer"),
         (lambda: QLoRALinear(K, N, dropout=1.0), ValueError, r"dropout must lie in \[0, 1\)"),
+        (lambda: QLoRALinear(K, N, dropout="0.1"), TypeError, "dropout must be a number"),
         (lambda: QLoRALinear(K, N, lora_dtype=torch.int8), TypeError, "lora_dtype must be"),
         (lambda: Linear4bit(K, N, dtype=torch.float64), TypeError, "dtype must be float32"),
         (lambda: Linear4bit(K, N, layout="columns"), ValueError, 'layout must be "rows" or "flat"'),

@@ -226,8 +226,14 @@ def test_pack_and_unpack_refuse_nonsense():
         lowbit.pack(torch.tensor([0, 16]))
     with pytest.raises(TypeError, match="codes must be an integer tensor"):
         lowbit.pack(torch.tensor([0.5]))
-    with pytest.raises(TypeError, match="packed must be uint8"):
+    with pytest.raises(TypeError, match="codes must be an integer tensor, got list"):
+        lowbit.pack([1, 2])
+    with pytest.raises(TypeError, match=r"packed must be a uint8 tensor, got torch\.int64"):
         lowbit.unpack(torch.tensor([1]))
+    with pytest.raises(TypeError, match="packed must be a uint8 tensor, got bytes"):
+        lowbit.unpack(b"12")
+    with pytest.raises(TypeError, match=r"got a QuantizedWeight; pass its \.qweight"):
+        lowbit.unpack(lowbit.quantize(torch.randn(2, 64)))
     with pytest.raises(ValueError, match="n must be between 0 and 4, got 5"):
         lowbit.unpack(torch.zeros(2, dtype=torch.uint8), 5)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import codebooks
-from ..functional import lora_matmul
+from ..functional import check_probability, lora_matmul
 from ..quantization import quantize
 from ..state import state_entries
 from ..weight import QuantizedWeight
@@ -92,8 +92,7 @@ class QLoRALinear(Linear4bit):
             raise ValueError(
                 f"r must be an integer of at least 1, got {r!r}; without adapter, use Linear4bit"
             )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        check_probability(dropout, "dropout")
         super().__init__(in_features, out_features, bias, **options)
         self.r, self.alpha, self.dropout, self.use_rslora = r, alpha, float(dropout), use_rslora
         self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
