@@ -62,8 +62,8 @@ class FusionReport:
         for name, why in self.skipped.items():
             reasons.setdefault(why, []).append(name)
         for why, names in reasons.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            text += f"; skipped {names[0]}{more}: {why}"
+            more = f" and {len(names) - 1} more for the same reason" if len(names) > 1 else ""
+            text += f"; skipped {names[0]} ({why}){more}"
         return text
 
 

@@ -305,6 +305,6 @@ def test_fusing_twice_changes_nothing():
     first, again = lowbit.fuse(model), lowbit.fuse(model)
     assert again.attention == again.mlp == again.norms == []
     assert list(again.skipped.values()) == ["it is fused already"] * 9
-    assert "skipped model.layers.0.self_attn and 8 more: it is fused already" in str(again)
+    assert "; skipped model.layers.0.self_attn (it is fused already) and 8 more" in str(again)
     assert len(first.attention) == len(first.mlp) == 2
     assert lowbit.unfuse(model) == 9
