@@ -271,6 +271,11 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// The next kernel in the stream may start once all CTAs have called this or ended. Some kernels
+// call it before they wait themselves. Those in front of them may then still be running, and only
+// its own wait keeps the next kernel behind them. So no kernel touches memory before its wait, not
+// even a weight that is taken for frozen (a quantization may be writing it), unless in the same
+// call a kernel in front of it has waited first and let it start after that.
 __device__ __forceinline__ void let_next_kernel_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
