@@ -28,27 +28,31 @@ const char* check_passes(const Division& d, int64_t M, int64_t C) {
 }
 
 // At most 28 MiB with the copy of lora_A, but where one part of the sums over tokens takes more.
-template <int kRank>
-const char* check_workspace(const LoraGradsArgs& a, const Divisions& d) {
+const char* check_workspace(const LoraGradsArgs& a, const LoraGradsPlan& d) {
     const int64_t copy = a.rounded_lora_A != nullptr ? 2 * a.r * a.K : 0;
     const int64_t dy = 4 * lay_out(d.dy, a, a.N, copies_of(a)).end;
     const int64_t x = d.makes_A ? 4 * lay_out(d.x, a, a.K, {}).end : 0;
-    const int64_t least = 16 * kRank * std::max(a.N, a.K) + (1 << 20);
+    const int64_t least = 16 * lora_columns(a.r) * std::max(a.N, a.K) + (1 << 20);
     return std::max(dy, x) + copy > std::max<int64_t>(kWorkspaceLimit, least + copy) ? "workspace"
                                                                                      : nullptr;
 }
 
-template <int kRank>
+int64_t most_tokens(int columns) {
+    return columns == 16   ? GradPlan<16, true>::kMaxTokens
+           : columns == 32 ? GradPlan<32, true>::kMaxTokens
+                           : GradPlan<64, true>::kMaxTokens;
+}
+
 const char* check_grads(const LoraGradsArgs& a, int sms, int& together) {
-    const Divisions d = divide_both<kRank>(a, sms);
+    const LoraGradsPlan d = plan_of_rank(a, sms);
     const char* wrong = check_passes(d.dy, a.M, a.N);
     if (wrong == nullptr && d.makes_A)
         wrong = check_passes(d.x, a.M, a.K);
     if (wrong == nullptr)
-        wrong = check_workspace<kRank>(a, d);
+        wrong = check_workspace(a, d);
     if (wrong != nullptr)
         return wrong;
-    if (d.dy.cta_tokens > GradPlan<kRank, true>::kMaxTokens)
+    if (d.dy.cta_tokens > most_tokens(lora_columns(a.r)))
         return "tokens that find no room in shared memory";
     if (d.one_launch && (d.dy.ctas() > sms || (d.makes_A && d.x.ctas() > sms)))
         return "CTAs that meet";
@@ -85,14 +89,16 @@ const char* check_products(const LoraDxArgs& a, int clusters) {
                : check_dealt(deal<SharedDy256>(a, all - p.head, clusters), clusters);
 }
 
-int64_t grads_time(const LoraGradsArgs& a, int sms) {
-    return lora_columns(a.r) == 16   ? time_of<16>(a, sms)
-           : lora_columns(a.r) == 32 ? time_of<32>(a, sms)
-                                     : time_of<64>(a, sms);
-}
-
-int spare_sms(const LoraDxArgs& a, const LoraGradsArgs& grads, int sms, int room) {
-    return choose_spare_sms(a, sms, room, [&](int on) { return grads_time(grads, on); });
+// `made`: plans of the gradients on the way to it.
+LoraGradsPlan
+choose(const LoraDxArgs& a, const LoraGradsArgs& grads, int sms, int room, int* made = nullptr) {
+    return choose_grads(a, sms, room, [&](int spare_sms) {
+        if (made != nullptr)
+            ++*made;
+        LoraGradsPlan plan = plan_of_rank(grads, spare_sms > 0 ? spare_sms : sms);
+        plan.spare_sms = spare_sms;
+        return plan;
+    });
 }
 
 void set_sizes(LoraGradsArgs& g, LoraDxArgs& a, int64_t M, int64_t N, int64_t K, int r) {
@@ -109,7 +115,7 @@ int main(int argc, char** argv) {
         LoraDxArgs a{};
         const auto size = [&](int i) { return std::atoi(argv[at + i]); };
         set_sizes(g, a, size(0), size(1), size(2), size(3));
-        const int sms = 132, spare = spare_sms(a, g, sms, sms);
+        const int sms = 132, spare = choose(a, g, sms, sms).spare_sms;
         const Products p = choose_products(a, clusters_of(sms, spare > 0));
         std::printf("%d %d\n", spare, p.plan == Products::kTwo ? 2 : 1);
     }
@@ -128,13 +134,12 @@ int main(int argc, char** argv) {
         g.rounded_lora_A = random() % 2 ? &g : nullptr;
         const int sms = static_cast<int>(2 + random() % 158);
         const int room = static_cast<int>(random() % (sms + 1)) / kBesideCluster * kBesideCluster;
-        const int spare = spare_sms(a, g, sms, room);
-        const char* wrong = nullptr;
+        int made = 0;
+        const int spare = choose(a, g, sms, room, &made).spare_sms;
+        const char* wrong = made > 2 ? "plans that were made" : nullptr;
         for (const int on : {sms, plan_beside(a, sms, room).spare_sms}) {
             if (wrong == nullptr && on > 0)
-                wrong = lora_columns(g.r) == 16   ? check_grads<16>(g, on, together)
-                        : lora_columns(g.r) == 32 ? check_grads<32>(g, on, together)
-                                                  : check_grads<64>(g, on, together);
+                wrong = check_grads(g, on, together);
         }
         if (wrong == nullptr)
             wrong = check_products(a, clusters_of(sms, spare > 0));

@@ -82,8 +82,8 @@ struct DxKernel {
     size_t (*workspace_bytes)(const LoraDxArgs&);  // null: needs none
     cudaError_t (*launch)(const LoraDxArgs&, cudaStream_t);
     bool rounds_lora_A;  // itself; else lora_grads does, in front
-    // Where lora_grads runs beside the product; null: it always runs in front.
-    int (*spare_sms)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
+    // Where lora_grads runs, beside the product perhaps; null: always in front.
+    LoraGradsPlan (*plan_grads)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
     // By which it learns from lora_grads that u is there; null: none.
     int (*marks)(const LoraDxArgs&) = nullptr;
     // With the gradients of the adapter; null: lora_grads makes them.
@@ -92,13 +92,14 @@ struct DxKernel {
     cudaError_t (*launch_all)(const LoraDxArgs&, const LoraGradsArgs&, cudaStream_t) = nullptr;
 };
 
-inline constexpr DxKernel kDxInLoop{"nf4_lora_matmul_dx",
-                                    serves_nf4_lora_matmul_dx,
-                                    nullptr,
-                                    launch_nf4_lora_matmul_dx,
-                                    false,
-                                    nf4_lora_matmul_dx_spare_sms,
-                                    nf4_lora_matmul_dx_marks};
+inline constexpr DxKernel kDxInLoop{
+    "nf4_lora_matmul_dx",
+    serves_nf4_lora_matmul_dx,
+    nullptr,
+    launch_nf4_lora_matmul_dx,
+    false,
+    plan_grads_of_nf4_lora_matmul_dx,
+    nf4_lora_matmul_dx_marks};
 inline constexpr DxKernel kDxLarge{
     "nf4_lora_matmul_dx_large",
     serves_nf4_lora_matmul_dx_large,
@@ -111,9 +112,9 @@ inline constexpr DxKernel kDxLarge{
     nf4_lora_backward_large_workspace_bytes,
     launch_nf4_lora_backward_large};
 
-inline void run_grads(const LoraGradsArgs& a, cudaStream_t stream) {
+inline void run_grads(const LoraGradsArgs& a, const LoraGradsPlan& plan, cudaStream_t stream) {
     if (a.u || a.d_lora_B || a.d_bias || a.d_lora_scaling)
-        check_launch(launch_lora_grads(a, stream), "lora_grads");
+        check_launch(launch_lora_grads(a, plan, stream), "lora_grads");
 }
 
 // Every gradient that has a pointer in a or b; u is made for both. `launched` is set before
@@ -135,21 +136,23 @@ inline void run_backward(
     a.u = need_u ? const_cast<void*>(a.dy) : nullptr;  // until it is known where they lie
     a.rounded_lora_A = rounds ? a.u : nullptr;
     STD_TORCH_CHECK(serves_lora_grads(a), "lora_grads does not serve these sizes");
-    if (need_dx && kernel.spare_sms != nullptr)
-        a.spare_sms = kernel.spare_sms(b, a);
     const bool all = need_dx && kernel.serves_all != nullptr && kernel.serves_all(b, a);
+    LoraGradsPlan plan{};
+    if (!all)
+        plan =
+            need_dx && kernel.plan_grads != nullptr ? kernel.plan_grads(b, a) : plan_lora_grads(a);
     b.follows_grads = !all;
-    b.beside_grads = a.spare_sms > 0;
+    b.beside_grads = plan.spare_sms > 0;
     const int marks = need_dx && kernel.marks != nullptr ? kernel.marks(b) : 0;
     a.u_marks = {};
-    if (marks > 0 && lora_grads_marks_u(a))
+    if (marks > 0 && plan.marks_u())
         a.u_marks = {nullptr, marks, next_mark()};
     const int64_t mark_bytes = round_up(a.u_marks.count * sizeof(uint64_t));
     size_t own_bytes = 0;
     if (all) {
         own_bytes = kernel.workspace_bytes_of_all(b, a);
     } else {
-        own_bytes = lora_grads_workspace_bytes(a);
+        own_bytes = lora_grads_workspace_bytes(a, plan);
         if (need_dx && kernel.workspace_bytes != nullptr)
             own_bytes = std::max(own_bytes, kernel.workspace_bytes(b));
     }
@@ -174,7 +177,7 @@ inline void run_backward(
         check_launch(kernel.launch_all(b, a, stream), kernel.name);
         return;
     }
-    run_grads(a, stream);
+    run_grads(a, plan, stream);
     if (!need_dx)
         return;
     check_launch(kernel.launch(b, stream), kernel.name);

@@ -32,37 +32,64 @@ struct LoraGradsArgs {
     float scaling;
     int64_t M, N, K;
     int r;
-    int spare_sms;         // 0: on all SMs; else on these, whole clusters of kBesideCluster, beside
-                           // a product that leaves them alone
-    void* rounded_lora_A;  // [r, K] in dtype, for a product that follows; null: not wanted
-    void* u;               // [M, lora_columns(r)], rounded, zeros behind r; null: not wanted
-    void* d_lora_A;        // [r, K] or null: not wanted, like the rest
-    void* d_lora_B;        // [N, r]
-    void* d_bias;          // [N]
+    void* rounded_lora_A;   // [r, K] in dtype, for a product that follows; null: not wanted
+    void* u;                // [M, lora_columns(r)], rounded, zeros behind r; null: not wanted
+    void* d_lora_A;         // [r, K] or null: not wanted, like the rest
+    void* d_lora_B;         // [N, r]
+    void* d_bias;           // [N]
     float* d_lora_scaling;  // [r]
-    Marks u_marks;          // see lora_grads_marks_u
+    Marks u_marks;          // see LoraGradsPlan::marks_u
     void* workspace;        // lora_grads_workspace_bytes, uninitialized
+};
+
+// How a pass over an activation [tokens, C] is divided among CTAs, of cta_columns x cta_tokens.
+struct LoraGradsDivision {
+    int64_t cta_columns, cta_tokens;
+    int64_t column_parts, token_parts;
+    int64_t pass_tokens;
+    int passes;
+    int64_t projection_floats, sum_floats, column_sum_floats;
+    int64_t time;  // of a pass, expected
+
+    int64_t ctas() const {  // of a pass
+        return column_parts * token_parts;
+    }
+
+    int64_t bytes() const {
+        return 4 * (projection_floats + sum_floats + column_sum_floats);
+    }
+};
+
+struct LoraGradsPlan {
+    LoraGradsDivision dy, x;
+    bool makes_A;
+    bool one_launch;
+    int64_t time;  // of the one launch, in hundredths of microseconds, roughly; 0: they are several
+    int spare_sms;  // 0: on all SMs; else on these, beside a product that leaves them alone
+
+    // Whether u_marks are set when u is there. A kernel that follows as a programmatic dependent
+    // may wait for one of them, and see u, while d_lora_A is being made.
+    bool marks_u() const {
+        return one_launch && makes_A;
+    }
 };
 
 // 16-bit dtype, 1 <= r <= 64, N % 8 == 0, K % 8 == 0, 16-byte aligned dy, x, z, lora_B and u.
 bool serves_lora_grads(const LoraGradsArgs& args);
 
+// The host's time counts: once per call. Of pointers, only which are null matters. `spare_sms`:
+// whole clusters of kBesideCluster, or 0.
+LoraGradsPlan plan_lora_grads(const LoraGradsArgs& args, int spare_sms = 0);
+
 // At most 28 MiB with rounded_lora_A, but for extreme shapes.
-size_t lora_grads_workspace_bytes(const LoraGradsArgs& args);
+size_t lora_grads_workspace_bytes(const LoraGradsArgs& args, const LoraGradsPlan& plan);
 
 // How many SMs of the idle device clusters of kBesideCluster of these CTAs can occupy at once.
 int lora_grads_room();
 
-// How long the passes take on so many SMs, in hundredths of microseconds, roughly; 0 if they are
-// several launches there.
-int64_t lora_grads_time(const LoraGradsArgs& args, int sms);
-
-// Whether u_marks are set when u is there. A kernel that follows as a programmatic dependent may
-// wait for one of them, and see u, while d_lora_A is being made.
-bool lora_grads_marks_u(const LoraGradsArgs& args);
-
 // One read of dy, and for d_lora_A, with which u is wanted, one of x.
-cudaError_t launch_lora_grads(const LoraGradsArgs& args, cudaStream_t stream);
+cudaError_t
+launch_lora_grads(const LoraGradsArgs& args, const LoraGradsPlan& plan, cudaStream_t stream);
 
 // d_lora_A alone, from u.
 cudaError_t launch_lora_grads_x(const LoraGradsArgs& args, cudaStream_t stream);

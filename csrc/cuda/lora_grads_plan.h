@@ -16,22 +16,7 @@ namespace {
 
 constexpr int64_t kWorkspaceLimit = 28 << 20;
 
-struct Division {
-    int64_t cta_columns, cta_tokens;
-    int64_t column_parts, token_parts;
-    int64_t pass_tokens;
-    int passes;
-    int64_t projection_floats, sum_floats, column_sum_floats;
-    int64_t time;  // of a pass, expected
-
-    int64_t ctas() const {  // of a pass
-        return column_parts * token_parts;
-    }
-
-    int64_t bytes() const {
-        return 4 * (projection_floats + sum_floats + column_sum_floats);
-    }
-};
+using Division = LoraGradsDivision;
 
 // Threads that add up parts have four neighbours each.
 int finish_units(int64_t elements) {
@@ -149,31 +134,33 @@ Division divide(const LoraGradsArgs& a, int64_t C, bool projects, Copies copies,
 }
 
 // Of both passes on so many SMs.
-struct Divisions {
-    Division dy, x;
-    bool makes_A;
-    bool one_launch;
-};
-
 template <int kRank>
-Divisions divide_both(const LoraGradsArgs& a, int sms) {
-    Divisions d{};
-    d.dy = divide<GradPlan<kRank, true>>(a, a.N, a.u != nullptr, copies_of(a), sms);
-    d.makes_A = a.d_lora_A != nullptr && a.K > 0;
-    if (d.makes_A)
-        d.x = divide<GradPlan<kRank, false>>(a, a.K, false, {}, sms);
-    const auto is_one_wave = [&](const Division& of) { return of.passes == 1 && of.ctas() <= sms; };
-    d.one_launch = !wants_scaling(a) && is_one_wave(d.dy) && (!d.makes_A || is_one_wave(d.x));
-    return d;
+LoraGradsPlan plan_on(const LoraGradsArgs& a, int sms) {
+    LoraGradsPlan plan{};
+    plan.dy = divide<GradPlan<kRank, true>>(a, a.N, a.u != nullptr, copies_of(a), sms);
+    plan.makes_A = a.d_lora_A != nullptr && a.K > 0;
+    if (plan.makes_A)
+        plan.x = divide<GradPlan<kRank, false>>(a, a.K, false, {}, sms);
+    const auto is_one_wave = [&](const Division& d) { return d.passes == 1 && d.ctas() <= sms; };
+    plan.one_launch =
+        !wants_scaling(a) && is_one_wave(plan.dy) && (!plan.makes_A || is_one_wave(plan.x));
+    if (!plan.one_launch)
+        return plan;
+    plan.time = plan.dy.time + finish_time(plan.dy, a, sms);
+    if (plan.makes_A)
+        plan.time += plan.x.time + finish_time(plan.x, a, sms);
+    return plan;
 }
 
-template <int kRank>
-int64_t time_of(const LoraGradsArgs& a, int sms) {
-    const Divisions of = divide_both<kRank>(a, sms);
-    if (!of.one_launch)
-        return 0;
-    const int64_t of_dy = of.dy.time + finish_time(of.dy, a, sms);
-    return of.makes_A ? of_dy + of.x.time + finish_time(of.x, a, sms) : of_dy;
+inline LoraGradsPlan plan_of_rank(const LoraGradsArgs& a, int sms) {
+    switch (lora_columns(a.r)) {
+    case 16:
+        return plan_on<16>(a, sms);
+    case 32:
+        return plan_on<32>(a, sms);
+    default:
+        return plan_on<64>(a, sms);
+    }
 }
 
 }  // namespace

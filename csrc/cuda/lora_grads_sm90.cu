@@ -137,12 +137,11 @@ cudaError_t make_x_pass(GradPass& pass, const LoraGradsArgs& a, const Division& 
 template <typename... Passes>
 cudaError_t launch_together(
     void (*kernel)(Passes...),
-    const LoraGradsArgs& a,
+    bool beside,
     int ctas,
     int smem_bytes,
     cudaStream_t stream,
     const Passes&... passes) {
-    const bool beside = a.spare_sms > 0;
     if (beside)
         ctas = static_cast<int>(ceil_div(ctas, kBesideCluster)) * kBesideCluster;
     LaunchConfig config(ctas, kGradThreads, smem_bytes, stream);
@@ -153,13 +152,13 @@ cudaError_t launch_together(
 }
 
 template <typename T, class P>
-cudaError_t launch_pass(const GradPass& pass, const LoraGradsArgs& a, cudaStream_t stream) {
+cudaError_t launch_pass(const GradPass& pass, bool beside, cudaStream_t stream) {
     constexpr auto kKernel = lora_grads_kernel<T, P>;
     cudaError_t error = allow_shared_memory<kKernel>(P::kSmemBytes);
     if (error != cudaSuccess)
         return error;
     if (pass.params.finishes)
-        return launch_together<GradPass>(kKernel, a, pass.ctas, P::kSmemBytes, stream, pass);
+        return launch_together<GradPass>(kKernel, beside, pass.ctas, P::kSmemBytes, stream, pass);
     const LaunchConfig config(pass.ctas, kGradThreads, P::kSmemBytes, stream);
     error = cudaLaunchKernelEx(config.get(), kKernel, pass);
     if (error != cudaSuccess || pass.finish.units == 0)
@@ -169,7 +168,8 @@ cudaError_t launch_pass(const GradPass& pass, const LoraGradsArgs& a, cudaStream
 }
 
 template <typename T, class P>
-cudaError_t launch_passes(const LoraGradsArgs& a, const Division& d, cudaStream_t stream) {
+cudaError_t
+launch_passes(const LoraGradsArgs& a, const Division& d, bool beside, cudaStream_t stream) {
     cudaError_t error = cudaSuccess;
     for (int number = 0; number < d.passes && error == cudaSuccess; number++) {
         GradPass pass;
@@ -178,7 +178,7 @@ cudaError_t launch_passes(const LoraGradsArgs& a, const Division& d, cudaStream_
         else
             error = make_x_pass<P>(pass, a, d, number);
         if (error == cudaSuccess)
-            error = launch_pass<T, P>(pass, a, stream);
+            error = launch_pass<T, P>(pass, beside, stream);
     }
     return error;
 }
@@ -194,39 +194,35 @@ cudaError_t launch_scaling(const LoraGradsArgs& a, const Workspace& space, cudaS
 
 // One pass over each.
 template <typename T, class Dy, class X>
-cudaError_t launch_both(
-    const LoraGradsArgs& a, const Division& of_dy, const Division& of_x, cudaStream_t stream) {
+cudaError_t launch_both(const LoraGradsArgs& a, const LoraGradsPlan& plan, cudaStream_t stream) {
     constexpr auto kKernel = lora_grads_both_kernel<T, Dy, X>;
     GradPass dy, x;
-    cudaError_t error = make_dy_pass<Dy>(dy, a, of_dy, 0);
+    cudaError_t error = make_dy_pass<Dy>(dy, a, plan.dy, 0);
     if (error == cudaSuccess)
-        error = make_x_pass<X>(x, a, of_x, 0);
+        error = make_x_pass<X>(x, a, plan.x, 0);
     if (error == cudaSuccess)
         error = allow_shared_memory<kKernel>(Dy::kSmemBytes);
     if (error != cudaSuccess)
         return error;
     x.u_marks = a.u_marks;
     const int ctas = std::max(dy.ctas, x.ctas);
-    return launch_together<GradPass, GradPass>(kKernel, a, ctas, Dy::kSmemBytes, stream, dy, x);
-}
-
-int own_sms(const LoraGradsArgs& a) {
-    return a.spare_sms > 0 ? a.spare_sms : sm_count();
+    return launch_together<GradPass, GradPass>(
+        kKernel, plan.spare_sms > 0, ctas, Dy::kSmemBytes, stream, dy, x);
 }
 
 template <typename T, int kRank>
 cudaError_t launch_x(const LoraGradsArgs& a, cudaStream_t stream) {
     using X = GradPlan<kRank, false>;
-    return launch_passes<T, X>(a, divide<X>(a, a.K, false, {}, own_sms(a)), stream);
+    return launch_passes<T, X>(a, divide<X>(a, a.K, false, {}, sm_count()), false, stream);
 }
 
 template <typename T, int kRank>
-cudaError_t launch(const LoraGradsArgs& a, cudaStream_t stream) {
+cudaError_t launch(const LoraGradsArgs& a, const LoraGradsPlan& plan, cudaStream_t stream) {
     using Dy = GradPlan<kRank, true>;
     using X = GradPlan<kRank, false>;
     const Copies copies = copies_of(a);
-    const Divisions of = divide_both<kRank>(a, own_sms(a));
-    const Workspace space = lay_out(of.dy, a, a.N, copies);
+    const Workspace space = lay_out(plan.dy, a, a.N, copies);
+    const bool beside = plan.spare_sms > 0;
     float* base = static_cast<float*>(a.workspace);
     cudaError_t error = copy_factors<T>(
         {{{a.z, false, copies.z ? a.M : 0, a.r, kRank, base + space.z},
@@ -234,21 +230,14 @@ cudaError_t launch(const LoraGradsArgs& a, cudaStream_t stream) {
            base + space.lora_B},
           {a.lora_A, true, a.rounded_lora_A != nullptr ? a.r : 0, a.K, a.K, a.rounded_lora_A}}},
         stream);
-    if (error == cudaSuccess && of.one_launch && of.makes_A)
-        return launch_both<T, Dy, X>(a, of.dy, of.x, stream);
+    if (error == cudaSuccess && plan.marks_u())
+        return launch_both<T, Dy, X>(a, plan, stream);
     if (error == cudaSuccess)
-        error = launch_passes<T, Dy>(a, of.dy, stream);
+        error = launch_passes<T, Dy>(a, plan.dy, beside, stream);
     if (error == cudaSuccess && wants_scaling(a))
         error = launch_scaling<kRank>(a, space, stream);
-    return error == cudaSuccess && of.makes_A ? launch_passes<T, X>(a, of.x, stream) : error;
-}
-
-template <int kRank>
-size_t workspace_bytes(const LoraGradsArgs& a) {
-    const Divisions of = divide_both<kRank>(a, own_sms(a));
-    const int64_t floats =
-        std::max(lay_out(of.dy, a, a.N, copies_of(a)).end, lay_out(of.x, a, a.K, {}).end);
-    return static_cast<size_t>(floats) * sizeof(float);
+    return error == cudaSuccess && plan.makes_A ? launch_passes<T, X>(a, plan.x, beside, stream)
+                                                : error;
 }
 
 }  // namespace
@@ -262,17 +251,21 @@ bool serves_lora_grads(const LoraGradsArgs& a) {
            is_aligned(a.lora_B) && is_aligned(a.u) && device_is_sm90();
 }
 
-size_t lora_grads_workspace_bytes(const LoraGradsArgs& a) {
-    if (a.M == 0 || own_sms(a) == 0)
+LoraGradsPlan plan_lora_grads(const LoraGradsArgs& a, int spare_sms) {
+    const int sms = spare_sms > 0 ? spare_sms : sm_count();
+    if (a.M == 0 || a.N == 0 || sms == 0)
+        return {};
+    LoraGradsPlan plan = plan_of_rank(a, sms);
+    plan.spare_sms = spare_sms;
+    return plan;
+}
+
+size_t lora_grads_workspace_bytes(const LoraGradsArgs& a, const LoraGradsPlan& plan) {
+    if (plan.dy.passes == 0)
         return 0;
-    switch (lora_columns(a.r)) {
-    case 16:
-        return workspace_bytes<16>(a);
-    case 32:
-        return workspace_bytes<32>(a);
-    default:
-        return workspace_bytes<64>(a);
-    }
+    const int64_t floats =
+        std::max(lay_out(plan.dy, a, a.N, copies_of(a)).end, lay_out(plan.x, a, a.K, {}).end);
+    return static_cast<size_t>(floats) * sizeof(float);
 }
 
 int lora_grads_room() {
@@ -288,59 +281,32 @@ int lora_grads_room() {
     return kBesideCluster * std::max(0, found - 1);
 }
 
-int64_t lora_grads_time(const LoraGradsArgs& a, int sms) {
-    if (a.M == 0 || a.N == 0 || sms == 0 || wants_scaling(a))
-        return 0;
-    switch (lora_columns(a.r)) {
-    case 16:
-        return time_of<16>(a, sms);
-    case 32:
-        return time_of<32>(a, sms);
-    default:
-        return time_of<64>(a, sms);
-    }
-}
-
-bool lora_grads_marks_u(const LoraGradsArgs& a) {
-    const auto in_one_launch = [](const Divisions& of) { return of.one_launch && of.makes_A; };
-    const int sms = own_sms(a);
-    if (a.M == 0 || a.N == 0 || sms == 0)
-        return false;
-    switch (lora_columns(a.r)) {
-    case 16:
-        return in_one_launch(divide_both<16>(a, sms));
-    case 32:
-        return in_one_launch(divide_both<32>(a, sms));
-    default:
-        return in_one_launch(divide_both<64>(a, sms));
-    }
-}
-
 // The 16-bit type and the padded rank of a call as template arguments.
-#define LOWBIT_LAUNCH(FUNCTION)                                                                    \
+#define LOWBIT_LAUNCH(FUNCTION, ...)                                                               \
     const bool is_bf16 = args.dtype == Dtype::kBFloat16;                                           \
     switch (lora_columns(args.r)) {                                                                \
     case 16:                                                                                       \
-        return is_bf16 ? FUNCTION<__nv_bfloat16, 16>(args, stream)                                 \
-                       : FUNCTION<__half, 16>(args, stream);                                       \
+        return is_bf16 ? FUNCTION<__nv_bfloat16, 16>(__VA_ARGS__)                                  \
+                       : FUNCTION<__half, 16>(__VA_ARGS__);                                        \
     case 32:                                                                                       \
-        return is_bf16 ? FUNCTION<__nv_bfloat16, 32>(args, stream)                                 \
-                       : FUNCTION<__half, 32>(args, stream);                                       \
+        return is_bf16 ? FUNCTION<__nv_bfloat16, 32>(__VA_ARGS__)                                  \
+                       : FUNCTION<__half, 32>(__VA_ARGS__);                                        \
     default:                                                                                       \
-        return is_bf16 ? FUNCTION<__nv_bfloat16, 64>(args, stream)                                 \
-                       : FUNCTION<__half, 64>(args, stream);                                       \
+        return is_bf16 ? FUNCTION<__nv_bfloat16, 64>(__VA_ARGS__)                                  \
+                       : FUNCTION<__half, 64>(__VA_ARGS__);                                        \
     }
 
-cudaError_t launch_lora_grads(const LoraGradsArgs& args, cudaStream_t stream) {
+cudaError_t
+launch_lora_grads(const LoraGradsArgs& args, const LoraGradsPlan& plan, cudaStream_t stream) {
     if (args.M == 0 || args.N == 0)
         return cudaSuccess;
-    LOWBIT_LAUNCH(launch)
+    LOWBIT_LAUNCH(launch, args, plan, stream)
 }
 
 cudaError_t launch_lora_grads_x(const LoraGradsArgs& args, cudaStream_t stream) {
     if (args.M == 0 || args.K == 0)
         return cudaSuccess;
-    LOWBIT_LAUNCH(launch_x)
+    LOWBIT_LAUNCH(launch_x, args, stream)
 }
 
 #undef LOWBIT_LAUNCH

@@ -32,9 +32,9 @@ struct LoraDxArgs {
 // outside: with it, r = 0 here and the caller adds the masked low-rank term.
 bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
 
-// SMs on which launch_lora_grads had better run beside the product, whose beside_grads is then
-// true. 0: in front of it, on all.
-int nf4_lora_matmul_dx_spare_sms(const LoraDxArgs& args, const LoraGradsArgs& grads);
+// How launch_lora_grads had better run: with spare SMs beside the product, whose beside_grads is
+// then true, else in front of it.
+LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(const LoraDxArgs& args, const LoraGradsArgs& grads);
 
 // Words of u_marks, 0 if it waits for the end of the gradients before it begins.
 int nf4_lora_matmul_dx_marks(const LoraDxArgs& args);

@@ -174,7 +174,9 @@ size_t workspace_bytes(const LoraDxArgs& a, const LoraGradsArgs* grads) {
         return 0;
     const Plan plan = plan_of(a, grads, clusters);
     const auto bytes = static_cast<size_t>(lay_out(a, grads, plan).end);
-    return reads_x_later(grads, plan) ? std::max(bytes, lora_grads_workspace_bytes(*grads)) : bytes;
+    if (!reads_x_later(grads, plan))
+        return bytes;
+    return std::max(bytes, lora_grads_workspace_bytes(*grads, plan_lora_grads(*grads)));
 }
 
 cudaError_t launch(const LoraDxArgs& a, const LoraGradsArgs* grads, cudaStream_t stream) {

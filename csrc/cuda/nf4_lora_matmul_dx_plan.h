@@ -95,19 +95,24 @@ inline Beside plan_beside(const LoraDxArgs& a, int sms, int room) {
     return {left / kBesideCluster * kBesideCluster, products.first_end, products.time};
 }
 
-// SMs that the gradients had better have beside the product, 0: all, in front of it.
-// grads_time(SMs) is how long they take there, 0 if that is not one launch; for all SMs it is asked
-// only where it matters. The first tiles wait for all of them: 4096 x 14336, 1024 tokens, four
-// rounds, took 8 % longer beside than in front, forward and backward (H200, 2026-11).
-template <typename GradsTime>
-int choose_spare_sms(const LoraDxArgs& a, int sms, int room, GradsTime grads_time) {
+// The gradients beside the product where that is expected to be faster, else in front of it.
+// plan_grads(spare SMs) makes their plan; 0: on all SMs. Of both it is asked only where it matters.
+// The first tiles wait for all of the gradients: 4096 x 14336, 1024 tokens, four rounds, took 8 %
+// longer beside than in front, forward and backward (H200, 2026-11).
+template <typename PlanGrads>
+LoraGradsPlan choose_grads(const LoraDxArgs& a, int sms, int room, PlanGrads plan_grads) {
     const Beside beside = plan_beside(a, sms, room);
-    const int64_t grads = beside.spare_sms == 0 ? 0 : grads_time(beside.spare_sms);
-    if (grads == 0)
-        return 0;
-    const int64_t time = beside.time + std::max<int64_t>(0, grads - beside.first_end);
+    if (beside.spare_sms == 0)
+        return plan_grads(0);
+    const LoraGradsPlan on_few = plan_grads(beside.spare_sms);
+    if (on_few.time == 0)
+        return plan_grads(0);
+    const int64_t time = beside.time + std::max<int64_t>(0, on_few.time - beside.first_end);
     const int64_t alone = choose_products(a, clusters_of(sms, false)).time;
-    return time <= alone || time < alone + grads_time(sms) ? beside.spare_sms : 0;
+    if (time <= alone)
+        return on_few;
+    const LoraGradsPlan in_front = plan_grads(0);
+    return time < alone + in_front.time ? on_few : in_front;
 }
 
 }  // namespace

@@ -200,11 +200,12 @@ bool serves_nf4_lora_matmul_dx(const LoraDxArgs& a) {
            is_aligned(w.qweight) && device_is_sm90();
 }
 
-int nf4_lora_matmul_dx_spare_sms(const LoraDxArgs& a, const LoraGradsArgs& grads) {
+LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(const LoraDxArgs& a, const LoraGradsArgs& grads) {
     if (a.M == 0 || a.w.K == 0)
-        return 0;
-    return choose_spare_sms(
-        a, sm_count(), lora_grads_room(), [&](int sms) { return lora_grads_time(grads, sms); });
+        return plan_lora_grads(grads);
+    return choose_grads(a, sm_count(), lora_grads_room(), [&](int spare_sms) {
+        return plan_lora_grads(grads, spare_sms);
+    });
 }
 
 // Two launches of at most one CTA for each SM.

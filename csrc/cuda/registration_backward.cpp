@@ -103,11 +103,12 @@ Gradients lora_grads(
     std::get<0>(gradients) =
         output(need_u || need_d_lora_A, dy, {a.M, lora_columns(a.r)}, dy.scalar_type(), a.u);
     STD_TORCH_CHECK(serves_lora_grads(a), "lora_grads does not serve these sizes");
-    const auto bytes = static_cast<int64_t>(lora_grads_workspace_bytes(a));
+    const LoraGradsPlan plan = plan_lora_grads(a);
+    const auto bytes = static_cast<int64_t>(lora_grads_workspace_bytes(a, plan));
     // Freed on return, here and below: the allocator hands it out again on this stream only.
     const Tensor workspace = new_tensor(dy, {bytes}, ScalarType::Byte);
     a.workspace = workspace.mutable_data_ptr();
-    run_grads(a, call.stream());
+    run_grads(a, plan, call.stream());
     return gradients;
 }
 
