@@ -11,7 +11,7 @@ namespace {
 
 // The stand-in: a device, its SMs, how many clusters of eight it holds, and what it was asked.
 int device = 0, sms = 132, eights = 15, questions = 0;
-bool answers_fail = false;
+bool answers_fail = false, in_green = false;
 
 void expect(bool right, const char* what) {
     if (right)
@@ -24,9 +24,25 @@ ClusterRoom ask(Answers& answers) {
     return room_for_clusters(answers, nullptr, 8, 640, 1000);
 }
 
+// Since CUDA 12.5.
+CUresult context_of(CUstream, CUcontext*, CUgreenCtx* green) {
+    *green = in_green ? reinterpret_cast<CUgreenCtx>(&in_green) : nullptr;
+    return CUDA_SUCCESS;
+}
+
 }  // namespace
 
 extern "C" {
+cudaError_t cudaGetDriverEntryPointByVersion(
+    const char*,
+    void** entry,
+    unsigned,
+    unsigned long long,
+    cudaDriverEntryPointQueryResult* result) {
+    *entry = reinterpret_cast<void*>(context_of);
+    *result = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* current) {
     *current = device;
     return device < 0 ? cudaErrorNoDevice : cudaSuccess;
@@ -80,6 +96,21 @@ int main() {
         return 7;
     };
     expect(once_per_device(others, late) == 5, "two answers");
+    static Answers rooms;
+    device = 4, in_green = true, calls = 0;
+    int room = 2;
+    const auto find_room = [&] { return calls++, room; };
+    for (int i = 1; i <= 2; i++)
+        expect(
+            once_per_whole_device(rooms, nullptr, find_room) == 2 && calls == i,
+            "the room of a green context");
+    in_green = false, room = 33;
+    for (int i = 0; i < 2; i++)
+        expect(
+            once_per_whole_device(rooms, nullptr, find_room) == 33 && calls == 3,
+            "the device's room after a green context's");
+    in_green = true;
+    expect(once_per_whole_device(rooms, nullptr, find_room) == 33 && calls == 3, "a kept room");
     std::printf("%d\n", questions);
     return 0;
 }

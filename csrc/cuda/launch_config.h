@@ -128,6 +128,18 @@ int once_per_device(Answers& answers, Find find) {
     return own == 0 || known.compare_exchange_strong(found, own) ? own : found;
 }
 
+// The same, but what is found for a stream of a green context is not kept: the device has more
+// room. Of use where a call asks once, as the next answer may be another.
+template <typename Find>
+int once_per_whole_device(Answers& answers, cudaStream_t stream, Find find) {
+    int found = 0;
+    const int kept = once_per_device(answers, [&] {
+        found = find();
+        return in_green_context(stream) ? 0 : found;
+    });
+    return kept != 0 ? kept : found;
+}
+
 // Of what runs beside a product whose CTAs come in pairs: clusters of four leave no pair of SMs
 // broken.
 constexpr int kBesideCluster = 4;

@@ -83,7 +83,7 @@ struct DxKernel {
     cudaError_t (*launch)(const LoraDxArgs&, cudaStream_t);
     bool rounds_lora_A;  // itself; else lora_grads does, in front
     // Where lora_grads runs, beside the product perhaps; null: always in front.
-    LoraGradsPlan (*plan_grads)(const LoraDxArgs&, const LoraGradsArgs&) = nullptr;
+    LoraGradsPlan (*plan_grads)(const LoraDxArgs&, const LoraGradsArgs&, cudaStream_t) = nullptr;
     // By which it learns from lora_grads that u is there; null: none.
     int (*marks)(const LoraDxArgs&) = nullptr;
     // With the gradients of the adapter; null: lora_grads makes them.
@@ -139,8 +139,8 @@ inline void run_backward(
     const bool all = need_dx && kernel.serves_all != nullptr && kernel.serves_all(b, a);
     LoraGradsPlan plan{};
     if (!all)
-        plan =
-            need_dx && kernel.plan_grads != nullptr ? kernel.plan_grads(b, a) : plan_lora_grads(a);
+        plan = need_dx && kernel.plan_grads != nullptr ? kernel.plan_grads(b, a, stream)
+                                                       : plan_lora_grads(a);
     b.follows_grads = !all;
     b.beside_grads = plan.spare_sms > 0;
     const int marks = need_dx && kernel.marks != nullptr ? kernel.marks(b) : 0;

@@ -84,8 +84,9 @@ LoraGradsPlan plan_lora_grads(const LoraGradsArgs& args, int spare_sms = 0);
 // At most 28 MiB with rounded_lora_A, but for extreme shapes.
 size_t lora_grads_workspace_bytes(const LoraGradsArgs& args, const LoraGradsPlan& plan);
 
-// How many SMs of the idle device clusters of kBesideCluster of these CTAs can occupy at once.
-int lora_grads_room();
+// How many SMs of the idle device, or of the green context that a stream is in, clusters of
+// kBesideCluster of these CTAs can occupy at once.
+int lora_grads_room(cudaStream_t stream);
 
 // One read of dy, and for d_lora_A, with which u is wanted, one of x.
 cudaError_t

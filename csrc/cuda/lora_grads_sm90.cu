@@ -268,11 +268,11 @@ size_t lora_grads_workspace_bytes(const LoraGradsArgs& a, const LoraGradsPlan& p
     return static_cast<size_t>(floats) * sizeof(float);
 }
 
-int lora_grads_room() {
+int lora_grads_room(cudaStream_t stream) {
     using Dy = GradPlan<16, true>;
     using X = GradPlan<16, false>;
     static Answers answers;
-    const int found = once_per_device(answers, [] {
+    const int found = once_per_whole_device(answers, stream, [] {
         const auto kernel = lora_grads_both_kernel<__nv_bfloat16, Dy, X>;
         return 1 + clusters_at_once(
                        reinterpret_cast<const void*>(kernel), kBesideCluster, kGradThreads,

@@ -34,7 +34,8 @@ bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
 
 // How launch_lora_grads had better run: with spare SMs beside the product, whose beside_grads is
 // then true, else in front of it.
-LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(const LoraDxArgs& args, const LoraGradsArgs& grads);
+LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(
+    const LoraDxArgs& args, const LoraGradsArgs& grads, cudaStream_t stream);
 
 // Words of u_marks, 0 if it waits for the end of the gradients before it begins.
 int nf4_lora_matmul_dx_marks(const LoraDxArgs& args);

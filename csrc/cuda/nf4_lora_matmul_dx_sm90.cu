@@ -200,10 +200,11 @@ bool serves_nf4_lora_matmul_dx(const LoraDxArgs& a) {
            is_aligned(w.qweight) && device_is_sm90();
 }
 
-LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(const LoraDxArgs& a, const LoraGradsArgs& grads) {
+LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(
+    const LoraDxArgs& a, const LoraGradsArgs& grads, cudaStream_t stream) {
     if (a.M == 0 || a.w.K == 0)
         return plan_lora_grads(grads);
-    return choose_grads(a, sm_count(), lora_grads_room(), [&](int spare_sms) {
+    return choose_grads(a, sm_count(), lora_grads_room(stream), [&](int spare_sms) {
         return plan_lora_grads(grads, spare_sms);
     });
 }
