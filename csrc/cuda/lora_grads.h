@@ -49,7 +49,7 @@ struct LoraGradsDivision {
     int64_t pass_tokens;
     int passes;
     int64_t projection_floats, sum_floats, column_sum_floats;
-    int64_t time;  // of a pass, expected
+    int64_t time_10ns;  // of a pass, expected, in units of 10 ns
 
     int64_t ctas() const {  // of a pass
         return column_parts * token_parts;
@@ -64,8 +64,8 @@ struct LoraGradsPlan {
     LoraGradsDivision dy, x;
     bool makes_A;
     bool one_launch;
-    int64_t time;  // of the one launch, in hundredths of microseconds, roughly; 0: they are several
-    int spare_sms;  // 0: on all SMs; else on these, beside a product that leaves them alone
+    int64_t time_10ns;  // of the one launch, roughly; 0: they are several
+    int spare_sms;      // 0: on all SMs; else on these, beside a product that leaves them alone
 
     // Whether u_marks are set when u is there. A kernel that follows as a programmatic dependent
     // may wait for one of them, and see u, while d_lora_A is being made.

@@ -23,9 +23,9 @@ int finish_units(int64_t elements) {
     return static_cast<int>(ceil_div(elements, 4 * kFinishThreads));
 }
 
-// Hundredths of microseconds on an H100, roughly: latencies, what CTAs read at the speed of one, or
-// of the memory, and partial sums written and read.
-int64_t estimate(const Division& d, int stage_columns, int processors) {
+// On an H100, roughly, as all that follows in units of 10 ns: latencies, what CTAs read at the
+// speed of one, or of the memory, and partial sums written and read.
+int64_t pass_time_10ns(const Division& d, int stage_columns, int processors) {
     constexpr int64_t kLatency = 400;
     const int64_t bytes = d.cta_columns * d.cta_tokens * 2;
     const int64_t rate = std::min<int64_t>(600, 30000 / std::min<int64_t>(d.ctas(), processors));
@@ -38,7 +38,7 @@ template <class P>
 Division divide_pass(int64_t tokens, int64_t C, bool projects, int processors) {
     const int64_t chunks = ceil_div(C, P::kColumns);
     Division best{};
-    best.time = INT64_MAX;
+    best.time_10ns = INT64_MAX;
     int64_t width = 1;
     while (width <= chunks) {
         Division d{};
@@ -53,8 +53,8 @@ Division divide_pass(int64_t tokens, int64_t C, bool projects, int processors) {
         d.projection_floats = projects ? d.column_parts * tokens * P::kRank : 0;
         d.sum_floats = d.token_parts * C * P::kRank;
         d.column_sum_floats = d.token_parts * C;
-        d.time = estimate(d, P::kColumns, processors);
-        if (d.time < best.time)
+        d.time_10ns = pass_time_10ns(d, P::kColumns, processors);
+        if (d.time_10ns < best.time_10ns)
             best = d;
     }
     return best;
@@ -74,7 +74,7 @@ bool is_whole(const Division& d, const LoraGradsArgs& a) {
 }
 
 // What units of a CTA take, one after the other: nothing to speak of on a whole device.
-int64_t finish_time(const Division& d, const LoraGradsArgs& a, int processors) {
+int64_t finish_time_10ns(const Division& d, const LoraGradsArgs& a, int processors) {
     constexpr int64_t kUnit = 130;
     const int64_t units = finish_units(d.projection_floats / d.column_parts) +
                           (is_whole(d, a) ? 0 : finish_units(d.sum_floats / d.token_parts));
@@ -146,9 +146,9 @@ LoraGradsPlan plan_on(const LoraGradsArgs& a, int sms) {
         !wants_scaling(a) && is_one_wave(plan.dy) && (!plan.makes_A || is_one_wave(plan.x));
     if (!plan.one_launch)
         return plan;
-    plan.time = plan.dy.time + finish_time(plan.dy, a, sms);
+    plan.time_10ns = plan.dy.time_10ns + finish_time_10ns(plan.dy, a, sms);
     if (plan.makes_A)
-        plan.time += plan.x.time + finish_time(plan.x, a, sms);
+        plan.time_10ns += plan.x.time_10ns + finish_time_10ns(plan.x, a, sms);
     return plan;
 }
 

@@ -20,9 +20,9 @@ struct Dealt {
     int64_t full_tiles;   // of clusters
     int64_t split_tiles;  // of CTAs
     int clusters;         // that have work
-    // In hundredths of microseconds on an H100 (2026-11): the first tiles' end, and the last ones'.
-    // Only the order of the results matters.
-    int64_t first_end, time;
+    // The first tiles' end, and the last ones', on an H100 (2026-11), in units of 10 ns. Only the
+    // order of the results matters.
+    int64_t first_end_10ns, time_10ns;
 };
 
 template <class P>
@@ -33,12 +33,12 @@ Dealt deal(const LoraDxArgs& a, int64_t column_tiles, int clusters) {
         ceil_div(column_tiles, P::kColumnTiles) * ceil_div(a.M, P::kTokens * P::kTokenTiles);
     const int64_t steps = ceil_div(a.w.N, kStepN), rest = tiles % clusters;
     const bool splits = !P::kSharesW && rest * 2 <= clusters && a.w.N >= 16 * kStepN;
-    const int64_t round = kLaunch + steps * kStep;
-    Dealt d{tiles, 0, 0, round, kLaunch + ceil_div(tiles, clusters) * steps * kStep};
+    const int64_t round_10ns = kLaunch + steps * kStep;
+    Dealt d{tiles, 0, 0, round_10ns, kLaunch + ceil_div(tiles, clusters) * steps * kStep};
     if (splits && rest > 0) {
         d.full_tiles = tiles - rest, d.split_tiles = rest * P::kColumnTiles;
-        d.time = kLaunch + kSplit + (tiles / clusters * steps + steps / 2) * kStep;
-        d.first_end = std::min(round, d.time);
+        d.time_10ns = kLaunch + kSplit + (tiles / clusters * steps + steps / 2) * kStep;
+        d.first_end_10ns = std::min(round_10ns, d.time_10ns);
     }
     d.clusters =
         static_cast<int>(std::min<int64_t>(clusters, std::max(d.full_tiles, d.split_tiles)));
@@ -50,15 +50,15 @@ struct Products {
     enum Plan { kSharedDy256, kSharedDy128, kSharedW256, kTwo } plan;
     int64_t head;  // of two launches, the column tiles of the first; otherwise all
     int clusters;  // that have work
-    int64_t first_end, time;
+    int64_t first_end_10ns, time_10ns;
 };
 
 inline Products choose_products(const LoraDxArgs& a, int clusters) {
     const int64_t all = ceil_div(a.w.K, kTileColumns);
     Products best{};
     const auto consider = [&](Products::Plan plan, const Dealt& d) {
-        if (best.clusters == 0 || d.time < best.time)
-            best = {plan, all, d.clusters, d.first_end, d.time};
+        if (best.clusters == 0 || d.time_10ns < best.time_10ns)
+            best = {plan, all, d.clusters, d.first_end_10ns, d.time_10ns};
     };
     consider(Products::kSharedW256, deal<SharedW256>(a, all, clusters));
     consider(Products::kSharedDy256, deal<SharedDy256>(a, all, clusters));
@@ -69,9 +69,11 @@ inline Products choose_products(const LoraDxArgs& a, int clusters) {
     if (head == 0 || head == all)
         return best;
     const Dealt first = deal<SharedW256>(a, head, clusters);
-    const int64_t time = first.time + deal<SharedDy256>(a, all - head, clusters).time;
-    return time < best.time ? Products{Products::kTwo, head, clusters, first.first_end, time}
-                            : best;
+    const int64_t time_10ns =
+        first.time_10ns + deal<SharedDy256>(a, all - head, clusters).time_10ns;
+    return time_10ns < best.time_10ns
+               ? Products{Products::kTwo, head, clusters, first.first_end_10ns, time_10ns}
+               : best;
 }
 
 // SMs come in pairs.
@@ -81,8 +83,8 @@ inline int clusters_of(int sms, bool beside_grads) {
 
 // The product beside the gradients of the adapter.
 struct Beside {
-    int spare_sms;            // left to them, whole clusters; 0: not possible
-    int64_t first_end, time;  // of the product
+    int spare_sms;                      // left to them, whole clusters; 0: not possible
+    int64_t first_end_10ns, time_10ns;  // of the product
 };
 
 // `room`: of clusters of the gradients. Of ranks above 16 four SMs make them too slowly: r 64 takes
@@ -92,7 +94,7 @@ inline Beside plan_beside(const LoraDxArgs& a, int sms, int room) {
         return {};
     const Products products = choose_products(a, clusters_of(sms, true));
     const int left = std::min(sms - kCluster * products.clusters, room);
-    return {left / kBesideCluster * kBesideCluster, products.first_end, products.time};
+    return {left / kBesideCluster * kBesideCluster, products.first_end_10ns, products.time_10ns};
 }
 
 // The gradients beside the product where that is expected to be faster, else in front of it.
@@ -105,14 +107,15 @@ LoraGradsPlan choose_grads(const LoraDxArgs& a, int sms, int room, PlanGrads pla
     if (beside.spare_sms == 0)
         return plan_grads(0);
     const LoraGradsPlan on_few = plan_grads(beside.spare_sms);
-    if (on_few.time == 0)
+    if (on_few.time_10ns == 0)
         return plan_grads(0);
-    const int64_t time = beside.time + std::max<int64_t>(0, on_few.time - beside.first_end);
-    const int64_t alone = choose_products(a, clusters_of(sms, false)).time;
-    if (time <= alone)
+    const int64_t time_10ns =
+        beside.time_10ns + std::max<int64_t>(0, on_few.time_10ns - beside.first_end_10ns);
+    const int64_t alone_10ns = choose_products(a, clusters_of(sms, false)).time_10ns;
+    if (time_10ns <= alone_10ns)
         return on_few;
     const LoraGradsPlan in_front = plan_grads(0);
-    return time < alone + in_front.time ? on_few : in_front;
+    return time_10ns < alone_10ns + in_front.time_10ns ? on_few : in_front;
 }
 
 }  // namespace
