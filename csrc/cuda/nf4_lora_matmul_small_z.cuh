@@ -116,35 +116,34 @@ multiply_slice(float (&sums)[Tile::kSums], const Problem& p, const Maps& maps, u
         asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// What the four warpgroups have is added in their order and handed to every CTA that will ask: each
-// has a flag of its own, which it resets. Or to the last projector, through the flags of CTA 0, and
-// what that one has, scaled and rounded [kTokens][padded rank], to every CTA that will ask; it lies
-// where a slice of its own would.
-template <typename T, typename Tile>
-__device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint32_t smem) {
-    const int slice = blockIdx.x, rank = padded_rank(p.r), values = Tile::kTokens * rank;
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % 4;
-    float sums[Tile::kSums] = {};
-    multiply_slice<T, Tile>(sums, p, maps, smem);
+// Where a warpgroup's sums of a token lie, from column j on, in the place of the rings.
+template <typename Tile>
+__device__ __forceinline__ uint32_t sums_of(uint32_t smem, int group, int token, int j) {
+    return smem + kProjectRing + ((group * Tile::kTokens + token) * kSumsRow + j) * 4;
+}
 
-    named_barrier(kTablesBarrier, kConsumers);  // the rings are read: sums take their place
-    const auto place_of = [&](int group, int token, int j) {
-        return smem + kProjectRing + ((group * Tile::kTokens + token) * kSumsRow + j) * 4;
-    };
+// Sums of all warpgroups to where all see them.
+template <typename Tile>
+__device__ __forceinline__ void
+share_sums(const float (&sums)[Tile::kSums], int rank, uint32_t smem) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % 4;
+    named_barrier(kTablesBarrier, kConsumers);  // the rings are read
     if (warp * 16 < rank) {
-        const uint32_t own = place_of(threadIdx.x / kWarpgroup, lane % 4 * 2, warp * 16 + lane / 4);
+        const uint32_t own =
+            sums_of<Tile>(smem, threadIdx.x / kWarpgroup, lane % 4 * 2, warp * 16 + lane / 4);
 #pragma unroll
         for (int i = 0; i < Tile::kSums; i++)
             store_shared(own + ((i / 4 * 8 + i % 2) * kSumsRow + i / 2 % 2 * 8) * 4, sums[i]);
     }
     named_barrier(kTablesBarrier, kConsumers);
+}
 
-    const bool together = projectors_add<Tile>(p), last = together && slice == kProjectors - 1;
-    if (last) {
-        if (threadIdx.x < kProjectors - 1)
-            wait_for_mark(p.z_flags + threadIdx.x, p.mark);
-        named_barrier(kTablesBarrier, kConsumers);
-    }
+// What the four warpgroups have, added in their order, to the workspace; by the last of projectors
+// that add, with what those before it have there, scaled and rounded [kTokens][padded rank].
+template <typename T, typename Tile>
+__device__ __forceinline__ void
+store_slice(const Problem& p, int slice, int rank, bool last, uint32_t smem) {
+    const int values = Tile::kTokens * rank;
     float* const out = p.partial_z + slice * values;
 #pragma unroll 1
     for (int i = 4 * threadIdx.x; i < values; i += 4 * kConsumers) {
@@ -158,7 +157,7 @@ __device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint
         float sum[4] = {};
 #pragma unroll
         for (int group = 0; group < 4; group++) {
-            const uint4 part = load_shared(place_of(group, token, j));
+            const uint4 part = load_shared(sums_of<Tile>(smem, group, token, j));
             add_part(sum, reinterpret_cast<const float4&>(part));
         }
         if (!last) {
@@ -174,17 +173,37 @@ __device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint
         reinterpret_cast<uint2*>(out)[i / 4] = {
             pack_pair(z[0], z[1], T{}), pack_pair(z[2], z[3], T{})};
     }
-    named_barrier(kTablesBarrier, kConsumers);
-    if (together && !last) {
-        if (threadIdx.x == 0)
-            store_release(p.z_flags + slice, p.mark);
-        return;
-    }
-    // One each: a second release would wait for the first.
+}
+
+// To every CTA that will ask: each has a flag of its own, which it resets. One for each thread: a
+// second release would wait for the first.
+__device__ __forceinline__ void hand_over_z(const Problem& p, int slice) {
     for (int cta = threadIdx.x; cta < p.ctas; cta += kConsumers) {
         if (finishes_tiles(p.shares, cta))
             store_release(p.z_flags + cta * kProjectors + slice, p.mark);
     }
+}
+
+// A CTA's slice of z for all others. Or for the last projector, through the flags of CTA 0, which
+// adds z up for all; that lies where a slice of its own would.
+template <typename T, typename Tile>
+__device__ __forceinline__ void project(const Problem& p, const Maps& maps, uint32_t smem) {
+    const int slice = blockIdx.x, rank = padded_rank(p.r);
+    const bool together = projectors_add<Tile>(p), last = together && slice == kProjectors - 1;
+    float sums[Tile::kSums] = {};
+    multiply_slice<T, Tile>(sums, p, maps, smem);
+    share_sums<Tile>(sums, rank, smem);
+    if (last) {
+        if (threadIdx.x < kProjectors - 1)
+            wait_for_mark(p.z_flags + threadIdx.x, p.mark);
+        named_barrier(kTablesBarrier, kConsumers);
+    }
+    store_slice<T, Tile>(p, slice, rank, last, smem);
+    named_barrier(kTablesBarrier, kConsumers);
+    if (!together || last)
+        hand_over_z(p, slice);
+    else if (threadIdx.x == 0)
+        store_release(p.z_flags + slice, p.mark);
 }
 
 // z, scaled and rounded, to shared memory as rows of 64 columns under the 128-byte swizzle, of
