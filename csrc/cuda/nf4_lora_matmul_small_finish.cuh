@@ -1,5 +1,5 @@
-// From the sums of a CTA's K groups to those of the CTA in nf4_lora_matmul_small_sm90.cu, and the
-// low-rank term.
+// The end of a tile in nf4_lora_matmul_small_sm90.cu: from the sums of a CTA's K groups to those of
+// the CTA and of the tile, the low-rank term, y.
 #pragma once
 
 #include "common.cuh"
@@ -125,6 +125,30 @@ add_marked(float (&sums)[Tile::kSums], const Problem& p, int own, int tile_begin
             sums[2 * i] += pairs[i].a, sums[2 * i + 1] += pairs[i].b;
         }
     }
+}
+
+// From the sums of K group 0 to y. With few tokens lora_B and the bias have been loaded.
+template <typename T, typename Tile>
+__device__ __forceinline__ void finish_tile(
+    float (&sums)[Tile::kSums],
+    Factor& factor,
+    const T (&bias)[2],
+    const Problem& p,
+    const Segment& s,
+    const Piece& piece,
+    int cta,
+    int row0,
+    uint32_t smem) {
+    if (Tile::kMarkSums && !s.whole)
+        add_marked<Tile>(sums, p, cta, s.tile * p.shares.units);
+    if (p.r > 0) {
+        if (!Tile::kMarkSums)
+            load_factor<T>(factor, p, row0);
+        add_low_rank<T, Tile>(sums, factor, p, smem + Tile::kZ, finishes_first(s, piece, p.shares));
+    }
+    if (!Tile::kMarkSums && !s.whole)
+        add_partials<Tile>(sums, p, cta, s.tile * p.shares.units);
+    store_y<T>(sums, p, row0, 0, Tile::kMarkSums ? bias : nullptr);
 }
 
 }  // namespace

@@ -234,8 +234,7 @@ __device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem
         // With few tokens there is room for lora_B and the bias while sums come together.
         Factor factor;
         T bias[2];
-        const bool adds_low_rank = p.r > 0 && s.finishes && group == 0;
-        if (Tile::kMarkSums && adds_low_rank)
+        if (Tile::kMarkSums && p.r > 0 && s.finishes && group == 0)
             load_factor<T>(factor, p, row0);
         if (Tile::kMarkSums && p.bias != nullptr && s.finishes && group == 0)
             load_bias(bias, p, min(row0, static_cast<int>(p.w.N) - 16), g);
@@ -249,21 +248,10 @@ __device__ __forceinline__ void consume(const Problem& p, int cta, uint32_t smem
             add_groups<Tile>(sums, group, row_group, smem);
         if (group > 0)
             continue;
-        if (!s.finishes) {
+        if (!s.finishes)
             hand_over<Tile>(sums, p, cta);
-            continue;
-        }
-        if (Tile::kMarkSums && !s.whole)
-            add_marked<Tile>(sums, p, cta, s.tile * p.shares.units);
-        if (adds_low_rank) {
-            if (!Tile::kMarkSums)
-                load_factor<T>(factor, p, row0);
-            add_low_rank<T, Tile>(
-                sums, factor, p, smem + Tile::kZ, finishes_first(s, piece, p.shares));
-        }
-        if (!Tile::kMarkSums && !s.whole)
-            add_partials<Tile>(sums, p, cta, s.tile * p.shares.units);
-        store_y<T>(sums, p, row0, 0, Tile::kMarkSums ? bias : nullptr);
+        else
+            finish_tile<T, Tile>(sums, factor, bias, p, s, piece, cta, row0, smem);
     }
 }
 
