@@ -123,7 +123,8 @@ LoraDxArgs dx_args(const WeightView& w, const Call& call, const Tensor& dy) {
     return a;
 }
 
-// dx: a new tensor, or null with the result added to dx_sum.
+// dx: a new tensor, or null with the result added to dx_sum, which must not overlap x or dy: the
+// adapter's gradients may still be read from them.
 template <const DxKernel& kKernel>
 OptionalTensor
 new_dx(LoraDxArgs& a, const Call& call, const Tensor& dy, const OptionalTensor& dx_sum) {
