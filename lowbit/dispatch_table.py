@@ -140,14 +140,14 @@ def full_waves(tokens: int, layer: Layer, sms: int) -> bool:
 # Of lora_linear_backward; linear_dx is the product in them.
 BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 
-# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 4.25 TB/s and 671 TFLOP/s that the same
+# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 4.26 TB/s and 679 TFLOP/s that the same
 # H200 keeps up (bench/results/linear_h200.json, 2026-11-30; linear_h100.json has an H100). By ncu,
 # cold, same layer, busy of the peak and in brackets cuBLAS with a 16-bit weight
-# (counters_h200.json, of c021916, where another launch packed x for small): gemv, M = 1: DRAM 67 %
-# (88), issue slots 55; small, M = 8: DRAM 53 (87), issue slots 52; M = 64: L1 and shared memory 65,
-# tensor pipes 47, DRAM 38 (87); mid, M = 256: tensor pipes 66 (78), L1 75; M = 1024: 90 (94) and
-# 76; large, M = 4096: tensor pipes 91 (96), M = 16384: 93 (98). Backward, 14336 x 4096: tensor
-# pipes 38 (79) at M = 256, 90 (95) at 4096.
+# (counters_h200.json): gemv, M = 1: DRAM 67 % (87), issue slots 55; small, M = 8: DRAM 56 (88),
+# issue slots 56; M = 64: L1 and shared memory 71, tensor pipes 45 (28), DRAM 37 (84); mid, M = 256:
+# tensor pipes 67 (77), L1 75; M = 1024: 90 (93) and 76; large, M = 4096: tensor pipes 93 (95),
+# M = 16384: 96 (98). Backward: tensor pipes 71 (83) at 4096 x 4096, M = 1024, 93 (94) at
+# 14336 x 4096, M = 4096.
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
     _fused("nf4_lora_gemv", (1, 1), "one launch; 83 % of copy bandwidth", Layer.one_token, 78),
@@ -156,7 +156,7 @@ TABLE = (
     _fused(
         "nf4_lora_matmul_large",
         (2304, 1 << 17),
-        "W decoded once; 98 % of peak at 4096",
+        "W decoded once; 99 % of peak at 4096",
         Layer.short_factor,
         _LARGE_SMS,
         full_waves,
@@ -181,7 +181,7 @@ TABLE = (
         "nf4_lora_backward_large",
         2048,
         Layer.narrow_lines,
-        "W decoded once; forward + backward 1.04 to 1.08 x dense at 4096",
+        "W decoded once; forward + backward 1.04 to 1.09 x dense at 4096",
         _LARGE_SMS,
     ),
     _backward(
