@@ -99,7 +99,8 @@ def lora_matmul(
         >>> lowbit.lora_matmul(torch.randn(3, 256), q, A, B, scaling=2.0).shape
         torch.Size([3, 128])
     """
-    check_probability(dropout_p, "dropout_p")
+    if dropout_p != 0.0:
+        check_probability(dropout_p, "dropout_p")
     x = _autocast(x)
     repeatable = (
         type(scaling) is float
@@ -257,7 +258,7 @@ def _bias(x: torch.Tensor, weight: WeightArgs, bias: torch.Tensor | None) -> tor
     if bias is None:
         return None
     _check_tensor(bias, "bias")
-    if bias.dtype not in _FLOATS or (bias.dtype == torch.float64 != x.dtype):
+    if bias.dtype not in _FLOATS or (bias.dtype == torch.float64 and x.dtype != torch.float64):
         raise TypeError(
             "bias must be a float32, float16 or bfloat16 tensor, or float64 like x, got "
             f"{bias.dtype}"
