@@ -1,10 +1,16 @@
-"""The figures of README and docs/measured.md are those of the records."""
+"""The figures of README and docs/measured.md are those of the records, and their tables say what
+the records hold.
+"""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from bench_row import make_row
+
+from lowbit.benchmarks import linear_backward
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -72,3 +78,87 @@ def test_counters_are_read_from_what_ncu_prints(monkeypatch):
     table[-1] = line(0, kernel, "", *values)
     with pytest.raises(SystemExit, match="named no case"):
         record_counters.read("\n".join(table))
+
+
+def test_report_makes_a_table_of_a_record(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import report
+
+    rows = [make_row("dense", 20.0), make_row("bitsandbytes", 50.0), make_row("lowbit", 8.0)]
+    rows += [make_row("dense", 21.0, M=64), make_row("lowbit", 9.0, M=64)]
+    rows += [make_row("dense", 22.0, M=256), make_row("lowbit", 11.0, M=256)]
+    record = {
+        "benchmark": "linear",
+        "environment": {"card": "a card", "torch": "2.11.0", "date": "2026-11-24"},
+        "ceilings": {"copy_gbps": 3020.0, "matmul_tflops": 739.4},
+        "rows": [vars(row) for row in rows] + [vars(make_row("lowbit", 99.0)) | {"op": "host"}],
+    }
+    text = report.WRITERS["linear"]("linear_h100.json", json.loads(json.dumps(record)))
+    caption, _, *table = text.split("\n")
+    assert caption == (
+        "Linear layers on a GPU, forward, bf16, rank 16 (a card, torch 2.11.0, 2026-11-24; floor: "
+        "the larger of bytes at 3.02 TB/s and flops at 739 TFLOP/s, both measured; "
+        "`linear_h100.json`):"
+    )
+    assert table == [
+        "| us | M | floor | dense, no LoRA | bitsandbytes | lowbit | lowbit / dense "
+        "| lowbit / floor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 4096 x 4096 | 16 | 4.0 | 20.0 | 50.0 | 8.0 | 0.40 | 2.00 |",
+        "| 4096 x 4096 | 256 | 4.0 | 22.0 | - | 11.0 | 0.50 | 2.75 |",
+    ]
+
+
+def test_report_of_times_in_turn(monkeypatch):
+    """A table of its own, of the cases that have them."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import report
+
+    rows = [make_row("lowbit", 8.0, M=1, timing="graph")]
+    for impl, us, in_turn in (("dense", 20.0, 16.0), ("torchao", 90.0, None), ("lowbit", 9.0, 8.0)):
+        rows.append(make_row(impl, us, timing="graph, sustained", in_turn_us=in_turn))
+    record = {
+        "environment": {"card": "a card", "torch": "2.11.0", "date": "2026-11-24"},
+        "ceilings": {"copy_gbps": 3020.0, "matmul_tflops": 739.4},
+        "rows": [vars(row) for row in rows],
+    }
+    what, _, head, _, *body = report.linear("linear_a.json", record).split("\n\n", 2)[2].split("\n")
+    assert what.startswith("In turn, each for some milliseconds")
+    assert head == "| us | M | dense, no LoRA | torchao | lowbit | lowbit / dense | kept up |"
+    assert body == ["| 4096 x 4096 | 16 | 16.0 | - | 8.0 | 0.50 | 9.0 |"]
+    assert "In turn" not in report.linear("linear_a.json", record | {"headline": True})
+    del record["rows"][1:]
+    assert "In turn" not in report.linear("linear_a.json", record)
+
+
+def test_report_of_eager_times(monkeypatch):
+    """Every kind of time has a line; records from before the empty function do without it."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import report
+
+    times = {"empty function": 40.0, "dense": 60.0, "lowbit": 90.0}
+    ops = linear_backward.WALL_OP, linear_backward.CALLER_WALL_OP, linear_backward.HOST_OP
+    rows = [vars(make_row("lowbit", 8.0)) | {"op": linear_backward.OP}]
+    rows += [
+        vars(make_row(impl, us + i, timing="wall, in a row")) | {"op": op, "p20": us - i}
+        for i, op in enumerate(ops)
+        for impl, us in times.items()
+    ]
+    record = {
+        "environment": {"card": "a card", "torch": "2.11.0", "date": "2026-11-24"},
+        "ceilings": {"copy_gbps": 3020.0, "matmul_tflops": 739.4},
+        "rows": rows,
+    }
+    what, _, head, _, *body = report.linear_backward("a.json", record).split("\n")[-7:]
+    assert "in a row without the first two" in what
+    assert head == "| us, eager | M |  | empty function | dense, no LoRA | lowbit |"
+    assert body == [
+        "| 4096 x 4096 | 16 | one layer, wall | 40 | 60 | 90 |",
+        "| 4096 x 4096 | 16 | one layer, wall, calling thread | 39 | 59 | 89 |",
+        "| 4096 x 4096 | 16 | a layer of a chain, host | 38 | 58 | 88 |",
+    ]
+    record["rows"] = [row | {"timing": "wall"} for row in rows if row["impl"] != "empty function"]
+    text = report.linear_backward("a.json", record)
+    assert "empty function" not in text
+    assert "after those of others" in text
+    assert "| 4096 x 4096 | 16 | one layer, wall | 60 | 90 |" in text
