@@ -4,6 +4,7 @@
 
 #include "common.cuh"
 #include "nf4_lora_matmul_small_tile.cuh"
+#include "ptx_sm90.cuh"
 #include "wgmma_sm90.cuh"
 
 namespace lowbit::cuda {
@@ -12,24 +13,40 @@ namespace {
 // A lane's rows of lora_B, in steps of 16 columns.
 using Factor = uint32_t[kMaxRank / 16][4];
 
+// Steps of a lane's rows up to the rank: load(value, row, j) brings elements j and j + 1 behind the
+// lane's first one.
+template <typename Load>
+__device__ __forceinline__ void load_factor(Factor& a, int r, const Load& load) {
+#pragma unroll
+    for (int i = 0; i < kMaxRank / 16; i++) {
+        if (i > 0 && 16 * i >= r)
+            break;
+        load(a[i][0], 0, 16 * i), load(a[i][1], 1, 16 * i);
+        load(a[i][2], 0, 16 * i + 8), load(a[i][3], 1, 16 * i + 8);
+    }
+}
+
+// One branch for all tells even ranks, whose rows are 4-byte aligned, from odd ones: the code is
+// run once for a tile, and little else takes as long as code that nobody has run before.
 template <typename T>
 __device__ __forceinline__ void load_factor(Factor& a, const Problem& p, int row0) {
-    const int lane = threadIdx.x % kWarpSize, t = lane % 4;
+    const int lane = opaque(threadIdx.x % kWarpSize), first = lane % 4 * 2, left = p.r - first;
     const int last = static_cast<int>(p.w.N) - 1, row = row0 + row_of(lane / 4);
-    const T* low = static_cast<const T*>(p.lora_B) + static_cast<int64_t>(min(row, last)) * p.r;
-    const T* high =
-        static_cast<const T*>(p.lora_B) + static_cast<int64_t>(min(row + 2, last)) * p.r;
-    const auto load = [&](int i) {
-        const int j = 16 * i + 2 * t;
-        a[i][0] = load_lora_pair(low, j, p.r), a[i][1] = load_lora_pair(high, j, p.r);
-        a[i][2] = load_lora_pair(low, j + 8, p.r), a[i][3] = load_lora_pair(high, j + 8, p.r);
-    };
-    load(0);
-    if (p.r > 16) {
-#pragma unroll
-        for (int i = 1; i < kMaxRank / 16; i++)
-            load(i);
-    }
+    const auto* const lora_B = static_cast<const uint16_t*>(p.lora_B) + first;
+    const uint16_t* const rows[2] = {
+        lora_B + static_cast<int64_t>(min(row, last)) * p.r,
+        lora_B + static_cast<int64_t>(min(row + 2, last)) * p.r};
+    if (p.r % 2 == 0)
+        load_factor(a, p.r, [&](uint32_t& value, int i, int j) {
+            value = 0;
+            load_if(j < left, value, static_cast<const void*>(rows[i] + j));
+        });
+    else
+        load_factor(a, p.r, [&](uint32_t& value, int i, int j) {
+            const uint32_t low = j < left ? __ldg(rows[i] + j) : 0;
+            const uint32_t high = j + 1 < left ? __ldg(rows[i] + j + 1) : 0;
+            value = low | high << 16;
+        });
 }
 
 // sums += lora_B z, by the warpgroups of K group 0; `first`: of the CTA, which waits for z.
