@@ -33,6 +33,9 @@ constexpr int kCopyRegisters = 32;
 constexpr int kProjectors = 4;         // CTAs that compute z
 constexpr int kMostProjectStages = 8;  // in flight for one of their warpgroups
 constexpr int kProjectRing = 1024;     // where their rings start, behind barriers
+// Up to so many values of z, padding included, each CTA adds what the projectors have of them. The
+// last projector adds more of them, for all CTAs.
+constexpr int kSharedValues = 1024;
 // Floats between the sums of two tokens: the lanes of a warp, 8 rows of lora_A and 4 pairs of
 // tokens, store to different banks.
 constexpr int kSumsRow = kMaxRank + 4;
@@ -80,13 +83,19 @@ struct Tile {
     static constexpr int kStages = kFit < 8 ? kFit : 8;
     static constexpr int kBytes = kStage0 + kStages * kStageBytes;
 
+    // Beside the table, in the other halves of its entries: the sums that K groups hand over, and
+    // behind them slices of z to be added.
+    static constexpr int kSlots = kTableBytes / kTableStride;
+    static constexpr int kGroupSlots = (kGroups - 1) * kSums * 4 * kRowGroups;
+    static constexpr int kSliceSlots = kSharedValues * 4 / (kTableStride / 2);
+    static constexpr bool kSlicesFit = kGroupSlots + kProjectors * kSliceSlots <= kSlots;
+
     static_assert(kStage0 % 1024 == 0 && kStageBytes % 1024 == 0, "swizzled tiles");
-    // Beside the table: in the other halves of its entries K groups hand over their sums.
-    static_assert((kGroups - 1) * kSums * 4 * kRowGroups <= 256, "sums fit beside the table");
+    static_assert(kGroupSlots <= kSlots, "sums fit beside the table");
     static_assert(
         kProjectRing + 4 * (kTokenBytes + kUnitBlocks * kMaxRank * kTokenRow) <= kBytes &&
-            kProjectRing + 4 * kTokens * kSumsRow * 4 <= kBytes,
-        "a stage for each warpgroup of a projector, and their sums");
+            kProjectRing + kTokens * (4 * kSumsRow + (kProjectors - 1) * kMaxRank) * 4 <= kBytes,
+        "a stage for each warpgroup of a projector; their sums, and other projectors'");
 };
 
 struct Problem {

@@ -15,10 +15,6 @@
 namespace lowbit::cuda {
 namespace {
 
-// Up to so many values of z, padding included, each CTA adds what the projectors have of them; it
-// would need a round of loads for each 384. The last projector adds more of them, for all CTAs.
-constexpr int kSharedValues = 1024;
-
 template <typename Tile>
 __device__ __forceinline__ bool projectors_add(const Problem& p) {
     return Tile::kTokens * kMaxRank > kSharedValues &&
@@ -51,6 +47,11 @@ finish_z(const Problem& p, int token, int j, float (&z)[4], bool writes) {
 
 __device__ __forceinline__ void add_part(float (&z)[4], const float4& part) {
     z[0] += part.x, z[1] += part.y, z[2] += part.z, z[3] += part.w;
+}
+
+__device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
+    const uint4 v = load_shared(address);
+    return reinterpret_cast<const float4&>(v);
 }
 
 // A projector takes a slice of K, and each of its four warpgroups every fourth step of two blocks
@@ -150,29 +151,34 @@ __device__ __forceinline__ void
 store_slice(const Problem& p, int slice, int rank, bool last, uint32_t smem) {
     const int values = Tile::kTokens * rank;
     float* const out = p.partial_z + slice * values;
+    const auto place_of = [&](int s, int i) {  // behind the sums
+        return sums_of<Tile>(smem, 4, 0, 0) + (s * values + i) * 4;
+    };
+    if (last) {
+#pragma unroll 1
+        for (int i = 4 * threadIdx.x; i < values; i += 4 * kConsumers) {
+#pragma unroll
+            for (int s = 0; s < kProjectors - 1; s++)
+                copy_async_16(place_of(s, i), p.partial_z + s * values + i);
+        }
+        commit_async();
+        wait_async<0>();
+    }
 #pragma unroll 1
     for (int i = 4 * threadIdx.x; i < values; i += 4 * kConsumers) {
         const int token = divide(i, p.by_rank), j = i - token * rank;
-        float4 before[kProjectors - 1];
-        if (last) {
-#pragma unroll
-            for (int s = 0; s < kProjectors - 1; s++)
-                before[s] = __ldcg(reinterpret_cast<const float4*>(p.partial_z + s * values + i));
-        }
         float sum[4] = {};
 #pragma unroll
-        for (int group = 0; group < 4; group++) {
-            const uint4 part = load_shared(sums_of<Tile>(smem, group, token, j));
-            add_part(sum, reinterpret_cast<const float4&>(part));
-        }
+        for (int group = 0; group < 4; group++)
+            add_part(sum, load_shared_floats(sums_of<Tile>(smem, group, token, j)));
         if (!last) {
             __stcg(reinterpret_cast<float4*>(out + i), make_float4(sum[0], sum[1], sum[2], sum[3]));
             continue;
         }
         float z[4] = {};
 #pragma unroll
-        for (const float4& part : before)
-            add_part(z, part);
+        for (int s = 0; s < kProjectors - 1; s++)
+            add_part(z, load_shared_floats(place_of(s, i)));
         add_part(z, make_float4(sum[0], sum[1], sum[2], sum[3]));
         finish_z<T>(p, token, j, z, p.z_out != nullptr);
         reinterpret_cast<uint2*>(out)[i / 4] = {
@@ -230,17 +236,31 @@ __device__ __forceinline__ void gather_z(const Problem& p, int cta, uint32_t sme
     const auto place_of = [&](int token, int j) {
         return smem + Tile::kZ + swizzled_offset(token, j / 8) + j % 8 * 2;
     };
+    // All copies of a thread are under way at once, without registers. It reads only its own.
+    const auto slice_of = [&](int s, int i) {
+        constexpr int kHalf = kTableStride / 2;
+        const uint32_t at = 4 * i;
+        return smem + (Tile::kGroupSlots + at / kHalf) * kTableStride + kHalf + at % kHalf +
+               s * Tile::kSliceSlots * kTableStride;
+    };
     if (together) {
-        const float* const z = p.partial_z + (kProjectors - 1) * values;
-#pragma unroll 3
+        const auto* const z =
+            reinterpret_cast<const uint4*>(p.partial_z + (kProjectors - 1) * values);
+#pragma unroll 1
         for (int i = thread; i < values / 8; i += kGatherers) {
-            const uint4 eight = __ldcg(reinterpret_cast<const uint4*>(z) + i);
             const int token = divide(8 * i, p.by_rank);
-            const uint32_t place = place_of(token, 8 * i - token * rank);
-            store_shared_pair(place, eight.x, eight.y);
-            store_shared_pair(place + 8, eight.z, eight.w);
+            copy_async_16(place_of(token, 8 * i - token * rank), z + i);
+        }
+    } else if (Tile::kSlicesFit && p.z_in == nullptr) {
+#pragma unroll 1
+        for (int i = 4 * thread; i < values; i += 4 * kGatherers) {
+#pragma unroll
+            for (int s = 0; s < kProjectors; s++)
+                copy_async_16(slice_of(s, i), p.partial_z + s * values + i);
         }
     }
+    commit_async();
+    wait_async<0>();
     const bool writes = p.z_in == nullptr && p.z_out != nullptr && cta == p.ctas - 1;
 #pragma unroll 1
     for (int i = 4 * thread; i < values && !together; i += 4 * kGatherers) {
@@ -250,7 +270,10 @@ __device__ __forceinline__ void gather_z(const Problem& p, int cta, uint32_t sme
             float4 parts[kProjectors];
 #pragma unroll
             for (int s = 0; s < kProjectors; s++)
-                parts[s] = __ldcg(reinterpret_cast<const float4*>(p.partial_z + s * values + i));
+                parts[s] =
+                    Tile::kSlicesFit
+                        ? load_shared_floats(slice_of(s, i))
+                        : __ldcg(reinterpret_cast<const float4*>(p.partial_z + s * values + i));
 #pragma unroll
             for (const float4& part : parts)
                 add_part(z, part);

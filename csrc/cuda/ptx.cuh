@@ -178,6 +178,10 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global) 
                  : "memory");
 }
 
+__device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // The same, or zeros.
 __device__ __forceinline__ void
 copy_async_16_or_zeros(uint32_t shared, const void* global, bool wanted) {
