@@ -180,6 +180,10 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         }
 #pragma unroll 1
         for (int group = 0; group < tile.weight_steps; group += P::kGroupSteps) {
+            // The table before the wait: for a tile's first stage all comes at the same time.
+            const float scale = scale_of<P>(p, stored[0], smem);
+            const float second_scale = scale_of<P>(p, stored[1], smem);
+            ScaledTable<true> table = table_of<T>(smem + P::kCodebook, scale);
             const uint32_t packed_empty = smem + P::kPackedEmpty + buffer * 8;
             barrier_wait(smem + P::kPackedFull + buffer * 8, buffer_parity);
             uint4 packed[2][2];
@@ -194,9 +198,6 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
             __syncwarp();
             if (lane == 0)
                 barrier_arrive(packed_empty);
-            const float scale = scale_of<P>(p, stored[0], smem);
-            const float second_scale = scale_of<P>(p, stored[1], smem);
-            ScaledTable<true> table = table_of<T>(smem + P::kCodebook, scale);
             if (group + P::kGroupSteps < tile.weight_steps) {
                 stored[0] = load(tile, step + 2 * P::kStride);
                 stored[1] = load(tile, step + 3 * P::kStride);
@@ -239,10 +240,14 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         }
         for (; step < tile.steps; step += P::kStride, at.advance(P::kStride)) {
             const uint32_t full = smem + P::kFull + at.slot * 8;
+            // Asked for while the stage is not free yet: the answer takes a trip to L2.
+            const bool low_rank = step == tile.steps - 1 && has_low_rank(p, tile);
+            if (loading_warp && low_rank && elect_lane())
+                wait_for_u(p);
+            __syncwarp();
             barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
             if (loading_warp && elect_lane()) {
-                if (step == tile.steps - 1 && has_low_rank(p, tile)) {
-                    wait_for_u(p);
+                if (low_rank) {
                     load_low_rank<P>(maps, tile, smem + at.slot * P::kStageBytes, full);
                 } else {
                     barrier_arrive(full);  // for a step that nobody multiplies

@@ -203,18 +203,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
             prefetch_l2(lora_B);
 #pragma unroll 1
         for (int group = 0; group < tile.weight_steps; group += P::kGroupSteps) {
-            const uint32_t packed_empty = smem + P::kPackedEmpty + buffer * 8;
-            barrier_wait(smem + P::kPackedFull + buffer * 8, buffer_parity);
-            uint4 packed[P::kTurns][2];
-#pragma unroll
-            for (int i = 0; i < 2 * P::kTurns; i++) {
-                const uint32_t chunk = (step - group + i / 2 * P::kStride) * 2 + i % 2;
-                packed[i / 2][i % 2] = load_shared(
-                    packed_row + buffer * P::kPackedBytes + ((chunk ^ packed_swizzle) << 4));
-            }
-            __syncwarp();
-            if (lane == 0)
-                barrier_arrive(packed_empty);
+            // The table before the wait: for a tile's first stage all comes at the same time.
             if (group % kQuad == 0 && p.quick_scales) {
                 unpack_scales(scales, raw, tables + 16, nested_offset);
                 const bool last = group + kQuad >= tile.weight_steps;
@@ -227,6 +216,18 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
                 }
             }
             ScaledTable<true> table = table_of<T>(smem + P::kTables, scales, step);
+            const uint32_t packed_empty = smem + P::kPackedEmpty + buffer * 8;
+            barrier_wait(smem + P::kPackedFull + buffer * 8, buffer_parity);
+            uint4 packed[P::kTurns][2];
+#pragma unroll
+            for (int i = 0; i < 2 * P::kTurns; i++) {
+                const uint32_t chunk = (step - group + i / 2 * P::kStride) * 2 + i % 2;
+                packed[i / 2][i % 2] = load_shared(
+                    packed_row + buffer * P::kPackedBytes + ((chunk ^ packed_swizzle) << 4));
+            }
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(packed_empty);
 #pragma unroll
             for (int turn = 0; turn < P::kTurns; turn++) {
                 if (step < tile.weight_steps) {
@@ -262,10 +263,11 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         if (step < tile.steps) {  // the low-rank term, one warp of each row unit
             const uint32_t full = smem + P::kFull + at.slot * 8;
             const uint32_t stage = smem + at.slot * P::kStageBytes;
+            if (loads_x)
+                wait_for_previous_kernel();
             barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
             if (loads_x) {
                 barrier_arrive_expect(full, P::kArrivingBytes);
-                wait_for_previous_kernel();
                 load_tokens<P>(stage, maps.z, 0, tile.token0, full);
             }
             __syncwarp();
