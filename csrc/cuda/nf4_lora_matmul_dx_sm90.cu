@@ -138,6 +138,7 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     p.scales = nested ? a.w.nested_absmax : a.w.absmax;
     p.scale_log2 = nested ? a.w.nested_blocksize_log2 : 0;
     p.blocks = static_cast<int>(a.w.K / 64);
+    p.step_blocks = static_cast<int>(kStepN * a.w.K >> a.w.blocksize_log2);
     p.r = a.r;
     p.steps = static_cast<int>(ceil_div(a.w.N, kStepN));
     p.first_column = static_cast<int>(columns.first * kTileColumns);

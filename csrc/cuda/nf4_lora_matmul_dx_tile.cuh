@@ -23,8 +23,7 @@ constexpr int kSlabTokens = 4096;
 constexpr int kRingStages = 4;
 
 // Shared memory in this order: stages (dy, then W), two groups of packed weights, staged output, 16
-// codebook values, 256 of the nested one and its offset, barriers. 231 664 bytes for 256 tokens,
-// 182 512 for 128.
+// codebook values, 256 of the nested one, barriers. 231 648 bytes for 256 tokens, 182 496 for 128.
 //
 // Decoded W of a stage: line 64 b + i has row i of the step, block b of the tile's two. A CTA that
 // shares W decodes 32 rows of both blocks for both CTAs.
@@ -55,8 +54,7 @@ struct Plan {
     static constexpr int kOutput = kPacked + 2 * kPackedBytes;
     static constexpr int kCodebook = kOutput + 4 * kChunkBytes;
     static constexpr int kNestedCodebook = kCodebook + 16 * 4;
-    static constexpr int kNestedOffset = kCodebook + kTableFloats * 4;
-    static constexpr int kFull = kNestedOffset + 16;
+    static constexpr int kFull = kCodebook + kTableFloats * 4;
     static constexpr int kEmpty = kFull + kStages * 8;
     static constexpr int kPackedFull = kEmpty + kStages * 8;
     static constexpr int kPackedEmpty = kPackedFull + 2 * 8;
@@ -76,6 +74,7 @@ struct Params {
     const float* scales;  // absmax, or nested_absmax
     int scale_log2;       // log2 of how many blocks share one of them
     int blocks;           // K / 64
+    int step_blocks;      // 64 K / blocksize
     int r;
     int steps;  // N / 64, rounded up
     int first_column;

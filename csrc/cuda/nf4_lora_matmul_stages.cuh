@@ -38,9 +38,10 @@ struct Position {
     }
 };
 
-// What decoding looks up: the codebook, then that of the scales. The producers call it, and meet
-// afterwards. All loads stand in front of the first store, which waits for its own, so that they
-// come at the same time, and the first packed weights and scales with them.
+// What decoding looks up: the codebook, then that of the scales, ones if there is none. The
+// producers call it, and meet afterwards. All loads stand in front of the first store, which waits
+// for its own, so that they come at the same time, and the first packed weights and scales with
+// them.
 template <class P>
 __device__ __forceinline__ void load_tables(const WeightView& w, bool nested, float* tables) {
     static_assert(kNestedCodes % P::kProducers == 0);
@@ -50,7 +51,7 @@ __device__ __forceinline__ void load_tables(const WeightView& w, bool nested, fl
     float of_scales[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; i++)
-        of_scales[i] = nested ? __ldg(w.nested_codebook + i * P::kProducers + thread) : 0.0f;
+        of_scales[i] = nested ? __ldg(w.nested_codebook + i * P::kProducers + thread) : 1.0f;
     if (thread < 16)
         tables[thread] = own;
 #pragma unroll
