@@ -163,13 +163,15 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
     const int unit_row = warp % P::kUnits * kUnitRows;
     // Not elect_lane(): 1 to 4 % more cycles where a decoding warp copies (H200, 2026-11).
     const bool loads_x = warp % P::kUnits == 0 && lane == 0;
+    // Not of a warp that loads x: 1 to 3 % more time at 256 tokens (H200, 2026-11).
+    const bool loads_packed = threadIdx.x == P::kProducers - kWarpSize;
     const uint32_t peer = in_cta(smem, rank ^ 1) - smem;
     const Schedule schedule(p);
     const int tiles = schedule.count();
     Tile tile = tile_at<P>(p, schedule, 0);
 
     PackedLoader<P> loader{maps, p, schedule, smem, own_row, tile, 0, 0, 0};
-    if (threadIdx.x == 0) {
+    if (loads_packed) {
         loader.load_next();
         loader.load_next();
     }
@@ -251,7 +253,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
                     step += P::kStride;
                     at.advance(P::kStride);
                 }
-                if (turn == 0 && threadIdx.x == 0) {
+                if (turn == 0 && loads_packed) {
                     barrier_wait(packed_empty, buffer_parity);
                     loader.load_next();
                 }
