@@ -45,11 +45,8 @@ class Layer(NamedTuple):
         """The same, and all of x and what a CTA keeps of its rows fit shared memory, on any whole
         card with these kernels (an H20 has 78 SMs).
         """
-        if not self.whole_blocks() or self.K > 1 << 15:
-            return False
-        if self.r == 0:
-            return self.N <= 1 << 19 and self.N * self.K < 1 << 31
-        return self.N <= 1 << 18 and self.N * self.K <= 720_000_000
+        fits = self.K <= 1 << 15 and self.N <= 1 << 19 and self.N * self.K < 1 << 31
+        return self.whole_blocks() and fits
 
     def short_factor(self) -> bool:
         """The same, and where rows of lora_B must be padded (to 16 or 64), as its rank is no

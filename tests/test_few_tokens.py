@@ -1,4 +1,4 @@
-"""The kernel for 2 to 64 tokens beyond what test_nf4_lora_matmul.py asks of every kernel.
+"""The kernels for one and for 2 to 64 tokens beyond what test_nf4_lora_matmul.py asks of all.
 
 z comes from CTAs of the same launch, and hand-overs go through memory that no launch has cleared.
 The operator of the library is called itself, with a z of its own or a given one.
@@ -13,9 +13,9 @@ from lowbit import reference
 
 pytestmark = pytest.mark.gpu
 
-KERNEL = "nf4_lora_matmul_small"
-# The least, tile edges, one before and one beyond each.
-TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 64)
+ONE, FEW = "nf4_lora_gemv", "nf4_lora_matmul_small"
+# One token by either; tile edges, one before and one beyond each.
+CASES = [(ONE, 1), *((FEW, M) for M in (1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 64))]
 # No adapter; a single row of lora_A; odd ones; each number of 16 rows.
 RANKS = (0, 1, 5, 16, 17, 40, 64)
 # N, K: one unit of one tile; an odd number of blocks, fewer than warpgroups compute z; many; tiles
@@ -25,7 +25,7 @@ LAYERS = [(16, 64), (272, 320), (208, 18944), (4096, 4096), (18944, 448)]
 
 @pytest.fixture(autouse=True)
 def _gpu():
-    if (why := kernel_unavailable(KERNEL)) is not None:
+    if (why := kernel_unavailable(ONE) or kernel_unavailable(FEW)) is not None:
         pytest.skip(why)
 
 
@@ -41,10 +41,11 @@ def _inside(values: torch.Tensor) -> torch.Tensor:
 class _Call:
     """A layer and its input, as the operator takes them."""
 
-    def __init__(self, M, N, K, r, dtype=torch.bfloat16, *, vector=False):
+    def __init__(self, kernel, M, N, K, r, dtype=torch.bfloat16, *, vector=False):
         def randn(*shape):
             return torch.randn(shape, device="cuda")
 
+        self.operator = getattr(torch.ops.lowbit_cuda, kernel)
         self.q = lowbit.quantize((randn(N, K) / K**0.5).to(dtype))
         self.x = _inside(randn(M, K).to(dtype))
         self.lora_A = _inside((randn(r, K) / K**0.5).to(dtype)) if r else None
@@ -58,7 +59,7 @@ class _Call:
         if self.lora_A is not None and z_in is None and z:
             z_out = self.x.new_full((self.x.shape[0], self.lora_A.shape[0]), torch.nan)
         lora_A = self.lora_A if z_in is None else None
-        y = torch.ops.lowbit_cuda.nf4_lora_matmul_small(
+        y = self.operator(
             self.x, *self.q.args(), lora_A, self.lora_B, self.vector, self.scaling, self.bias,
             z_in, z_out,
         )  # fmt: skip
@@ -75,10 +76,12 @@ class _Call:
 
 
 @pytest.mark.parametrize("r", RANKS)
-@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize(("kernel", "M"), CASES)
 @pytest.mark.parametrize(("N", "K"), LAYERS)
-def test_with_z_of_its_own_and_given(N, K, M, r):
-    call = _Call(M, N, K, r, torch.float16 if r == 5 else torch.bfloat16, vector=r in (1, 40))
+def test_with_z_of_its_own_and_given(N, K, kernel, M, r):
+    call = _Call(
+        kernel, M, N, K, r, torch.float16 if r == 5 else torch.bfloat16, vector=r in (1, 40)
+    )
     y, z = call.run()
     exact, low = call.formula(torch.float64), call.formula(call.x.dtype)
     assert_close_to_float64("y", y, exact[0], low[0])
@@ -107,10 +110,12 @@ def _capture(call, memory=()):
     return graph, results
 
 
-@pytest.mark.parametrize(("M", "r"), [(16, 16), (64, 64), (3, 0)])
-def test_a_graph_replays_over_memory_that_holds_anything(M, r):
+@pytest.mark.parametrize(
+    ("kernel", "M", "r"), [(ONE, 1, 16), (ONE, 1, 64), (FEW, 16, 16), (FEW, 64, 64), (FEW, 3, 0)]
+)
+def test_a_graph_replays_over_memory_that_holds_anything(kernel, M, r):
     """Its runs have one mark. In between others write where the workspace was."""
-    call = _Call(M, 1040, 4096, r)
+    call = _Call(kernel, M, 1040, 4096, r)
     small = [torch.empty(1 << 16, dtype=torch.uint8, device="cuda") for _ in range(32)]
     large = [torch.empty(2 << 20, dtype=torch.uint8, device="cuda") for _ in range(9)]
     memory = small + large
@@ -126,10 +131,12 @@ def test_a_graph_replays_over_memory_that_holds_anything(M, r):
             assert_bitwise_equal(z, z_expected, "z")
 
 
-@pytest.mark.parametrize(("M", "r"), [(2, 64), (16, 16), (64, 16)])
-def test_a_graph_replays_without_a_pause(M, r):
+@pytest.mark.parametrize(
+    ("kernel", "M", "r"), [(ONE, 1, 17), (FEW, 2, 64), (FEW, 16, 16), (FEW, 64, 16)]
+)
+def test_a_graph_replays_without_a_pause(kernel, M, r):
     """Runs that all have one mark, one behind the other, for other x each time."""
-    call = _Call(M, 4096, 4096, r)
+    call = _Call(kernel, M, 4096, 4096, r)
     graph, results = _capture(call)
     for _ in range(20):
         call.x.copy_(torch.randn_like(call.x))
@@ -145,7 +152,8 @@ def test_a_graph_replays_without_a_pause(M, r):
 def test_several_calls_in_a_graph():
     """One behind the other in the same workspace, each for another x: what is left of the call
     before, read too early, gives other bits."""
-    calls = [_Call(M, N, 2048, r) for M, N, r in ((8, 4096, 16), (64, 528, 64), (2, 272, 1))]
+    sizes = (FEW, 8, 4096, 16), (ONE, 1, 528, 16), (FEW, 64, 528, 64), (FEW, 2, 272, 1)
+    calls = [_Call(kernel, M, N, 2048, r) for kernel, M, N, r in sizes]
     tasks = [(call, torch.randn_like(call.x)) for call in calls for _ in range(4)]
 
     def run_all():
@@ -165,8 +173,11 @@ def test_several_calls_in_a_graph():
             assert_bitwise_equal(a, e, name)
 
 
-def test_graphs_on_two_streams():
-    calls = [_Call(16, 4096, 4096, 64), _Call(64, 14336, 1024, 16)]
+def test_graphs_on_several_streams():
+    calls = [
+        _Call(FEW, 16, 4096, 4096, 64), _Call(FEW, 64, 14336, 1024, 16),
+        _Call(ONE, 1, 14336, 4096, 64), _Call(ONE, 1, 4096, 8192, 16),
+    ]  # fmt: skip
     expected = [call.run() for call in calls]
     graphs = [_capture(call) for call in calls]
     streams = [torch.cuda.Stream() for _ in calls]

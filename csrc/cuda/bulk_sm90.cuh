@@ -29,15 +29,6 @@ __device__ __forceinline__ void fence_async_proxy_global() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-__device__ __forceinline__ void
-load_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(destination),
-        "l"(source), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-
 // Into L2; both arguments are multiples of 16.
 __device__ __forceinline__ void prefetch_bulk_l2(uint64_t address, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));

@@ -47,12 +47,12 @@ private:
 struct ProductKernel {
     const char* name;
     bool (*serves)(const LoraMatmulArgs&);
-    size_t (*workspace_bytes)(const LoraMatmulArgs&);  // null: needs none
+    size_t (*workspace_bytes)(const LoraMatmulArgs&);
     cudaError_t (*launch)(const LoraMatmulArgs&, cudaStream_t);
 };
 
 inline constexpr ProductKernel kGemv{
-    "nf4_lora_gemv", serves_nf4_lora_gemv, nullptr, launch_nf4_lora_gemv};
+    "nf4_lora_gemv", serves_nf4_lora_gemv, nf4_lora_gemv_workspace_bytes, launch_nf4_lora_gemv};
 inline constexpr ProductKernel kSmall{
     "nf4_lora_matmul_small", serves_nf4_lora_matmul_small, nf4_lora_matmul_small_workspace_bytes,
     launch_nf4_lora_matmul_small};
@@ -69,7 +69,7 @@ inline constexpr ProductKernel kPortable{
 
 inline void run_product(const ProductKernel& kernel, LoraMatmulArgs& a, cudaStream_t stream) {
     STD_TORCH_CHECK(kernel.serves(a), kernel.name, " does not serve these sizes");
-    const Workspace workspace(kernel.workspace_bytes == nullptr ? 0 : kernel.workspace_bytes(a));
+    const Workspace workspace(kernel.workspace_bytes(a));
     a.workspace = workspace.data();
     check_launch(kernel.launch(a, stream), kernel.name);
 }

@@ -74,43 +74,50 @@ __device__ __forceinline__ int exponent_of(float v) {
     return min(max(static_cast<int>(__float_as_uint(v) >> 23 & 255) - 127, -100), 100);
 }
 
-// Thread t's unit b: half t / 32 % 2 of lane t % 32's columns, so that 8 neighbours store 128
-// bytes.
-__device__ __forceinline__ uint32_t x_column(int b) {
-    const uint32_t t = threadIdx.x;
-    return b * kXUnit * kThreads + t / 64 * kStep + t % 32 * kColumnsPerLane + t / 32 % 2 * kXUnit;
+// Every eight columns of this thread: use(the first, their place). Those that meet word i of lane
+// l's codes lie at 2048 * step + 512 * i + 16 * l.
+template <typename Use>
+__device__ __forceinline__ void
+for_own_columns(unsigned char* smem_x, const Plan& plan, const Use& use) {
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < plan.steps * (kStep / 8); i += kThreads) {
+        const uint32_t to = i / 128 * (2 * kStep) + i % 4 * 512 + i / 4 % kWarpSize * 16;
+        use(8 * i, reinterpret_cast<uint4*>(smem_x + to));
+    }
 }
 
-template <typename T>
-__device__ __forceinline__ void load_x(uint4 (&v)[2], const LoraMatmulArgs& args, uint32_t k) {
-    v[0] = v[1] = make_uint4(0, 0, 0, 0);
-    if (k >= args.w.K)
-        return;
-    const uint4* p = reinterpret_cast<const uint4*>(static_cast<const T*>(args.x) + k);
-    v[0] = p[0], v[1] = p[1];
-}
-
-__device__ __forceinline__ uint32_t max_magnitude(const uint4& v, uint32_t seen) {
-    seen = __vmaxu2(seen, __vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu));
-    return __vmaxu2(seen, __vmaxu2(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu));
-}
-
-// The 8 columns that meet word i of lane l's codes lie at 2048 * step + 512 * i + 16 * l.
+// As it is, in the background: in registers it would share a scoreboard with codes, which come
+// later. Each thread sees its own copies.
 template <typename T>
 __device__ __forceinline__ void
-store_x(unsigned char* smem_x, const uint4 (&v)[2], uint32_t k, float scale) {
-    unsigned char* to = smem_x + k / kStep * (2 * kStep) + k / 16 % 2 * 1024 + k / 32 % 32 * 16;
+copy_x(unsigned char* smem_x, const LoraMatmulArgs& args, const Plan& plan) {
+    for_own_columns(smem_x, plan, [&](uint32_t k, uint4* to) {
+        if (k < args.w.K)
+            copy_shared_async_16(to, static_cast<const T*>(args.x) + k);
+        else
+            *to = make_uint4(0, 0, 0, 0);
+    });
+    commit_async();
+}
+
+// Of eight elements, as their bits.
+__device__ __forceinline__ uint32_t max_magnitude(const uint4& v) {
+    const auto magnitudes = [](uint32_t pair) { return pair & 0x7fff7fffu; };
+    const uint32_t two = __vmaxu2(
+        __vmaxu2(magnitudes(v.x), magnitudes(v.y)), __vmaxu2(magnitudes(v.z), magnitudes(v.w)));
+    return max(two >> 16, two & 0xffffu);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 scale_to_f16(const uint4& v, float scale) {
+    const uint32_t in[4] = {v.x, v.y, v.z, v.w};
+    uint32_t out[4];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t in[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
-        uint32_t out[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float2 pair = unpack_pair(in[j], T{});
-            out[j] = cvt_f16x2(pair.x * scale, pair.y * scale);
-        }
-        *reinterpret_cast<uint4*>(to + i * 512) = make_uint4(out[0], out[1], out[2], out[3]);
+    for (int j = 0; j < 4; j++) {
+        const float2 pair = unpack_pair(in[j], T{});
+        out[j] = cvt_f16x2(pair.x * scale, pair.y * scale);
     }
+    return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
 // ---- small operands -----------------------------------------------------------------------------
@@ -121,10 +128,9 @@ struct Operands {
     float first_value, second_value;  // of table entry threadIdx.x % 256
     float offset, absmax_value, nested_value;
     uint32_t nested_first, nested_count;  // of nested_absmax, for the rows of the CTA
-    uint4 x[kXUnits][2];
 };
 
-template <typename T, bool kNested>
+template <bool kNested>
 __device__ __forceinline__ void
 load_operands(Operands& o, const LoraMatmulArgs& args, const Share& share) {
     const WeightView& w = args.w;
@@ -144,13 +150,10 @@ load_operands(Operands& o, const LoraMatmulArgs& args, const Share& share) {
         if (tid < o.nested_count)
             o.nested_value = w.nested_absmax[o.nested_first + tid];
     }
-#pragma unroll
-    for (int b = 0; b < kXUnits; b++)
-        load_x<T>(o.x[b], args, x_column(b));
 }
 
 // Builds the table and everything else in shared memory. Returns the factor that undoes the powers
-// of two in it. Two barriers of the warps of the weight.
+// of two in it. A barrier of the warps of the weight.
 template <typename T, bool kNested>
 __device__ __forceinline__ float store_operands(
     const Operands& o,
@@ -158,8 +161,9 @@ __device__ __forceinline__ float store_operands(
     const Plan& plan,
     unsigned char* table,
     Scratch& scratch,
+    float* x_scales,
     float* nested) {
-    const int tid = threadIdx.x, lane = tid % kWarpSize, warp = tid / kWarpSize;
+    const int tid = threadIdx.x, lane = tid % kWarpSize;
     // Each warp has all 16 values. Thread t writes half of pair t % 256's copies; lanes start at
     // different ones, since the pairs of 8 neighbours share banks.
     const uint32_t magnitude = __float_as_uint(o.second_value) & 0x7fffffffu;
@@ -181,23 +185,18 @@ __device__ __forceinline__ float store_operands(
     for (uint32_t i = tid + kThreads; i < o.nested_count; i += kThreads)
         nested[i] = args.w.nested_absmax[o.nested_first + i];
 
-    uint32_t x_max = 0;
-#pragma unroll
-    for (int b = 0; b < kXUnits; b++)
-        x_max = max_magnitude(o.x[b][0], max_magnitude(o.x[b][1], x_max));
-    x_max = __reduce_max_sync(kFullWarp, max(x_max >> 16, x_max & 0xffffu));
-    if (lane == 0)
-        scratch.x_max[warp] = x_max;
+    wait_async<0>();
+    for_own_columns(table + kTableBytes, plan, [&](uint32_t k, uint4* v) {
+        uint32_t x_max = max_magnitude(*v);
+        x_max = max(x_max, __shfl_xor_sync(kFullWarp, x_max, 1));
+        x_max = max(x_max, __shfl_xor_sync(kFullWarp, x_max, 2));
+        const int exponent = exponent_of(unpack_pair(x_max, T{}).x) - kXExponent;
+        *v = scale_to_f16<T>(*v, power_of_two(-exponent));
+        if (lane % 4 == 0)
+            x_scales[k / kColumnsPerLane] = power_of_two(exponent);
+    });
     named_barrier(kBarrier, kThreads);
-    x_max = __reduce_max_sync(kFullWarp, scratch.x_max[lane % kWarps]);
-    const int x_exponent = exponent_of(unpack_pair(x_max, T{}).x) - kXExponent;
-#pragma unroll
-    for (int b = 0; b < kXUnits; b++) {
-        if (x_column(b) < plan.steps * kStep)
-            store_x<T>(table + kTableBytes, o.x[b], x_column(b), power_of_two(-x_exponent));
-    }
-    named_barrier(kBarrier, kThreads);
-    return power_of_two(x_exponent) * power_of_two(value_exponent);
+    return power_of_two(value_exponent);
 }
 
 }  // namespace

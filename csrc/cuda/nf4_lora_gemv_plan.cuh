@@ -8,30 +8,27 @@
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kWarps = 16;  // of the weight
+constexpr int kWarps = 16;  // of the weight; see store_spans
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kZWarps = 4;
-constexpr int kZThreads = kZWarps * kWarpSize;
+constexpr int kGatherWarps = 4;  // of the low-rank term
+constexpr int kGatherers = kGatherWarps * kWarpSize;
+constexpr int kCtaThreads = kThreads + kGatherers;
+constexpr int kMaxProjectors = 16;  // CTAs that compute z
+constexpr int kZRows = 16;          // of lora_A that each takes
+constexpr int kZPairs = kZRows / 2;
+constexpr int kZColumns = 64;        // that a warp multiplies at a time
+constexpr int kZChunks = 4;          // such that it has under way
 constexpr int kRows = 4;             // that share a warp's x in registers
 constexpr int kColumnsPerLane = 32;  // 16 bytes of codes, never more than one block
 constexpr int kStep = kColumnsPerLane * kWarpSize;
 constexpr int kTableBytes = 256 * 256;
 constexpr int kMaxRank = 64;
-constexpr int kMaxCluster = 8;
-constexpr int kXUnit = 16;      // columns a thread stages at a time
-constexpr int kXUnits = 4;      // times, all loaded before any is stored
-constexpr int kXExponent = 10;  // |x| < 2^11, |codebook| < 2: 8 products stay below 2^15
-constexpr int64_t kMaxColumns = kXUnits * kXUnit * kThreads;
+constexpr int kXExponent = 10;          // |x| < 2^11, |codebook| < 2: 8 products stay below 2^15
+constexpr int64_t kMaxColumns = 32768;  // the table and x leave room for the rest
 constexpr int kMaxSharedBytes = 227 * 1024;
-constexpr int kFewRanks = 16;  // more are multiplied by wgmma: see nf4_lora_gemv_z_parts.cuh
-constexpr int kZColumns = 64;  // of lora_A in a stage
-constexpr int kZRowBytes = 2 * kZColumns;
-constexpr int kZWarpStages = 2;     // few ranks: on their way for each warp
-constexpr int kZStages = 8;         // more: for the CTA
-constexpr int kZTokenBytes = 1024;  // of x in one of these: 8 rows, of which the first is written
 // Named barriers.
 constexpr int kBarrier = 1;   // of the warps of the weight
-constexpr int kZBarrier = 2;  // of those of z
+constexpr int kZBarrier = 2;  // of those of the low-rank term
 constexpr int kYBarrier = 3;  // of all: what y is added up from is there
 
 // Of a CTA's warps, the steps that each takes and one more; 1 for 0.
@@ -44,54 +41,31 @@ inline RunDivisors make_run_divisors(uint32_t steps) {
     return {make_divisor(each > 0 ? each : 1), make_divisor(each + 1)};
 }
 
-// Of CTA i: groups_each groups, one more if i < groups_extra.
+// Of CTA i behind the projectors: groups_each groups, one more if i < groups_extra.
 struct Plan {
     uint32_t groups_each, groups_extra;
     uint32_t steps;  // per group: K / 1024, rounded up
-    Divisor by_steps, by_rank_tiles;
+    Divisor by_steps;
     RunDivisors runs, runs_of_more;  // with groups_each groups, with one more
-    // Of a cluster's CTAs, a power of two.
-    int cluster_log2;
-    uint32_t most_groups;    // of a CTA
-    uint32_t stages_bytes;   // offset of the stages of z
-    uint32_t scratch_bytes;  // offset of Scratch
-    bool exchange;           // z is computed here
+    uint32_t most_groups;            // of a CTA
+    uint32_t scratch_bytes;          // offset of Scratch
+    uint32_t spans_bytes;            // offset of what store_spans stores
+    uint32_t projectors;             // a power of two; 0: z is given, or there is no adapter
+    int slices_log2;                 // of K, for 16 rows of lora_A
+    uint64_t mark;                   // of this launch's parts of z
 };
 
-// Shared memory: the table, x as fp16 (2 KiB per step), stages of z (up to 72 KiB), Scratch,
-// partial sums of most_groups + kWarps groups, lora_B z of most_groups, nested_absmax of the CTA's
-// rows.
+// Shared memory: the table, x as fp16 (2 KiB per step), Scratch, partial sums of most_groups +
+// kWarps groups, lora_B z of most_groups, nested_absmax of the CTA's rows, a byte for each of
+// most_groups.
 struct Scratch {
     float absmax_codebook[256];
+    float2 z_parts[kMaxProjectors][kZPairs];
     union {
-        float z_warp[kZWarps][kMaxRank];  // few ranks: this CTA's columns, by warp
-        uint64_t z_full[kZStages];        // more: barriers of the stages
+        float z_warp[kWarps][kZRows];  // of a projector, by warp
+        float sums[1];                 // and on: see nf4_lora_gemv_kernel
     };
-    float z_parts[kMaxCluster][kMaxRank];  // by CTA of the cluster
-    uint64_t z_arrived;                    // barrier: z_parts are complete
-    uint32_t x_max[kWarps];
-    float sums[1];  // and on: see nf4_lora_gemv_kernel
 };
-
-__host__ __device__ constexpr int rank_tiles(int r) {
-    return (r + 15) / 16;
-}
-
-__host__ __device__ constexpr int z_rows_bytes(int r) {
-    return 16 * rank_tiles(r) * kZRowBytes;
-}
-
-__host__ __device__ constexpr int z_warp_stage_bytes(int r) {
-    return z_rows_bytes(r) + kZRowBytes;
-}
-
-constexpr int z_stages_bytes(int r) {
-    if (r <= kFewRanks)
-        return kZWarps * kZWarpStages * z_warp_stage_bytes(r);
-    // Products read 64 rows from the start of a stage, whatever they are.
-    return (kZStages - 1) * (z_rows_bytes(r) + kZTokenBytes) + z_rows_bytes(kMaxRank) +
-           kZTokenBytes;
-}
 
 // What a CTA knows about its part of the weight.
 struct Share {
@@ -99,8 +73,7 @@ struct Share {
     uint32_t steps;        // of all its groups
     uint32_t each, extra;  // warp i takes `each` steps, one more if i < extra
 
-    __device__ __forceinline__ Share(const Plan& plan, uint32_t N) {
-        const uint32_t cta = blockIdx.x;
+    __device__ __forceinline__ Share(const Plan& plan, uint32_t N, uint32_t cta) {
         first_group = cta * plan.groups_each + min(cta, plan.groups_extra);
         groups = plan.groups_each + (cta < plan.groups_extra);
         first_row = row_of(0, N);

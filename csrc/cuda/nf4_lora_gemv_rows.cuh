@@ -72,12 +72,13 @@ dot(const unsigned char* table, const uint4& codes, const uint4 (&x)[4]) {
     return sum;
 }
 
-// Sums over the warp; lane 8 i ends up with row i. Halving the rows held with each exchange takes
-// 6 shuffles where one row after the other takes 20.
-__device__ __forceinline__ float sum_rows(float (&sums)[kRows]) {
+// Sums over the warp; lane i * 32 / kCount ends up with row i. Halving the rows held with each
+// exchange takes 6 shuffles for 4 rows where one row after the other takes 20.
+template <int kCount>
+__device__ __forceinline__ float sum_rows(float (&sums)[kCount]) {
     const uint32_t lane = threadIdx.x % kWarpSize;
 #pragma unroll
-    for (int rows = kRows / 2, step = kWarpSize / 2; rows > 0; rows /= 2, step /= 2) {
+    for (int rows = kCount / 2, step = kWarpSize / 2; rows > 0; rows /= 2, step /= 2) {
         const bool upper = lane & step;
 #pragma unroll
         for (int i = 0; i < rows; i++) {
@@ -88,19 +89,29 @@ __device__ __forceinline__ float sum_rows(float (&sums)[kRows]) {
     }
     float sum = sums[0];
 #pragma unroll
-    for (int step = kWarpSize / kRows / 2; step > 0; step /= 2)
+    for (int step = kWarpSize / kCount / 2; step > 0; step /= 2)
         sum += __shfl_xor_sync(kFullWarp, sum, step);
     return sum;
+}
+
+// The first and the last warp that have sums of each group, to spans, by the gatherers. Behind the
+// sums every instruction counts, as nobody has run it before.
+__device__ __forceinline__ void store_spans(uint8_t* spans, const Plan& plan, const Share& share) {
+    for (uint32_t group = threadIdx.x % kGatherers; group < share.groups; group += kGatherers) {
+        const uint32_t first = share.warp_of(plan, group * plan.steps);
+        const uint32_t last = share.warp_of(plan, (group + 1) * plan.steps - 1);
+        spans[group] = static_cast<uint8_t>(first | last << 4);
+    }
 }
 
 // Adds the warps' sums of each row, the low-rank term and the bias.
 template <typename T>
 __device__ __forceinline__ void store_y(
     const LoraMatmulArgs& args,
-    const Plan& plan,
     const Share& share,
     const float* sums,
-    const float* low_rank) {
+    const float* low_rank,
+    const uint8_t* spans) {
     for (uint32_t i = threadIdx.x; i < share.groups * kRows; i += kThreads) {
         const uint32_t group = i / kRows;
         const uint32_t row = share.row_of(group, static_cast<uint32_t>(args.w.N)) + i % kRows;
@@ -109,11 +120,10 @@ __device__ __forceinline__ void store_y(
         float bias = 0.0f;
         if (args.bias != nullptr)
             bias = to_float(static_cast<const T*>(args.bias)[row]);
-        const uint32_t first = share.warp_of(plan, group * plan.steps);
-        const uint32_t last = share.warp_of(plan, (group + 1) * plan.steps - 1);
+        const uint32_t span = spans[group];
         float y = 0;
 #pragma unroll 1
-        for (uint32_t warp = first; warp <= last; warp++)
+        for (uint32_t warp = span % 16; warp <= span / 16; warp++)
             y += sums[warp * kRows + i];
         if (args.r > 0)
             y += low_rank[i];

@@ -182,6 +182,14 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
+// The same through L1: what all SMs read at the same time comes faster so, though none has it yet.
+__device__ __forceinline__ void copy_shared_async_16(void* shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+                 "l"(global)
+                 : "memory");
+}
+
 // The same, or zeros.
 __device__ __forceinline__ void
 copy_async_16_or_zeros(uint32_t shared, const void* global, bool wanted) {

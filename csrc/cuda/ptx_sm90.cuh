@@ -94,12 +94,6 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
-__device__ __forceinline__ uint32_t cluster_size() {
-    uint32_t size;
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-
 // Where another CTA of the cluster keeps what this one keeps at `address`.
 __device__ __forceinline__ uint32_t in_cta(uint32_t address, uint32_t rank) {
     uint32_t remote;
@@ -147,17 +141,7 @@ __device__ __forceinline__ float4 load_remote(uint32_t address) {
     return v;
 }
 
-// In the background; the barrier beside the destination counts the 4 bytes.
-__device__ __forceinline__ void
-store_remote_async(uint32_t address, float value, uint32_t barrier) {
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-            address),
-        "r"(__float_as_uint(value)), "r"(barrier)
-        : "memory");
-}
-
-// The same 16 bytes at a time, for a barrier that expects them.
+// In the background; the barrier beside the destination counts the 16 bytes.
 __device__ __forceinline__ void
 store_remote_async(uint32_t address, const uint4& v, uint32_t barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
