@@ -97,6 +97,26 @@ def test_with_z_of_its_own_and_given(N, K, kernel, M, r):
     assert_close_to_float64("y of a given z", call.run(z)[0], exact[0], low[0])
 
 
+@pytest.mark.parametrize("exponent", [-110, -100, -20, 0, 40, 100, 120])
+def test_one_token_of_columns_of_any_size(exponent):
+    """Each 32 columns of x have a scale of their own: one by itself, and beside smaller ones."""
+    call = _Call(ONE, 1, 272, 96 * 64, 0)
+    weight = reference.dequantize_4bit(*call.q.args(), torch.float64)
+
+    def multiply(x):
+        return call.operator(x, *call.q.args(), None, None, None, 1.0, None, None, None)
+
+    x = torch.zeros_like(call.x)
+    x[:, 4000:4032] = torch.randn(32, device="cuda") * 2.0**exponent
+    for smaller in (0.0, 2.0 ** (exponent - 8)):
+        x[:, 64:2048] = torch.randn(1984, device="cuda") * smaller
+        low = x @ weight.to(x.dtype).t()
+        assert_close_to_float64("y", multiply(x), x.double() @ weight.t(), low)
+    for strange in (torch.inf, torch.nan):
+        x[:, 5000] = strange
+        assert not multiply(x).isfinite().any()
+
+
 def _capture(call, memory=()):
     """(graph, (y, z)): a call, and behind it copies of `memory` to what it leaves free."""
     call.run()

@@ -69,9 +69,9 @@ __device__ __forceinline__ float power_of_two(int exponent) {
     return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
 }
 
-// Of |v|, within what power_of_two and its inverse can express whatever v is.
+// Of |v|, within what power_of_two can express, less kXExponent, and its inverse.
 __device__ __forceinline__ int exponent_of(float v) {
-    return min(max(static_cast<int>(__float_as_uint(v) >> 23 & 255) - 127, -100), 100);
+    return min(max(static_cast<int>(__float_as_uint(v) >> 23 & 255) - 127, kXExponent - 126), 126);
 }
 
 // Every eight columns of this thread: use(the first, their place). Those that meet word i of lane

@@ -55,9 +55,9 @@ struct Plan {
     uint64_t mark;                   // of this launch's parts of z
 };
 
-// Shared memory: the table, x as fp16 (2 KiB per step), Scratch, partial sums of most_groups +
-// kWarps groups, lora_B z of most_groups, nested_absmax of the CTA's rows, a byte for each of
-// most_groups.
+// Shared memory: the table, x as fp16 (2 KiB per step), its scales (128 bytes per step), Scratch,
+// partial sums of most_groups + kWarps groups, lora_B z of most_groups, nested_absmax of the CTA's
+// rows, a byte for each of most_groups. 86 KiB at 28672 x 8192, at most kMaxSharedBytes.
 struct Scratch {
     float absmax_codebook[256];
     float2 z_parts[kMaxProjectors][kZPairs];

@@ -1,11 +1,10 @@
-// z = x lora_A^T of nf4_lora_gemv_sm90.cu, by kProjectors CTAs that do nothing else: each
-// multiplies 16 rows of lora_A by a slice of K, which is all of it above rank 32. They leave their
-// sums to every other CTA in a place of its own, two and a mark in 16 bytes (MarkedPair), so that z
-// is there with the one load that finds the marks. Memory may hold anything and a captured graph
-// runs again with the same mark: the one thread that waits for a pair sets its mark back.
+// z = x lora_A^T of nf4_lora_gemv_sm90.cu, by CTAs that do nothing else: each multiplies 16 rows of
+// lora_A by a slice of K. They leave their sums to every other CTA in a place of its own, two and a
+// mark in 16 bytes (MarkedPair), so that z is there with the one load that finds the marks. Memory
+// may hold anything and a captured graph runs again with the same mark: the one thread that waits
+// for a pair sets its mark back.
 #pragma once
 
-#include "nf4_lora_gemv_operands.cuh"
 #include "nf4_lora_gemv_plan.cuh"
 #include "ptx_sm90.cuh"
 
@@ -57,7 +56,7 @@ project(const LoraMatmulArgs& args, const Plan& plan, uint4* smem_x, Scratch& sc
     const int begin = chunks * slice >> plan.slices_log2;
     const int end = chunks * (slice + 1) >> plan.slices_log2;
     const T* const lora_A = static_cast<const T*>(args.lora_A);
-    // A line is a row of a chunk. It does not change in L2 behind this; x does.
+    // A line is a row of a chunk. x has just been written, so it is in L2.
     for (int i = threadIdx.x; i < kZRows * (end - begin); i += kCtaThreads) {
         const int row = row0 + i % kZRows;
         if (row < args.r)

@@ -20,7 +20,7 @@
 //
 // Bound by the weight's bytes for large N K; at 4096 x 4096 by the latency from launch to first
 // product: 5.0 us with rank 16, 5.2 with 64, 4.7 without an adapter (H200, 2026-11). Shared memory
-// lookups come next: 104 wavefronts per 4096 weights, 39 weights per clock and SM where HBM needs
+// lookups come next: 105 wavefronts per 4096 weights, 39 weights per clock and SM where HBM needs
 // 22.
 // Callers have checked sizes, dtypes, alignment and serves_nf4_lora_gemv. The kernel is in parts:
 // nf4_lora_gemv_plan.cuh (sizes), _operands.cuh (before the loop), _rows.cuh (in it), _project.cuh
@@ -30,7 +30,6 @@
 
 #include <algorithm>
 
-#include "bulk_sm90.cuh"
 #include "launch_config.h"
 #include "marks.h"
 #include "nf4_lora_gemv_operands.cuh"
@@ -157,6 +156,7 @@ struct Division {
 Division divide_device(const LoraMatmulArgs& args) {
     constexpr double kProjectorRate = 74e3, kWeightRate = 27e3;  // bytes in a microsecond
     constexpr double kProjectorStart = 3.5, kWeightStart = 2.3;
+    constexpr double kWeightBytes = 0.516;  // with nested scales
     const auto columns = static_cast<double>(args.w.K);
     const int64_t groups = ceil_div(args.w.N, kRows);
     const int sms = std::max(1, sm_count());
@@ -171,7 +171,7 @@ Division divide_device(const LoraMatmulArgs& args) {
     for (int log2 = 2; 1 << log2 <= kMaxProjectors; log2++) {
         const Division division{1 << log2, log2 - tiles_log2, with(1 << log2)};
         const double z_bytes = columns / (1 << division.slices_log2) * (2 * kZRows);
-        const double bytes = 0.516 * columns * args.w.N / division.ctas;
+        const double bytes = kWeightBytes * columns * args.w.N / division.ctas;
         const double time = std::max(
             kProjectorStart + z_bytes / kProjectorRate, kWeightStart + bytes / kWeightRate);
         if (best.projectors == 0 || time < best_time)

@@ -12,7 +12,7 @@
 // wgmma) x 256 or 128 tokens in steps of 64 rows of W, through a ring of stages in shared memory. A
 // decoded block of 64 codes is a line of 128 bytes as there, but here the line runs along the
 // output and wgmma reads it transposed. Scales vary along the contraction, so they enter with the
-// decoding, and a lane needs another one each step, K / 64 blocks further on. Two consumer
+// decoding, and a lane needs another one each step, 64 rows further on. Two consumer
 // warpgroups own a block column each. The low-rank term is one step more, lora_A as it is. Clusters
 // are pairs of CTAs in one of two shapes:
 //   shared dy  two column tiles, one token tile: each loads half of dy for both

@@ -190,7 +190,7 @@ __device__ __forceinline__ void copy_shared_async_16(void* shared, const void* g
                  : "memory");
 }
 
-// The same, or zeros.
+// As copy_async_16, or zeros.
 __device__ __forceinline__ void
 copy_async_16_or_zeros(uint32_t shared, const void* global, bool wanted) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
