@@ -62,31 +62,40 @@ const char* check_grads(const LoraGradsArgs& a, int sms, int& together) {
     return nullptr;
 }
 
-const char* check_dealt(const Dealt& d, int clusters) {
-    return d.split_tiles > d.clusters || d.clusters < 1 || d.clusters > clusters
-               ? "tiles that are split"
-               : nullptr;
+// Clusters for each split tile, whose parts cover N, none of them empty.
+const char* check_dealt(const Dealt& d, int64_t N, int clusters, int& shared) {
+    if (d.split_tiles << d.share_log2 > d.clusters || d.clusters < 1 || d.clusters > clusters)
+        return "tiles that are split";
+    const int parts = kCluster << d.share_log2;
+    const int64_t steps = ceil_div(N, kStepN),
+                  part = part_steps(static_cast<int>(steps), d.share_log2);
+    if (d.split_tiles > 0 && (part * parts < steps || part * (parts - 1) >= steps))
+        return "parts of split tiles";
+    shared += d.share_log2 > 0;
+    return nullptr;
 }
 
-const char* check_products(const LoraDxArgs& a, int clusters) {
+const char* check_products(const LoraDxArgs& a, int clusters, int& shared) {
     const Products p = choose_products(a, clusters);
     const int64_t all = ceil_div(a.w.K, kTileColumns);
+    if (p.given_bytes > (7 << 20) || (a.M > 256 && p.given_bytes > 0))
+        return "workspace of the product";
     if (p.clusters < 1 || p.clusters > clusters || p.head < 1 || p.head > all)
         return "clusters of the product";
     if ((p.plan == Products::kTwo) != (p.head < all))
         return "columns of the first launch";
     switch (p.plan) {
     case Products::kSharedDy256:
-        return check_dealt(deal<SharedDy256>(a, all, clusters), clusters);
+        return check_dealt(deal<SharedDy256>(a, all, clusters), a.w.N, clusters, shared);
     case Products::kSharedDy128:
-        return check_dealt(deal<SharedDy128>(a, all, clusters), clusters);
+        return check_dealt(deal<SharedDy128>(a, all, clusters), a.w.N, clusters, shared);
     default:
         break;
     }
-    const char* wrong = check_dealt(deal<SharedW256>(a, p.head, clusters), clusters);
+    const char* wrong = check_dealt(deal<SharedW256>(a, p.head, clusters), a.w.N, clusters, shared);
     return wrong != nullptr || p.head == all
                ? wrong
-               : check_dealt(deal<SharedDy256>(a, all - p.head, clusters), clusters);
+               : check_dealt(deal<SharedDy256>(a, all - p.head, clusters), a.w.N, clusters, shared);
 }
 
 // `made`: plans of the gradients on the way to it.
@@ -122,7 +131,7 @@ int main(int argc, char** argv) {
     if (argc > 1)
         return 0;
     std::mt19937 random(0);
-    int together = 0, pays = 0;
+    int together = 0, pays = 0, shared = 0;
     for (int i = 0; i < 20000; i++) {
         LoraGradsArgs g{};
         LoraDxArgs a{};
@@ -142,7 +151,7 @@ int main(int argc, char** argv) {
                 wrong = check_grads(g, on, together);
         }
         if (wrong == nullptr)
-            wrong = check_products(a, clusters_of(sms, spare > 0));
+            wrong = check_products(a, clusters_of(sms, spare > 0), shared);
         const int busy = kCluster * choose_products(a, clusters_of(sms, spare > 0)).clusters;
         if (wrong == nullptr && (spare % kBesideCluster != 0 || spare > room || busy + spare > sms))
             wrong = "SMs left to the gradients";
@@ -154,5 +163,5 @@ int main(int argc, char** argv) {
         }
         pays += spare > 0;
     }
-    std::printf("%d %d\n", together, pays);
+    std::printf("%d %d %d\n", together, pays, shared);
 }

@@ -95,7 +95,7 @@ struct DxKernel {
 inline constexpr DxKernel kDxInLoop{
     "nf4_lora_matmul_dx",
     serves_nf4_lora_matmul_dx,
-    nullptr,
+    nf4_lora_matmul_dx_workspace_bytes,
     launch_nf4_lora_matmul_dx,
     false,
     plan_grads_of_nf4_lora_matmul_dx,
@@ -126,7 +126,7 @@ inline void run_backward(
     cudaStream_t stream,
     bool* launched = nullptr) {
     // One workspace: u, its marks, lora_A rounded, and what the kernels need for themselves, which
-    // they use in turn.
+    // they use in turn where the product cannot run beside lora_grads.
     constexpr int64_t kAlignment = 256;
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
     const bool need_dx = b.dx != nullptr, need_u = need_dx || a.d_lora_A != nullptr;
@@ -148,13 +148,15 @@ inline void run_backward(
     if (marks > 0 && plan.marks_u())
         a.u_marks = {nullptr, marks, next_mark()};
     const int64_t mark_bytes = round_up(a.u_marks.count * sizeof(uint64_t));
-    size_t own_bytes = 0;
+    size_t own_bytes = 0, dx_offset = 0;
     if (all) {
         own_bytes = kernel.workspace_bytes_of_all(b, a);
     } else {
         own_bytes = lora_grads_workspace_bytes(a, plan);
+        if (kernel.plan_grads != nullptr)
+            dx_offset = round_up(own_bytes);
         if (need_dx && kernel.workspace_bytes != nullptr)
-            own_bytes = std::max(own_bytes, kernel.workspace_bytes(b));
+            own_bytes = std::max(own_bytes, dx_offset + kernel.workspace_bytes(b));
     }
     const Workspace workspace(static_cast<size_t>(u_bytes + mark_bytes + factor_bytes) + own_bytes);
     uint8_t* bytes = workspace.data();
@@ -169,7 +171,8 @@ inline void run_backward(
         b.lora_A = a.rounded_lora_A = bytes;
         b.lora_A_dtype = b.dtype;
     }
-    a.workspace = b.workspace = bytes + factor_bytes;
+    a.workspace = bytes + factor_bytes;
+    b.workspace = bytes + factor_bytes + dx_offset;
     b.u = a.u;
     if (launched != nullptr)
         *launched = true;

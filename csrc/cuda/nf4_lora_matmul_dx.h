@@ -24,7 +24,7 @@ struct LoraDxArgs {
     bool beside_grads;  // which runs on SMs that the product leaves to it, see below
     int64_t M;
     int r;
-    void* workspace;  // of nf4_lora_matmul_dx_large, uninitialized
+    void* workspace;  // uninitialized
 };
 
 // 16-bit dtype, flat weight, K % 64 == 0, K <= 2^18 (rounded, lora_A takes 32 MiB), N % 8 == 0, N
@@ -39,6 +39,9 @@ LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(
 
 // Words of u_marks, 0 if it waits for the end of the gradients before it begins.
 int nf4_lora_matmul_dx_marks(const LoraDxArgs& args);
+
+// At most 7 MiB, not those of the gradients, which may still run; 0 above 256 tokens.
+size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& args);
 
 // One kernel or two, one after the other in the stream, as programmatic dependent launches; lora_A
 // in dtype.

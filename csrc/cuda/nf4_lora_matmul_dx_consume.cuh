@@ -87,7 +87,7 @@ multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Params& p, const T
 template <class P>
 __device__ __forceinline__ void
 add_halves(float (&d)[P::kTokens / 2], const Reader<P>& reader, const uint8_t* smem_generic) {
-    constexpr int kHalf = P::kTokens / 4;
+    constexpr int kHalf = P::kOwnSums;
     constexpr int kVectorBytes = kConsumers * 16;
     constexpr int kInStage = P::kDyBytes / kVectorBytes;  // of a thread
     constexpr int kBuffers = kHalf / 4 / kInStage;
@@ -128,6 +128,65 @@ add_halves(float (&d)[P::kTokens / 2], const Reader<P>& reader, const uint8_t* s
                 smem_generic + buffers[i / kInStage] + i % kInStage * kVectorBytes);
             float* own = d + half * kHalf + 4 * i;
             own[0] += v.x, own[1] += v.y, own[2] += v.z, own[3] += v.w;
+        }
+    }
+}
+
+// Which of the warps that give sums of a split tile, by the share of its cluster: those of lower
+// numbers are the same warp's of the shares in front.
+__device__ __forceinline__ int giver(const Params& p, int share, int warp) {
+    const int tile = blockIdx.x / kCluster >> p.share_log2;
+    const int cluster = tile * ((1 << p.share_log2) - 1) + share;
+    return (cluster * kCluster + blockIdx.x % kCluster) * kConsumerWarps + warp;
+}
+
+// Several pairs have split N: all but the last write what add_halves has left them for it.
+template <class P>
+__device__ __forceinline__ void give_sums(const float (&d)[P::kTokens / 2], const Params& p) {
+    const int thread = threadIdx.x - P::kProducers, lane = thread % kWarpSize;
+    const int number = giver(p, share_of(p), thread / kWarpSize);
+    float4* to = p.given + number * (P::kOwnSums / 4 * kWarpSize) + lane;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half != blockIdx.x % kCluster)
+            continue;
+#pragma unroll
+        for (int i = 0; i < P::kOwnSums / 4; i++) {
+            const float* v = d + half * P::kOwnSums + 4 * i;
+            __stcg(to + i * kWarpSize, make_float4(v[0], v[1], v[2], v[3]));
+        }
+    }
+    __syncwarp();
+    if (lane == 0)
+        store_release(p.given_words + number, p.given_mark);
+}
+
+// The last adds them to its own in the order of the shares. They come from CTAs of lower numbers,
+// which have begun and wait for nobody.
+template <class P>
+__device__ __forceinline__ void add_given(float (&d)[P::kTokens / 2], const Params& p) {
+    const int thread = threadIdx.x - P::kProducers, lane = thread % kWarpSize;
+    const int last = share_of(p);
+#pragma unroll 1
+    for (int share = 0; share < last; share++) {
+        const int number = giver(p, share, thread / kWarpSize);
+        const float4* from = p.given + number * (P::kOwnSums / 4 * kWarpSize) + lane;
+        if (lane == 0)
+            wait_for_mark(p.given_words + number, p.given_mark);
+        __syncwarp();
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half != blockIdx.x % kCluster)
+                continue;
+            float4 v[P::kOwnSums / 4];
+#pragma unroll
+            for (int i = 0; i < P::kOwnSums / 4; i++)
+                v[i] = __ldcg(from + i * kWarpSize);
+#pragma unroll
+            for (int i = 0; i < P::kOwnSums / 4; i++) {
+                float* own = d + half * P::kOwnSums + 4 * i;
+                own[0] += v[i].x, own[1] += v[i].y, own[2] += v[i].z, own[3] += v[i].w;
+            }
         }
     }
 }
@@ -200,8 +259,14 @@ consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_ge
         const Tile tile = tile_at<P>(p, index);
         float d[P::kTokens / 2];
         multiply<T, P>(d, reader, p, tile);
-        if (tile.split)
+        if (tile.split) {
             add_halves<P>(d, reader, smem_generic);
+            if (!has_last_share(p)) {
+                give_sums<P>(d, p);
+                continue;
+            }
+            add_given<P>(d, p);
+        }
         store_output<T, P>(d, maps, tile, p.adds, smem);
     }
     // Every low-rank step has come, so nobody waits for u any more. A graph's next run has the same

@@ -14,35 +14,56 @@ using SharedDy256 = Plan<256, false>;
 using SharedDy128 = Plan<128, false>;
 using SharedW256 = Plan<256, true>;
 
-// How a launch deals out its tiles: whole rounds, and tiles whose N a cluster splits where those
+// Several clusters split a tile's N up to so many tokens, within 7 MiB of workspace.
+constexpr int64_t kGivingTokens = 256;
+constexpr int kMostShareLog2 = 2;
+
+// How a launch deals out its tiles: whole rounds, and tiles whose N clusters split where those
 // after the last full round are few enough.
 struct Dealt {
     int64_t full_tiles;   // of clusters
     int64_t split_tiles;  // of CTAs
+    int share_log2;       // of the clusters that split one
     int clusters;         // that have work
     // The first tiles' end, and the last ones', on an H100 (2026-11), in units of 10 ns. Only the
     // order of the results matters.
     int64_t first_end_10ns, time_10ns;
+
+    int64_t giving_ctas() const {
+        return kCluster * split_tiles * ((1 << share_log2) - 1);
+    }
 };
 
 template <class P>
 Dealt deal(const LoraDxArgs& a, int64_t column_tiles, int clusters) {
     constexpr int kStep = P::kTokens == 128 ? 62 : P::kSharesW ? 72 : 97;
-    constexpr int kLaunch = 300, kSplit = 300;
+    constexpr int kLaunch = 300, kSplit = 300, kShare = P::kTokens == 128 ? 350 : 450;
     const int64_t tiles =
         ceil_div(column_tiles, P::kColumnTiles) * ceil_div(a.M, P::kTokens * P::kTokenTiles);
     const int64_t steps = ceil_div(a.w.N, kStepN), rest = tiles % clusters;
-    const bool splits = !P::kSharesW && rest * 2 <= clusters && a.w.N >= 16 * kStepN;
     const int64_t round_10ns = kLaunch + steps * kStep;
-    Dealt d{tiles, 0, 0, round_10ns, kLaunch + ceil_div(tiles, clusters) * steps * kStep};
-    if (splits && rest > 0) {
-        d.full_tiles = tiles - rest, d.split_tiles = rest * P::kColumnTiles;
-        d.time_10ns = kLaunch + kSplit + (tiles / clusters * steps + steps / 2) * kStep;
-        d.first_end_10ns = std::min(round_10ns, d.time_10ns);
+    Dealt d{tiles, 0, 0, 0, round_10ns, kLaunch + ceil_div(tiles, clusters) * steps * kStep};
+    const int most_log2 = P::kSharesW || rest == 0 ? -1 : a.M > kGivingTokens ? 0 : kMostShareLog2;
+    for (int log2 = 0; log2 <= most_log2; log2++) {
+        const int parts = kCluster << log2;
+        const int64_t split = rest * P::kColumnTiles,
+                      part = part_steps(static_cast<int>(steps), log2);
+        const int64_t time_10ns =
+            kLaunch + kSplit + log2 * kShare + (tiles / clusters * steps + part) * kStep;
+        if (split << log2 > clusters || steps < 8 * parts || (parts - 1) * part >= steps)
+            break;
+        if (d.split_tiles == 0 || time_10ns < d.time_10ns)
+            d = {tiles - rest, split, log2, 0, std::min(round_10ns, time_10ns), time_10ns};
     }
-    d.clusters =
-        static_cast<int>(std::min<int64_t>(clusters, std::max(d.full_tiles, d.split_tiles)));
+    d.clusters = static_cast<int>(
+        std::min<int64_t>(clusters, std::max(d.full_tiles, d.split_tiles << d.share_log2)));
     return d;
+}
+
+// Sums of all CTAs that give theirs away, and a word for each of their warps.
+template <class P>
+int64_t given_bytes(const Dealt& d) {
+    return d.giving_ctas() * (P::kGivenBytes + kConsumerWarps * 8);
 }
 
 // The fastest way to compute the column tiles of a layer.
@@ -51,29 +72,33 @@ struct Products {
     int64_t head;  // of two launches, the column tiles of the first; otherwise all
     int clusters;  // that have work
     int64_t first_end_10ns, time_10ns;
+    int64_t given_bytes;  // workspace for sums that pairs give to others
 };
 
 inline Products choose_products(const LoraDxArgs& a, int clusters) {
     const int64_t all = ceil_div(a.w.K, kTileColumns);
     Products best{};
-    const auto consider = [&](Products::Plan plan, const Dealt& d) {
+    const auto consider = [&](Products::Plan plan, const Dealt& d, int64_t given_bytes) {
         if (best.clusters == 0 || d.time_10ns < best.time_10ns)
-            best = {plan, all, d.clusters, d.first_end_10ns, d.time_10ns};
+            best = {plan, all, d.clusters, d.first_end_10ns, d.time_10ns, given_bytes};
     };
-    consider(Products::kSharedW256, deal<SharedW256>(a, all, clusters));
-    consider(Products::kSharedDy256, deal<SharedDy256>(a, all, clusters));
-    consider(Products::kSharedDy128, deal<SharedDy128>(a, all, clusters));
+    consider(Products::kSharedW256, deal<SharedW256>(a, all, clusters), 0);
+    const Dealt with_256 = deal<SharedDy256>(a, all, clusters);
+    consider(Products::kSharedDy256, with_256, given_bytes<SharedDy256>(with_256));
+    const Dealt with_128 = deal<SharedDy128>(a, all, clusters);
+    consider(Products::kSharedDy128, with_128, given_bytes<SharedDy128>(with_128));
     // Shared W for the rounds that it fills, and what is left split along N.
     const int64_t groups = ceil_div(a.M, 2 * SharedW256::kTokens);
     const int64_t head = all * groups / clusters * clusters / groups;
     if (head == 0 || head == all)
         return best;
     const Dealt first = deal<SharedW256>(a, head, clusters);
-    const int64_t time_10ns =
-        first.time_10ns + deal<SharedDy256>(a, all - head, clusters).time_10ns;
-    return time_10ns < best.time_10ns
-               ? Products{Products::kTwo, head, clusters, first.first_end_10ns, time_10ns}
-               : best;
+    const Dealt second = deal<SharedDy256>(a, all - head, clusters);
+    const int64_t time_10ns = first.time_10ns + second.time_10ns;
+    if (time_10ns >= best.time_10ns)
+        return best;
+    return {Products::kTwo,       head,      clusters,
+            first.first_end_10ns, time_10ns, given_bytes<SharedDy256>(second)};
 }
 
 // SMs come in pairs.

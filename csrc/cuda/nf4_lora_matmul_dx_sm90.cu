@@ -18,7 +18,9 @@
 //   shared dy  two column tiles, one token tile: each loads half of dy for both
 //   shared W   one column tile, two token tiles: each decodes half of W for both and copies it over
 // Grids are persistent. When the last tiles would leave half of the pairs idle, a pair with shared
-// dy takes one column tile instead of two, splits N, and sums through the other's shared memory.
+// dy takes one column tile instead of two, splits N, and sums through the other's shared memory. Up
+// to 256 tokens two or four pairs may share the N of such a tile; the last adds the others' sums to
+// its own, by way of L2, as no device has room for as many clusters of four.
 //
 // The gradients of the adapter are made in front of it or, where that is expected to be faster, at
 // the same time on SMs that are left idle, four of them at least: then it waits for u at its last
@@ -150,6 +152,13 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     p.by_last_slab_groups = make_divisor(p.last_slab_groups);
     p.full_tiles = static_cast<int>(dealt.full_tiles);
     p.split_tiles = static_cast<int>(dealt.split_tiles);
+    p.share_log2 = dealt.share_log2;
+    if (p.share_log2 > 0) {
+        p.given = static_cast<float4*>(a.workspace);
+        p.given_words = reinterpret_cast<uint64_t*>(
+            static_cast<uint8_t*>(a.workspace) + dealt.giving_ctas() * P::kGivenBytes);
+        p.given_mark = next_mark();
+    }
     p.clusters = dealt.clusters;
     p.by_clusters = make_divisor(p.clusters);
     p.is_first = columns.first == 0;
@@ -208,6 +217,12 @@ LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(
     return choose_grads(a, sm_count(), lora_grads_room(stream), [&](int spare_sms) {
         return plan_lora_grads(grads, spare_sms);
     });
+}
+
+size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& a) {
+    return a.M == 0 || a.w.K == 0
+               ? 0
+               : choose_products(a, clusters_of(sm_count(), a.beside_grads)).given_bytes;
 }
 
 // Two launches of at most one CTA for each SM.

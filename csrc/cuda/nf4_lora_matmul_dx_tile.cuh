@@ -60,6 +60,8 @@ struct Plan {
     static constexpr int kPackedEmpty = kPackedFull + 2 * 8;
     static constexpr int kSums = kPackedEmpty + 2 * 8;  // one for each consumer warp
     static constexpr int kSmemBytes = kSums + kConsumerWarps * 8 + kSmemAlignment;
+    static constexpr int kOwnSums = kTokens / 4;  // of a thread, half of those of a split tile
+    static constexpr int kGivenBytes = kOwnSums * kConsumers * 4;
     static_assert(kStride == 1 || kStride == 2, "how a warp finds its first step of a tile");
     static_assert(kSmemBytes <= 227 * 1024);
 };
@@ -83,9 +85,14 @@ struct Params {
     int column_groups, last_slab, last_slab_groups;
     int clusters;
     Divisor by_column_groups, by_last_slab_groups, by_clusters;
-    int full_tiles;   // tiles of clusters: kColumnTiles x kTokenTiles tiles of CTAs
-    int split_tiles;  // after them, tiles of CTAs whose N a cluster splits: at most one each
-    bool is_first;    // of the products of a call
+    int full_tiles;  // tiles of clusters: kColumnTiles x kTokenTiles tiles of CTAs
+    // After them, tiles of CTAs whose N is split, each by 2^share_log2 clusters in a row, of which
+    // one has at most one. All but the last of them give their sums to it, see add_given.
+    int split_tiles, share_log2;
+    float4* given;          // of each CTA that gives
+    uint64_t* given_words;  // of its consumer warps: given_mark when their sums are there
+    uint64_t given_mark;
+    bool is_first;  // of the products of a call
     bool is_last;
     bool waits_for_u;   // behind its steps of W, and for nothing else
     uint64_t* u_words;  // [CTAs], u_mark when u is there; null: it is when the gradients end
@@ -101,16 +108,31 @@ struct Tile {
     bool split;
 };
 
+// Of each part of a split tile but perhaps the last: whole groups of packed weights.
+__host__ __device__ constexpr int part_steps(int steps, int share_log2) {
+    const int group_log2 = 2, parts_log2 = 1 + share_log2, both = group_log2 + parts_log2;
+    return (steps + (1 << both) - 1) >> both << group_log2;
+}
+
+// Which of the clusters that split a tile this is.
+__device__ __forceinline__ int share_of(const Params& p) {
+    return blockIdx.x / kCluster & ((1 << p.share_log2) - 1);
+}
+
+__device__ __forceinline__ bool has_last_share(const Params& p) {
+    return share_of(p) + 1 == 1 << p.share_log2;
+}
+
 // Of a split tile's CTAs, one has the low-rank term.
 __device__ __forceinline__ bool has_low_rank(const Params& p, const Tile& tile) {
-    return p.r > 0 && !(tile.split && blockIdx.x % kCluster != 0);
+    return p.r > 0 && !(tile.split && (blockIdx.x % kCluster != 0 || !has_last_share(p)));
 }
 
 template <class P>
 __device__ __forceinline__ int tile_count(const Params& p) {
     const int cluster = blockIdx.x / kCluster;
     const int full = divide(p.full_tiles - cluster + p.clusters - 1, p.by_clusters);
-    return full + (cluster < p.split_tiles);
+    return full + (cluster < p.split_tiles << p.share_log2);
 }
 
 template <class P>
@@ -121,10 +143,11 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     int column_tile = P::kSharesW ? 0 : rank;
     Tile t{0, 0, 0, p.steps, p.steps, number >= p.full_tiles};
     if (t.split) {
-        number = p.full_tiles + cluster / P::kColumnTiles;
-        column_tile = cluster % P::kColumnTiles;
-        t.steps = (p.steps + 7) / 8 * 4;  // whole groups of packed weights
-        t.first_step = rank * t.steps;
+        const int split_tile = cluster >> p.share_log2;
+        number = p.full_tiles + split_tile / P::kColumnTiles;
+        column_tile = split_tile % P::kColumnTiles;
+        t.steps = part_steps(p.steps, p.share_log2);
+        t.first_step = (share_of(p) * kCluster + rank) * t.steps;
         t.weight_steps = min(t.steps, p.steps - t.first_step);
     }
     const int slab = divide(number / P::kSlabGroups, p.by_column_groups);

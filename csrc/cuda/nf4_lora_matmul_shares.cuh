@@ -101,15 +101,6 @@ __device__ __forceinline__ float4* partial_of(const Problem& p, int cta) {
            static_cast<int64_t>(cta) * (Tile::kFinishers * kSums / 4) + threadIdx.x;
 }
 
-// Waits until the word holds the mark, and clears it: the next run of a captured graph has the same
-// mark and must not find it. No other thread waits for this word.
-template <typename Mark>
-__device__ __forceinline__ void wait_for_mark(Mark* flag, Mark mark) {
-    while (load_acquire(flag) != mark) {
-    }
-    *flag = 0;
-}
-
 template <typename Tile, int kSums, typename Problem>
 __device__ __forceinline__ void
 store_partial(const float (&sums)[kSums], const Problem& p, int cta) {
