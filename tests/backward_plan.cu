@@ -1,7 +1,7 @@
 // Walks through what lora_grads_sm90.cu and nf4_lora_matmul_dx_sm90.cu plan on the host, and ends
 // with 1 and a line at the first plan that is wrong. For each four arguments M N K r
-// it prints instead on how many of 132 SMs the gradients run beside dx, and in how many launches
-// dx. See test_plans.py.
+// it prints instead on how many of 132 SMs the gradients run beside dx, in how many launches dx,
+// and whether dx makes the gradient of lora_A. See test_plans.py.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -124,14 +124,16 @@ int main(int argc, char** argv) {
         LoraDxArgs a{};
         const auto size = [&](int i) { return std::atoi(argv[at + i]); };
         set_sizes(g, a, size(0), size(1), size(2), size(3));
-        const int sms = 132, spare = choose(a, g, sms, sms).spare_sms;
-        const Products p = choose_products(a, clusters_of(sms, spare > 0));
-        std::printf("%d %d\n", spare, p.plan == Products::kTwo ? 2 : 1);
+        const int sms = 132;
+        const LoraGradsPlan grads = choose(a, g, sms, sms);
+        const Products p = choose_products(a, clusters_of(sms, grads.spare_sms > 0));
+        std::printf(
+            "%d %d %d\n", grads.spare_sms, p.plan == Products::kTwo ? 2 : 1, grads.leaves_A);
     }
     if (argc > 1)
         return 0;
     std::mt19937 random(0);
-    int together = 0, pays = 0, shared = 0;
+    int together = 0, pays = 0, shared = 0, left = 0;
     for (int i = 0; i < 20000; i++) {
         LoraGradsArgs g{};
         LoraDxArgs a{};
@@ -144,8 +146,15 @@ int main(int argc, char** argv) {
         const int sms = static_cast<int>(2 + random() % 158);
         const int room = static_cast<int>(random() % (sms + 1)) / kBesideCluster * kBesideCluster;
         int made = 0;
-        const int spare = choose(a, g, sms, room, &made).spare_sms;
+        const LoraGradsPlan chosen = choose(a, g, sms, room, &made);
+        const int spare = chosen.spare_sms;
         const char* wrong = made > 2 ? "plans that were made" : nullptr;
+        const bool makes_A = chosen.makes_A || chosen.leaves_A;
+        if (makes_A != (g.d_lora_A != nullptr) || (chosen.makes_A && chosen.leaves_A))
+            wrong = "who makes the gradient of lora_A";
+        if (chosen.leaves_A && (spare == 0 || a.r > kGradRank))
+            wrong = "a gradient left to dx";
+        left += chosen.leaves_A;
         for (const int on : {sms, plan_beside(a, sms, room).spare_sms}) {
             if (wrong == nullptr && on > 0)
                 wrong = check_grads(g, on, together);
@@ -163,5 +172,5 @@ int main(int argc, char** argv) {
         }
         pays += spare > 0;
     }
-    std::printf("%d %d %d\n", together, pays, shared);
+    std::printf("%d %d %d %d\n", together, pays, shared, left);
 }

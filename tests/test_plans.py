@@ -56,17 +56,19 @@ def test_some_hundred_tokens_find_room_on_any_device(tmp_path):
 
 
 def test_gradients_in_front_of_and_beside_dx(tmp_path):
-    together, beside, shared = _run("backward_plan.cu", tmp_path, "-arch=sm_90a")
+    together, beside, shared, left = _run("backward_plan.cu", tmp_path, "-arch=sm_90a")
     assert together > 1000  # in one launch, of 40000
     assert beside > 1000  # of 20000
     assert shared > 300  # products of which clusters share the N of tiles, of 20000
+    assert left > 500  # of those beside: dx makes the gradient of lora_A
 
 
 def test_layers_whose_gradients_run_beside_dx(tmp_path):
     """Those that test_nf4_lora_backward.py computes on a card."""
     sizes = [size for layer in beside_dx.LAYERS for size in layer]
     planned = _run("backward_plan.cu", tmp_path, "-arch=sm_90a", arguments=sizes)
-    assert list(zip(planned[::2], planned[1::2], strict=True)) == list(beside_dx.LAYERS.values())
+    found = list(zip(planned[::3], planned[1::3], planned[2::3], strict=True))
+    assert found == list(beside_dx.LAYERS.values())
 
 
 def test_shares_of_few_tokens_and_who_waits_for_whom(tmp_path):

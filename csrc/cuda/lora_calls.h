@@ -143,6 +143,8 @@ inline void run_backward(
                                                        : plan_lora_grads(a);
     b.follows_grads = !all;
     b.beside_grads = plan.spare_sms > 0;
+    if (plan.leaves_A)
+        b.x = a.x, b.d_lora_A = a.d_lora_A, b.d_lora_A_dtype = a.lora_A_dtype;
     const int marks = need_dx && kernel.marks != nullptr ? kernel.marks(b) : 0;
     a.u_marks = {};
     if (marks > 0 && plan.marks_u())

@@ -62,10 +62,20 @@ struct LoraGradsDivision {
 
 struct LoraGradsPlan {
     LoraGradsDivision dy, x;
-    bool makes_A;
+    bool makes_A, leaves_A;  // makes d_lora_A, leaves it to the product
     bool one_launch;
-    int64_t time_10ns;  // of the one launch, roughly; 0: they are several
-    int spare_sms;      // 0: on all SMs; else on these, beside a product that leaves them alone
+    int64_t time_10ns;       // of the one launch, roughly; 0: they are several
+    int64_t time_of_A_10ns;  // of its pass over x
+    int spare_sms;  // 0: on all SMs; else on these, beside a product that leaves them alone
+
+    // The same without the pass over x: one launch, and u is there when it ends.
+    LoraGradsPlan without_A() const {
+        LoraGradsPlan plan = *this;
+        plan.x = {};
+        plan.makes_A = false, plan.leaves_A = makes_A;
+        plan.time_10ns -= time_of_A_10ns, plan.time_of_A_10ns = 0;
+        return plan;
+    }
 
     // Whether u_marks are set when u is there. A kernel that follows as a programmatic dependent
     // may wait for one of them, and see u, while d_lora_A is being made.

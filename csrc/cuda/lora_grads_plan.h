@@ -148,7 +148,8 @@ LoraGradsPlan plan_on(const LoraGradsArgs& a, int sms) {
         return plan;
     plan.time_10ns = plan.dy.time_10ns + finish_time_10ns(plan.dy, a, sms);
     if (plan.makes_A)
-        plan.time_10ns += plan.x.time_10ns + finish_time_10ns(plan.x, a, sms);
+        plan.time_of_A_10ns = plan.x.time_10ns + finish_time_10ns(plan.x, a, sms);
+    plan.time_10ns += plan.time_of_A_10ns;
     return plan;
 }
 

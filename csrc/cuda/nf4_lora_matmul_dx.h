@@ -22,6 +22,10 @@ struct LoraDxArgs {
     bool follows_grads;
     Marks u_marks;      // that it sets when u is there: nf4_lora_matmul_dx_marks words, or none
     bool beside_grads;  // which runs on SMs that the product leaves to it, see below
+    // Of lora_A, where the plan of launch_lora_grads leaves that gradient to the product.
+    const void* x;         // [M, K]
+    void* d_lora_A;        // [r, K] or null
+    Dtype d_lora_A_dtype;  // dtype or kFloat32
     int64_t M;
     int r;
     void* workspace;  // uninitialized
@@ -33,7 +37,7 @@ struct LoraDxArgs {
 bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
 
 // How launch_lora_grads had better run: with spare SMs beside the product, whose beside_grads is
-// then true, else in front of it.
+// then true, else in front of it. Beside, it may leave d_lora_A to the product.
 LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(
     const LoraDxArgs& args, const LoraGradsArgs& grads, cudaStream_t stream);
 

@@ -110,7 +110,20 @@ inline int clusters_of(int sms, bool beside_grads) {
 struct Beside {
     int spare_sms;                      // left to them, whole clusters; 0: not possible
     int64_t first_end_10ns, time_10ns;  // of the product
+    int64_t d_lora_A_10ns;              // what it takes longer with this gradient; 0: not possible
 };
+
+// The first microseconds of it are hidden behind the last steps and the store of dx.
+inline int64_t d_lora_A_time_10ns(const LoraDxArgs& a, const Products& products) {
+    constexpr int64_t kBatch = 120, kHidden = 300;
+    if (products.plan == Products::kTwo)
+        return 0;
+    const int warps = products.plan == Products::kSharedDy128 ? SharedDy128::kProducerWarps
+                                                              : SharedDy256::kProducerWarps;
+    const int64_t batches = ceil_div(a.w.K, kGradColumns * kCluster * products.clusters) *
+                            ceil_div(a.M, kGradTokens * warps);
+    return std::max<int64_t>(1, batches * kBatch - kHidden);
+}
 
 // `room`: of clusters of the gradients. Of ranks above 16 four SMs make them too slowly: r 64 takes
 // 1.5 times as long beside as in front (4096 x 4096 and 14336 x 4096, 256 tokens, H200, 2026-11).
@@ -119,7 +132,9 @@ inline Beside plan_beside(const LoraDxArgs& a, int sms, int room) {
         return {};
     const Products products = choose_products(a, clusters_of(sms, true));
     const int left = std::min(sms - kCluster * products.clusters, room);
-    return {left / kBesideCluster * kBesideCluster, products.first_end_10ns, products.time_10ns};
+    return {
+        left / kBesideCluster * kBesideCluster, products.first_end_10ns, products.time_10ns,
+        d_lora_A_time_10ns(a, products)};
 }
 
 // The gradients beside the product where that is expected to be faster, else in front of it.
@@ -131,11 +146,19 @@ LoraGradsPlan choose_grads(const LoraDxArgs& a, int sms, int room, PlanGrads pla
     const Beside beside = plan_beside(a, sms, room);
     if (beside.spare_sms == 0)
         return plan_grads(0);
-    const LoraGradsPlan on_few = plan_grads(beside.spare_sms);
+    LoraGradsPlan on_few = plan_grads(beside.spare_sms);
     if (on_few.time_10ns == 0)
         return plan_grads(0);
-    const int64_t time_10ns =
-        beside.time_10ns + std::max<int64_t>(0, on_few.time_10ns - beside.first_end_10ns);
+    const auto time_of = [&](const LoraGradsPlan& grads) {
+        return beside.time_10ns + std::max<int64_t>(0, grads.time_10ns - beside.first_end_10ns);
+    };
+    int64_t time_10ns = time_of(on_few);
+    if (on_few.makes_A && beside.d_lora_A_10ns > 0) {
+        const LoraGradsPlan less = on_few.without_A();
+        const int64_t less_10ns = time_of(less) + beside.d_lora_A_10ns;
+        if (less_10ns < time_10ns)
+            on_few = less, time_10ns = less_10ns;
+    }
     const int64_t alone_10ns = choose_products(a, clusters_of(sms, false)).time_10ns;
     if (time_10ns <= alone_10ns)
         return on_few;

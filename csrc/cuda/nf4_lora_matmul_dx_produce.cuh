@@ -11,6 +11,7 @@
 
 #include "block_decode.cuh"
 #include "bulk_sm90.cuh"
+#include "nf4_lora_matmul_dx_grads.cuh"
 #include "nf4_lora_matmul_dx_tile.cuh"
 #include "ptx_sm90.cuh"
 
@@ -143,11 +144,9 @@ load_low_rank(const Maps& maps, const Tile& tile, uint32_t stage, uint32_t full)
     load_tile(lines + P::kWBytes / 2, maps.lora_A, tile.column0 + 64, 0, full);
 }
 
-constexpr int kTablesBarrier = 3;
-
 template <typename T, class P>
 __device__ __forceinline__ void
-produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
+produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic) {
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
     const int lane = threadIdx.x % kWarpSize;
     const int rank = blockIdx.x % kCluster;
@@ -182,8 +181,8 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
     stored[1] = scales.load_next();
     const bool nests = p.w.absmax_8bit != nullptr;
     const float offset = nests ? __ldg(p.w.nested_offset) : -0.0f;
-    load_tables<P>(p.w, nests, tables);
-    named_barrier(kTablesBarrier, P::kProducers);
+    load_tables<P>(p.w, nests, reinterpret_cast<float*>(smem_generic + P::kCodebook));
+    named_barrier(kProducersBarrier, P::kProducers);
     cluster_wait_unaligned();  // up to here nothing was the other CTA's
 
     for (int index = 0; index < tiles; index++) {
@@ -274,6 +273,8 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         step -= tile.steps;
         tile = next;
     }
+    if (p.grad.out != nullptr)
+        make_d_lora_A<T, P>(p, smem_generic);
     // The other CTA's consumers have freed all stages here, so nothing from there is on its way:
     // they waited for its copies, and for those from here. Halves of sums are waited for by those
     // that add them.

@@ -25,7 +25,9 @@
 // The gradients of the adapter are made in front of it or, where that is expected to be faster, at
 // the same time on SMs that are left idle, four of them at least: then it waits for u at its last
 // step (nf4_lora_matmul_dx_plan.h). Gradients of one launch set a mark for each CTA when u is there
-// (marks.h); of others it awaits the end. Its own end comes after theirs in any case.
+// (marks.h); of others it awaits the end. Its own end comes after theirs in any case. Where those
+// few SMs would be at it longer than the product takes, the gradient of lora_A is made in here
+// (nf4_lora_matmul_dx_grads.cuh).
 //
 // Bound by shared memory and by the latency of decoding, as the forward product is. From 2048
 // tokens on nf4_lora_matmul_dx_large_sm90.cu is faster (H200, 2026-11).
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     if (threadIdx.x < P::kProducers) {
         if (kMovesRegisters)
             shrink_registers<104>();
-        produce<T, P>(maps, p, smem, reinterpret_cast<float*>(smem_generic + P::kCodebook));
+        produce<T, P>(maps, p, smem, smem_generic);
     } else {
         if (kMovesRegisters)
             grow_registers<200>();
@@ -169,6 +171,10 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
         p.u_mark = a.u_marks.mark;
     }
     p.adds = a.adds;
+    if (p.is_last)
+        p.grad = {
+            static_cast<const uint8_t*>(a.x), static_cast<const uint8_t*>(a.u), a.d_lora_A,
+            a.d_lora_A_dtype == Dtype::kFloat32, static_cast<int>(a.M)};
 
     constexpr auto kKernel = nf4_lora_matmul_dx_kernel<T, P>;
     error = allow_shared_memory<kKernel>(P::kSmemBytes);

@@ -11,8 +11,9 @@
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kStepN = 64;                    // rows of W in a step
-constexpr int kTileColumns = 128;             // of dx: two blocks of W
+constexpr int kStepN = 64;         // rows of W in a step
+constexpr int kTileColumns = 128;  // of dx: two blocks of W
+constexpr int kProducersBarrier = 3;
 constexpr int kPackedRow = kTileColumns / 2;  // bytes
 // Tokens whose tiles are computed together: with all of them a large M would read dy from memory
 // once per two columns of tiles.
@@ -71,6 +72,19 @@ struct Maps {
     CUtensorMap packed;  // bytes of W [N, K/2]
 };
 
+constexpr int kGradColumns = 32;  // of x, of a CTA at a time
+constexpr int kGradTokens = 64;   // of a warp, whose loads are under way together
+constexpr int kGradRank = 16;     // of u, padded
+
+// The gradient of lora_A, where the product makes it: nf4_lora_matmul_dx_grads.cuh.
+struct GradOfA {
+    const uint8_t* x;  // [tokens, K] in T
+    const uint8_t* u;  // [tokens, 16] in T
+    void* out;         // [r, K] in T or fp32; null: it does not
+    bool out_is_float;
+    int tokens;
+};
+
 struct Params {
     WeightView w;
     const float* scales;  // absmax, or nested_absmax
@@ -98,6 +112,7 @@ struct Params {
     uint64_t* u_words;  // [CTAs], u_mark when u is there; null: it is when the gradients end
     uint64_t u_mark;
     bool adds;  // to dx
+    GradOfA grad;
 };
 
 // What one CTA does in one round. `steps` is the same in the whole cluster, whose CTAs free each

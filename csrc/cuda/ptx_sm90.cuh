@@ -45,6 +45,14 @@ __device__ __forceinline__ void load_if(bool wanted, uint32_t& v, const void* p)
                  : "memory");
 }
 
+__device__ __forceinline__ void load_if(bool wanted, uint2& v, const uint8_t* p) {
+    asm volatile("{.reg .pred p;\n\tsetp.ne.u32 p, %3, 0;\n\t"
+                 "@p ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
+                 : "+r"(v.x), "+r"(v.y)
+                 : "l"(p), "r"(static_cast<uint32_t>(wanted))
+                 : "memory");
+}
+
 __device__ __forceinline__ void load_if(bool wanted, uint4& v, const uint8_t* p) {
     asm volatile("{.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
                  "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
