@@ -144,7 +144,7 @@ load_low_rank(const Maps& maps, const Tile& tile, uint32_t stage, uint32_t full)
     load_tile(lines + P::kWBytes / 2, maps.lora_A, tile.column0 + 64, 0, full);
 }
 
-template <typename T, class P>
+template <typename T, class P, bool kMakesA>
 __device__ __forceinline__ void
 produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic) {
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
@@ -273,7 +273,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
         step -= tile.steps;
         tile = next;
     }
-    if (p.grad.out != nullptr)
+    if constexpr (kMakesA)
         make_d_lora_A<T, P>(p, smem_generic);
     // The other CTA's consumers have freed all stages here, so nothing from there is on its way:
     // they waited for its copies, and for those from here. Halves of sums are waited for by those

@@ -48,7 +48,7 @@ namespace {
 // ---- product ------------------------------------------------------------------------------------
 
 // 384 threads with 168 registers (256 tokens) or 512 with 128.
-template <typename T, class P>
+template <typename T, class P, bool kMakesA>
 __global__ void __launch_bounds__(P::kThreads, 1)
     nf4_lora_matmul_dx_kernel(const __grid_constant__ Maps maps, const Params p) {
     extern __shared__ uint8_t smem_raw[];
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     if (threadIdx.x < P::kProducers) {
         if (kMovesRegisters)
             shrink_registers<104>();
-        produce<T, P>(maps, p, smem, smem_generic);
+        produce<T, P, kMakesA>(maps, p, smem, smem_generic);
     } else {
         if (kMovesRegisters)
             grow_registers<200>();
@@ -176,13 +176,16 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
             static_cast<const uint8_t*>(a.x), static_cast<const uint8_t*>(a.u), a.d_lora_A,
             a.d_lora_A_dtype == Dtype::kFloat32, static_cast<int>(a.M)};
 
-    constexpr auto kKernel = nf4_lora_matmul_dx_kernel<T, P>;
-    error = allow_shared_memory<kKernel>(P::kSmemBytes);
-    if (error != cudaSuccess)
-        return error;
-    LaunchConfig config(kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
-    config.cluster(kCluster);
-    return cudaLaunchKernelEx(config.get(), kKernel, maps, p);
+    const auto launch = [&](auto makes_A) {
+        constexpr auto kKernel = nf4_lora_matmul_dx_kernel<T, P, decltype(makes_A)::value>;
+        const cudaError_t error = allow_shared_memory<kKernel>(P::kSmemBytes);
+        if (error != cudaSuccess)
+            return error;
+        LaunchConfig config(kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
+        config.cluster(kCluster);
+        return cudaLaunchKernelEx(config.get(), kKernel, maps, p);
+    };
+    return p.grad.out != nullptr ? launch(std::true_type{}) : launch(std::false_type{});
 }
 
 template <typename T>
