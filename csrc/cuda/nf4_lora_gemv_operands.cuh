@@ -74,15 +74,17 @@ __device__ __forceinline__ int exponent_of(float v) {
     return min(max(static_cast<int>(__float_as_uint(v) >> 23 & 255) - 127, kXExponent - 126), 126);
 }
 
-// Every eight columns of this thread: use(the first, their place). Those that meet word i of lane
-// l's codes lie at 2048 * step + 512 * i + 16 * l.
+// Every 16 columns of this thread: use(the first, where eight lie; the others lie kXWord behind).
+// Those that meet word i of lane l's codes lie at 2048 * step + kXWord * i + 16 * l.
+constexpr int kXWord = 16 * kWarpSize;
+
 template <typename Use>
 __device__ __forceinline__ void
 for_own_columns(unsigned char* smem_x, const Plan& plan, const Use& use) {
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < plan.steps * (kStep / 8); i += kThreads) {
-        const uint32_t to = i / 128 * (2 * kStep) + i % 4 * 512 + i / 4 % kWarpSize * 16;
-        use(8 * i, reinterpret_cast<uint4*>(smem_x + to));
+    for (uint32_t i = threadIdx.x; i < plan.steps * (kStep / 16); i += kThreads) {
+        const uint32_t word = i % 2 * 2, lane = i / 2 % kWarpSize, step = i / 64;
+        use(16 * i, smem_x + step * (2 * kStep) + word * kXWord + lane * 16);
     }
 }
 
@@ -91,11 +93,14 @@ for_own_columns(unsigned char* smem_x, const Plan& plan, const Use& use) {
 template <typename T>
 __device__ __forceinline__ void
 copy_x(unsigned char* smem_x, const LoraMatmulArgs& args, const Plan& plan) {
-    for_own_columns(smem_x, plan, [&](uint32_t k, uint4* to) {
-        if (k < args.w.K)
-            copy_shared_async_16(to, static_cast<const T*>(args.x) + k);
-        else
-            *to = make_uint4(0, 0, 0, 0);
+    for_own_columns(smem_x, plan, [&](uint32_t k, unsigned char* to) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (k < args.w.K)
+                copy_shared_async_16(to + i * kXWord, static_cast<const T*>(args.x) + k + 8 * i);
+            else
+                *reinterpret_cast<uint4*>(to + i * kXWord) = make_uint4(0, 0, 0, 0);
+        }
     });
     commit_async();
 }
@@ -186,13 +191,15 @@ __device__ __forceinline__ float store_operands(
         nested[i] = args.w.nested_absmax[o.nested_first + i];
 
     wait_async<0>();
-    for_own_columns(table + kTableBytes, plan, [&](uint32_t k, uint4* v) {
-        uint32_t x_max = max_magnitude(*v);
+    for_own_columns(table + kTableBytes, plan, [&](uint32_t k, unsigned char* at) {
+        uint4* const v[2] = {reinterpret_cast<uint4*>(at), reinterpret_cast<uint4*>(at + kXWord)};
+        uint32_t x_max = max(max_magnitude(*v[0]), max_magnitude(*v[1]));
         x_max = max(x_max, __shfl_xor_sync(kFullWarp, x_max, 1));
-        x_max = max(x_max, __shfl_xor_sync(kFullWarp, x_max, 2));
         const int exponent = exponent_of(unpack_pair(x_max, T{}).x) - kXExponent;
-        *v = scale_to_f16<T>(*v, power_of_two(-exponent));
-        if (lane % 4 == 0)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            *v[i] = scale_to_f16<T>(*v[i], power_of_two(-exponent));
+        if (lane % 2 == 0)
             x_scales[k / kColumnsPerLane] = power_of_two(exponent);
     });
     named_barrier(kBarrier, kThreads);

@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kCtaThreads, 1) nf4_lora_gemv_kernel(
         uint4 x[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            x[i] =
-                *reinterpret_cast<const uint4*>(smem_x + step * (2 * kStep) + i * 512 + lane * 16);
+            x[i] = *reinterpret_cast<const uint4*>(
+                smem_x + step * (2 * kStep) + i * kXWord + lane * 16);
 #pragma unroll
         for (int i = 0; i < kRows; i++) {
             const float sum = dot(smem, rows.codes[i], x) * x_scale;

@@ -44,7 +44,7 @@ LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(
 // Words of u_marks, 0 if it waits for the end of the gradients before it begins.
 int nf4_lora_matmul_dx_marks(const LoraDxArgs& args);
 
-// At most 7 MiB, not those of the gradients, which may still run; 0 above 256 tokens.
+// At most 7 MiB, not those of the gradients, which may still run; 0 above 256 tokens or N = 48 Ki.
 size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& args);
 
 // One kernel or two, one after the other in the stream, as programmatic dependent launches; lora_A

@@ -60,7 +60,7 @@ multiply(float (&d)[P::kTokens / 2], Reader<P>& reader, const Params& p, const T
         reader.template leave_stage<1>(step > 0);
     }
     // Of a split tile's CTAs, one may have fewer steps.
-    const bool low_rank = has_low_rank(p, tile);
+    const bool low_rank = has_low_rank<P>(p, tile);
     for (int step = tile.weight_steps + low_rank; step < tile.steps; step++) {
         reader.next_stage();
         reader.template leave_stage<0>(true);
@@ -134,9 +134,10 @@ add_halves(float (&d)[P::kTokens / 2], const Reader<P>& reader, const uint8_t* s
 
 // Which of the warps that give sums of a split tile, by the share of its cluster: those of lower
 // numbers are the same warp's of the shares in front.
+template <class P>
 __device__ __forceinline__ int giver(const Params& p, int share, int warp) {
-    const int tile = blockIdx.x / kCluster >> p.share_log2;
-    const int cluster = tile * ((1 << p.share_log2) - 1) + share;
+    const int tile = blockIdx.x / kCluster >> share_log2<P>(p);
+    const int cluster = tile * ((1 << share_log2<P>(p)) - 1) + share;
     return (cluster * kCluster + blockIdx.x % kCluster) * kConsumerWarps + warp;
 }
 
@@ -144,7 +145,7 @@ __device__ __forceinline__ int giver(const Params& p, int share, int warp) {
 template <class P>
 __device__ __forceinline__ void give_sums(const float (&d)[P::kTokens / 2], const Params& p) {
     const int thread = threadIdx.x - P::kProducers, lane = thread % kWarpSize;
-    const int number = giver(p, share_of(p), thread / kWarpSize);
+    const int number = giver<P>(p, share_of<P>(p), thread / kWarpSize);
     float4* to = p.given + number * (P::kOwnSums / 4 * kWarpSize) + lane;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -166,10 +167,10 @@ __device__ __forceinline__ void give_sums(const float (&d)[P::kTokens / 2], cons
 template <class P>
 __device__ __forceinline__ void add_given(float (&d)[P::kTokens / 2], const Params& p) {
     const int thread = threadIdx.x - P::kProducers, lane = thread % kWarpSize;
-    const int last = share_of(p);
+    const int last = share_of<P>(p);
 #pragma unroll 1
     for (int share = 0; share < last; share++) {
-        const int number = giver(p, share, thread / kWarpSize);
+        const int number = giver<P>(p, share, thread / kWarpSize);
         const float4* from = p.given + number * (P::kOwnSums / 4 * kWarpSize) + lane;
         if (lane == 0)
             wait_for_mark(p.given_words + number, p.given_mark);
@@ -261,11 +262,13 @@ consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_ge
         multiply<T, P>(d, reader, p, tile);
         if (tile.split) {
             add_halves<P>(d, reader, smem_generic);
-            if (!has_last_share(p)) {
-                give_sums<P>(d, p);
-                continue;
+            if constexpr (P::kMore) {
+                if (!has_last_share<P>(p)) {
+                    give_sums<P>(d, p);
+                    continue;
+                }
+                add_given<P>(d, p);
             }
-            add_given<P>(d, p);
         }
         store_output<T, P>(d, maps, tile, p.adds, smem);
     }

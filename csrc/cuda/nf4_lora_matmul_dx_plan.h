@@ -14,8 +14,9 @@ using SharedDy256 = Plan<256, false>;
 using SharedDy128 = Plan<128, false>;
 using SharedW256 = Plan<256, true>;
 
-// Several clusters split a tile's N up to so many tokens, within 7 MiB of workspace.
-constexpr int64_t kGivingTokens = 256;
+// Several clusters split a tile's N up to so many tokens, within 7 MiB of workspace, and rows of W:
+// with more the gradients need the workspace.
+constexpr int64_t kGivingTokens = 256, kGivingRows = 48 << 10;
 constexpr int kMostShareLog2 = 2;
 
 // How a launch deals out its tiles: whole rounds, and tiles whose N clusters split where those
@@ -43,7 +44,9 @@ Dealt deal(const LoraDxArgs& a, int64_t column_tiles, int clusters) {
     const int64_t steps = ceil_div(a.w.N, kStepN), rest = tiles % clusters;
     const int64_t round_10ns = kLaunch + steps * kStep;
     Dealt d{tiles, 0, 0, 0, round_10ns, kLaunch + ceil_div(tiles, clusters) * steps * kStep};
-    const int most_log2 = P::kSharesW || rest == 0 ? -1 : a.M > kGivingTokens ? 0 : kMostShareLog2;
+    // Where clusters have whole tiles as well sharing is slower (3584 x 18944, 128 tokens: 3 %).
+    const bool may_share = a.M <= kGivingTokens && a.w.N <= kGivingRows && tiles < clusters;
+    const int most_log2 = P::kSharesW || rest == 0 ? -1 : may_share ? kMostShareLog2 : 0;
     for (int log2 = 0; log2 <= most_log2; log2++) {
         const int parts = kCluster << log2;
         const int64_t split = rest * P::kColumnTiles,

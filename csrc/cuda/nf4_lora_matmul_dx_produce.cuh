@@ -144,7 +144,7 @@ load_low_rank(const Maps& maps, const Tile& tile, uint32_t stage, uint32_t full)
     load_tile(lines + P::kWBytes / 2, maps.lora_A, tile.column0 + 64, 0, full);
 }
 
-template <typename T, class P, bool kMakesA>
+template <typename T, class P>
 __device__ __forceinline__ void
 produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic) {
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
@@ -187,7 +187,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
 
     for (int index = 0; index < tiles; index++) {
         const Tile next = tile_at<P>(p, min(index + 1, tiles - 1));
-        if (packed_warp && has_low_rank(p, tile) && elect_lane()) {
+        if (packed_warp && has_low_rank<P>(p, tile) && elect_lane()) {
             prefetch_map(maps.u);
             prefetch_tile_l2(maps.lora_A, tile.column0, 0);
             prefetch_tile_l2(maps.lora_A, tile.column0 + 64, 0);
@@ -254,7 +254,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
         for (; step < tile.steps; step += P::kStride, at.advance(P::kStride)) {
             const uint32_t full = smem + P::kFull + at.slot * 8;
             // Asked for while the stage is not free yet: the answer takes a trip to L2.
-            const bool low_rank = step == tile.steps - 1 && has_low_rank(p, tile);
+            const bool low_rank = step == tile.steps - 1 && has_low_rank<P>(p, tile);
             if (loading_warp && low_rank && elect_lane())
                 wait_for_u(p);
             __syncwarp();
@@ -273,8 +273,10 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
         step -= tile.steps;
         tile = next;
     }
-    if constexpr (kMakesA)
-        make_d_lora_A<T, P>(p, smem_generic);
+    if constexpr (P::kMore) {
+        if (p.grad.out != nullptr)
+            make_d_lora_A<T, P>(p, smem_generic);
+    }
     // The other CTA's consumers have freed all stages here, so nothing from there is on its way:
     // they waited for its copies, and for those from here. Halves of sums are waited for by those
     // that add them.

@@ -48,7 +48,7 @@ namespace {
 // ---- product ------------------------------------------------------------------------------------
 
 // 384 threads with 168 registers (256 tokens) or 512 with 128.
-template <typename T, class P, bool kMakesA>
+template <typename T, class P>
 __global__ void __launch_bounds__(P::kThreads, 1)
     nf4_lora_matmul_dx_kernel(const __grid_constant__ Maps maps, const Params p) {
     extern __shared__ uint8_t smem_raw[];
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     if (threadIdx.x < P::kProducers) {
         if (kMovesRegisters)
             shrink_registers<104>();
-        produce<T, P, kMakesA>(maps, p, smem, smem_generic);
+        produce<T, P>(maps, p, smem, smem_generic);
     } else {
         if (kMovesRegisters)
             grow_registers<200>();
@@ -127,6 +127,17 @@ cudaError_t make_maps(Maps& maps, const LoraDxArgs& a) {
 struct Columns {
     int64_t first, count;
 };
+
+template <typename T, class P>
+cudaError_t launch_kernel(const Maps& maps, const Params& p, cudaStream_t stream) {
+    constexpr auto kKernel = nf4_lora_matmul_dx_kernel<T, P>;
+    const cudaError_t error = allow_shared_memory<kKernel>(P::kSmemBytes);
+    if (error != cudaSuccess)
+        return error;
+    LaunchConfig config(kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
+    config.cluster(kCluster);
+    return cudaLaunchKernelEx(config.get(), kKernel, maps, p);
+}
 
 template <typename T, class P>
 cudaError_t
@@ -176,16 +187,9 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
             static_cast<const uint8_t*>(a.x), static_cast<const uint8_t*>(a.u), a.d_lora_A,
             a.d_lora_A_dtype == Dtype::kFloat32, static_cast<int>(a.M)};
 
-    const auto launch = [&](auto makes_A) {
-        constexpr auto kKernel = nf4_lora_matmul_dx_kernel<T, P, decltype(makes_A)::value>;
-        const cudaError_t error = allow_shared_memory<kKernel>(P::kSmemBytes);
-        if (error != cudaSuccess)
-            return error;
-        LaunchConfig config(kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
-        config.cluster(kCluster);
-        return cudaLaunchKernelEx(config.get(), kKernel, maps, p);
-    };
-    return p.grad.out != nullptr ? launch(std::true_type{}) : launch(std::false_type{});
+    return p.share_log2 > 0 || p.grad.out != nullptr
+               ? launch_kernel<T, typename P::More>(maps, p, stream)
+               : launch_kernel<T, P>(maps, p, stream);
 }
 
 template <typename T>

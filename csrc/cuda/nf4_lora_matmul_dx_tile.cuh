@@ -28,10 +28,15 @@ constexpr int kRingStages = 4;
 //
 // Decoded W of a stage: line 64 b + i has row i of the step, block b of the tile's two. A CTA that
 // shares W decodes 32 rows of both blocks for both CTAs.
-template <int kTokens_, bool kSharesW_>
+//
+// kMore: clusters may share the N of a tile, and the gradient of lora_A may be made. Other layers
+// take kernels without the code for it, which alone costs up to 1 % (H200, 2026-11).
+template <int kTokens_, bool kSharesW_, bool kMore_ = false>
 struct Plan {
     static constexpr int kTokens = kTokens_;
     static constexpr bool kSharesW = kSharesW_;
+    static constexpr bool kMore = kMore_;
+    using More = Plan<kTokens, kSharesW, true>;
     static constexpr int kColumnTiles = kSharesW ? 1 : 2;  // of a cluster
     static constexpr int kTokenTiles = kCluster / kColumnTiles;
     static constexpr int kSlabGroups = kSlabTokens / (kTokens * kTokenTiles);
@@ -129,25 +134,33 @@ __host__ __device__ constexpr int part_steps(int steps, int share_log2) {
     return (steps + (1 << both) - 1) >> both << group_log2;
 }
 
-// Which of the clusters that split a tile this is.
-__device__ __forceinline__ int share_of(const Params& p) {
-    return blockIdx.x / kCluster & ((1 << p.share_log2) - 1);
+template <class P>
+__device__ __forceinline__ int share_log2(const Params& p) {
+    return P::kMore ? p.share_log2 : 0;
 }
 
+// Which of the clusters that split a tile this is.
+template <class P>
+__device__ __forceinline__ int share_of(const Params& p) {
+    return blockIdx.x / kCluster & ((1 << share_log2<P>(p)) - 1);
+}
+
+template <class P>
 __device__ __forceinline__ bool has_last_share(const Params& p) {
-    return share_of(p) + 1 == 1 << p.share_log2;
+    return share_of<P>(p) + 1 == 1 << share_log2<P>(p);
 }
 
 // Of a split tile's CTAs, one has the low-rank term.
+template <class P>
 __device__ __forceinline__ bool has_low_rank(const Params& p, const Tile& tile) {
-    return p.r > 0 && !(tile.split && (blockIdx.x % kCluster != 0 || !has_last_share(p)));
+    return p.r > 0 && !(tile.split && (blockIdx.x % kCluster != 0 || !has_last_share<P>(p)));
 }
 
 template <class P>
 __device__ __forceinline__ int tile_count(const Params& p) {
     const int cluster = blockIdx.x / kCluster;
     const int full = divide(p.full_tiles - cluster + p.clusters - 1, p.by_clusters);
-    return full + (cluster < p.split_tiles << p.share_log2);
+    return full + (cluster < p.split_tiles << share_log2<P>(p));
 }
 
 template <class P>
@@ -158,11 +171,11 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     int column_tile = P::kSharesW ? 0 : rank;
     Tile t{0, 0, 0, p.steps, p.steps, number >= p.full_tiles};
     if (t.split) {
-        const int split_tile = cluster >> p.share_log2;
+        const int split_tile = cluster >> share_log2<P>(p);
         number = p.full_tiles + split_tile / P::kColumnTiles;
         column_tile = split_tile % P::kColumnTiles;
-        t.steps = part_steps(p.steps, p.share_log2);
-        t.first_step = (share_of(p) * kCluster + rank) * t.steps;
+        t.steps = part_steps(p.steps, share_log2<P>(p));
+        t.first_step = (share_of<P>(p) * kCluster + rank) * t.steps;
         t.weight_steps = min(t.steps, p.steps - t.first_step);
     }
     const int slab = divide(number / P::kSlabGroups, p.by_column_groups);
