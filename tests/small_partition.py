@@ -25,10 +25,16 @@ PRODUCTS = [
     ("nf4_lora_matmul_mid", 100, 1280, 4096, 64),
     ("nf4_lora_matmul_mid", 512, 4096, 4096, 16),
     ("nf4_lora_matmul_mid", 200, 14336, 4096, 16),
+    # dx: two and four pairs of CTAs share the N of a tile, the givers first.
+    ("nf4_lora_backward", 100, 4104, 1088, 0),
+    ("nf4_lora_backward", 256, 14336, 4096, 0),
+    ("nf4_lora_backward", 200, 9728, 8832, 0),
 ]
 
 
 def multiply(kernel, x, q, adapter):
+    if kernel == "nf4_lora_backward":
+        return torch.ops.lowbit_cuda.nf4_lora_matmul_dx(x, *q.args(), None)
     with torch.no_grad(), dispatch.force(f"cuda:{kernel}"):
         return lowbit.lora_matmul(x, q, *adapter) if adapter else lowbit.matmul(x, q)
 
@@ -49,7 +55,8 @@ def main():
     cases = []
     for kernel, M, N, K, r in PRODUCTS:
         q = lowbit.quantize(torch.randn(N, K, device="cuda", dtype=BF16))
-        x = torch.randn(M, K, device="cuda", dtype=BF16)
+        columns = N if kernel == "nf4_lora_backward" else K  # of x, or of dy
+        x = torch.randn(M, columns, device="cuda", dtype=BF16)
         A, B = (torch.randn(s, device="cuda", dtype=BF16) / 8 for s in ((r, K), (N, r)))
         arguments = (kernel, x, q, (A, B, 2.0) if r else ())
         cases.append((arguments, multiply(*arguments)))

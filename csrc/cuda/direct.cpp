@@ -97,7 +97,7 @@ void backward(
     const DirectBackward& p,
     bool& launched) {
     const OnDevice on(sizes.device);
-    check_alignment({weight.qweight, p.dy, p.x, p.z, p.lora_A, p.lora_B, p.dx});
+    check_alignment({weight.qweight, p.dy, p.x, p.z, p.lora_A, p.lora_B, p.dx, p.d_lora_A});
     STD_TORCH_CHECK(p.dy && p.lora_A && p.lora_B, "an argument has no memory");
     STD_TORCH_CHECK(p.d_lora_A == nullptr || p.x != nullptr, "the gradient of lora_A needs x");
     STD_TORCH_CHECK(

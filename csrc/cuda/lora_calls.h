@@ -79,9 +79,10 @@ inline void run_product(const ProductKernel& kernel, LoraMatmulArgs& a, cudaStre
 struct DxKernel {
     const char* name;
     bool (*serves)(const LoraDxArgs&);
-    size_t (*workspace_bytes)(const LoraDxArgs&);  // null: needs none
+    size_t (*workspace_bytes)(const LoraDxArgs&);
     cudaError_t (*launch)(const LoraDxArgs&, cudaStream_t);
     bool rounds_lora_A;  // itself; else lora_grads does, in front
+    bool waits_for_u;    // may begin before lora_grads has ended
     // Where lora_grads runs, beside the product perhaps; null: always in front.
     LoraGradsPlan (*plan_grads)(const LoraDxArgs&, const LoraGradsArgs&, cudaStream_t) = nullptr;
     // By which it learns from lora_grads that u is there; null: none.
@@ -98,6 +99,7 @@ inline constexpr DxKernel kDxInLoop{
     nf4_lora_matmul_dx_workspace_bytes,
     launch_nf4_lora_matmul_dx,
     false,
+    true,
     plan_grads_of_nf4_lora_matmul_dx,
     nf4_lora_matmul_dx_marks};
 inline constexpr DxKernel kDxLarge{
@@ -106,6 +108,7 @@ inline constexpr DxKernel kDxLarge{
     nf4_lora_matmul_dx_large_workspace_bytes,
     launch_nf4_lora_matmul_dx_large,
     true,
+    false,
     nullptr,
     nullptr,
     serves_nf4_lora_backward_large,
@@ -125,8 +128,8 @@ inline void run_backward(
     LoraDxArgs& b,
     cudaStream_t stream,
     bool* launched = nullptr) {
-    // One workspace: u, its marks, lora_A rounded, and what the kernels need for themselves, which
-    // they use in turn where the product cannot run beside lora_grads.
+    // One workspace: u, its marks, lora_A rounded, and what the kernels need for themselves: in
+    // turn, but where the product may begin before lora_grads has ended.
     constexpr int64_t kAlignment = 256;
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
     const bool need_dx = b.dx != nullptr, need_u = need_dx || a.d_lora_A != nullptr;
@@ -155,9 +158,9 @@ inline void run_backward(
         own_bytes = kernel.workspace_bytes_of_all(b, a);
     } else {
         own_bytes = lora_grads_workspace_bytes(a, plan);
-        if (kernel.plan_grads != nullptr)
+        if (kernel.waits_for_u)
             dx_offset = round_up(own_bytes);
-        if (need_dx && kernel.workspace_bytes != nullptr)
+        if (need_dx)
             own_bytes = std::max(own_bytes, dx_offset + kernel.workspace_bytes(b));
     }
     const Workspace workspace(static_cast<size_t>(u_bytes + mark_bytes + factor_bytes) + own_bytes);

@@ -24,7 +24,7 @@ struct LoraDxArgs {
     bool beside_grads;  // which runs on SMs that the product leaves to it, see below
     // Of lora_A, where the plan of launch_lora_grads leaves that gradient to the product.
     const void* x;         // [M, K]
-    void* d_lora_A;        // [r, K] or null
+    void* d_lora_A;        // [r, K], 16-byte aligned, or null
     Dtype d_lora_A_dtype;  // dtype or kFloat32
     int64_t M;
     int r;
@@ -44,7 +44,8 @@ LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(
 // Words of u_marks, 0 if it waits for the end of the gradients before it begins.
 int nf4_lora_matmul_dx_marks(const LoraDxArgs& args);
 
-// At most 7 MiB, not those of the gradients, which may still run; 0 above 256 tokens or N = 48 Ki.
+// At most 6 MiB with 132 SMs, not those of the gradients, which may still run; 0 above 256 tokens
+// or N = 32 Ki.
 size_t nf4_lora_matmul_dx_workspace_bytes(const LoraDxArgs& args);
 
 // One kernel or two, one after the other in the stream, as programmatic dependent launches; lora_A

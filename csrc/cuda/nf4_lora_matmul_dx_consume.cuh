@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bulk_sm90.cuh"
+#include "marks.cuh"
 #include "nf4_lora_matmul_dx_tile.cuh"
 #include "wgmma_sm90.cuh"
 
@@ -272,8 +273,8 @@ consume(const Maps& maps, const Params& p, uint32_t smem, const uint8_t* smem_ge
         }
         store_output<T, P>(d, maps, tile, p.adds, smem);
     }
-    // Every low-rank step has come, so nobody waits for u any more. A graph's next run has the same
-    // mark and must not find it.
+    // A CTA with a low-rank step has seen u by now, and a graph's next run, which has the same
+    // mark, must not find it. Whether others find it does not matter: they never ask.
     if (thread == 0 && p.u_words != nullptr)
         p.u_words[blockIdx.x] = 0;
     if (own < kWarpSize && elect_lane())

@@ -14,9 +14,9 @@ using SharedDy256 = Plan<256, false>;
 using SharedDy128 = Plan<128, false>;
 using SharedW256 = Plan<256, true>;
 
-// Several clusters split a tile's N up to so many tokens, within 7 MiB of workspace, and rows of W:
-// with more the gradients need the workspace.
-constexpr int64_t kGivingTokens = 256, kGivingRows = 48 << 10;
+// Several clusters split a tile's N up to so many tokens and rows of W. That takes 6 MiB with 64
+// clusters, and what the gradients take beside it, 18 MiB up to here, grows with the rows.
+constexpr int64_t kGivingTokens = 256, kGivingRows = 32 << 10;
 constexpr int kMostShareLog2 = 2;
 
 // How a launch deals out its tiles: whole rounds, and tiles whose N clusters split where those
@@ -128,10 +128,11 @@ inline int64_t d_lora_A_time_10ns(const LoraDxArgs& a, const Products& products)
     return std::max<int64_t>(1, batches * kBatch - kHidden);
 }
 
-// `room`: of clusters of the gradients. Of ranks above 16 four SMs make them too slowly: r 64 takes
-// 1.5 times as long beside as in front (4096 x 4096 and 14336 x 4096, 256 tokens, H200, 2026-11).
+// `room`: of clusters of the gradients. dx makes d_lora_A of up to kGradRank ranks, and of more
+// four SMs make the gradients too slowly: r 64 takes 1.5 times as long beside as in front (4096 x
+// 4096 and 14336 x 4096, 256 tokens, H200, 2026-11).
 inline Beside plan_beside(const LoraDxArgs& a, int sms, int room) {
-    if (a.r == 0 || a.r > 16 || sms < 4 * kBesideCluster)
+    if (a.r == 0 || a.r > kGradRank || sms < 4 * kBesideCluster)
         return {};
     const Products products = choose_products(a, clusters_of(sms, true));
     const int left = std::min(sms - kCluster * products.clusters, room);

@@ -246,7 +246,7 @@ int nf4_lora_matmul_dx_marks(const LoraDxArgs& a) {
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& a, cudaStream_t stream) {
     if (a.M == 0 || a.w.K == 0)
         return cudaSuccess;
-    if (a.r > 0 && a.lora_A_dtype != a.dtype)
+    if ((a.r > 0 && a.lora_A_dtype != a.dtype) || (a.d_lora_A != nullptr && a.r > kGradRank))
         return cudaErrorInvalidValue;
     return a.dtype == Dtype::kBFloat16 ? launch_products<__nv_bfloat16>(a, stream)
                                        : launch_products<__half>(a, stream);

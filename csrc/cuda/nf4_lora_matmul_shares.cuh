@@ -9,6 +9,7 @@
 
 #include "common.cuh"
 #include "divisor.h"
+#include "marks.cuh"
 
 namespace lowbit::cuda {
 namespace {

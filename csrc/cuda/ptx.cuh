@@ -141,15 +141,6 @@ __device__ __forceinline__ void store_release(uint32_t* counter, uint32_t value)
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
-// Waits until the word holds the mark, and clears it: the next run of a captured graph has the same
-// mark and must not find it. No other thread waits for this word.
-template <typename Mark>
-__device__ __forceinline__ void wait_for_mark(Mark* flag, Mark mark) {
-    while (load_acquire(flag) != mark) {
-    }
-    *flag = 0;
-}
-
 // Two values and a mark in 16 bytes, which CTAs pass to each other as a whole: who sees the mark
 // has the values. PTX's memory model ends at 64 bits (8.2.4 of ISA 9.1, on vectors) and says
 // nothing of b128. CUDA C++ promises that loads and stores of 16 bytes are atomic from sm_70 on

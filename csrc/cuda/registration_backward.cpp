@@ -158,7 +158,7 @@ OptionalTensor nf4_lora_matmul_dx(
             blocksize, nested_blocksize, row_blocks),
         call, dy);
     OptionalTensor dx = new_dx<kKernel>(a, call, dy, dx_sum);
-    const Workspace workspace(kKernel.workspace_bytes == nullptr ? 0 : kKernel.workspace_bytes(a));
+    const Workspace workspace(kKernel.workspace_bytes(a));
     a.workspace = workspace.data();
     check_launch(kKernel.launch(a, call.stream()), kKernel.name);
     return dx;
