@@ -19,7 +19,7 @@
 // for those that compute z, which wait for nobody: none needs another that has not started.
 //
 // Bound by the weight's bytes for large N K; at 4096 x 4096 by the latency from launch to first
-// product: 5.0 us with rank 16, 5.2 with 64, 4.7 without an adapter (H200, 2026-11). Shared memory
+// product: 4.9 us with rank 16, 5.3 with 64, 4.4 without an adapter (H200, 2026-11). Shared memory
 // lookups come next: 105 wavefronts per 4096 weights, 39 weights per clock and SM where HBM needs
 // 22.
 // Callers have checked sizes, dtypes, alignment and serves_nf4_lora_gemv. The kernel is in parts:
