@@ -139,14 +139,8 @@ cudaError_t launch_kernel(const Maps& maps, const Params& p, cudaStream_t stream
     return cudaLaunchKernelEx(config.get(), kKernel, maps, p);
 }
 
-template <typename T, class P>
-cudaError_t
-launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t stream) {
-    Maps maps{};
-    cudaError_t error = make_maps<P>(maps, a);
-    if (error != cudaSuccess)
-        return error;
-    const Dealt dealt = deal<P>(a, columns.count, clusters);
+template <class P>
+Params params_of(const LoraDxArgs& a, Columns columns, int clusters) {
     Params p{};
     p.w = a.w;
     const bool nested = a.w.absmax == nullptr;
@@ -163,17 +157,30 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     p.last_slab_groups = token_groups - p.last_slab * P::kSlabGroups;
     p.by_column_groups = make_divisor(p.column_groups);
     p.by_last_slab_groups = make_divisor(p.last_slab_groups);
+    const Dealt dealt = deal<P>(a, columns.count, clusters);
     p.full_tiles = static_cast<int>(dealt.full_tiles);
     p.split_tiles = static_cast<int>(dealt.split_tiles);
     p.share_log2 = dealt.share_log2;
     if (p.share_log2 > 0) {
-        p.given = static_cast<float4*>(a.workspace);
-        p.given_words = reinterpret_cast<uint64_t*>(
-            static_cast<uint8_t*>(a.workspace) + dealt.giving_ctas() * P::kGivenBytes);
+        auto* const workspace = static_cast<uint8_t*>(a.workspace);
+        p.given = reinterpret_cast<float4*>(workspace);
+        p.given_words =
+            reinterpret_cast<uint64_t*>(workspace + dealt.giving_ctas() * P::kGivenBytes);
         p.given_mark = next_mark();
     }
     p.clusters = dealt.clusters;
     p.by_clusters = make_divisor(p.clusters);
+    return p;
+}
+
+template <typename T, class P>
+cudaError_t
+launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t stream) {
+    Maps maps{};
+    const cudaError_t error = make_maps<P>(maps, a);
+    if (error != cudaSuccess)
+        return error;
+    Params p = params_of<P>(a, columns, clusters);
     p.is_first = columns.first == 0;
     p.is_last = columns.first + columns.count == ceil_div(a.w.K, kTileColumns);
     p.waits_for_u = waits_for_u(a);
@@ -186,7 +193,6 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
         p.grad = {
             static_cast<const uint8_t*>(a.x), static_cast<const uint8_t*>(a.u), a.d_lora_A,
             a.d_lora_A_dtype == Dtype::kFloat32, static_cast<int>(a.M)};
-
     return p.share_log2 > 0 || p.grad.out != nullptr
                ? launch_kernel<T, typename P::More>(maps, p, stream)
                : launch_kernel<T, P>(maps, p, stream);
