@@ -4,8 +4,8 @@
 //     d_lora_A[j, k] = sum_m u[m, j] x[m, k],  r <= 16
 //
 // x [M, K] and u [M, 16] in T, d_lora_A [r, K] in T or fp32, row-major, 16-byte aligned; sums in
-// fp32. u is what lora_grads stores, scaled and rounded. Bound by latencies: 64 tokens a warp come
-// in 1.2 us, of which the first 3 us are hidden (H200, 2026-11).
+// fp32. u is what lora_grads stores, scaled and rounded. Bound by the latency of a warp's loads, of
+// which a part is hidden behind the consumers.
 //
 // The producer warps make it when they have filled their last stage: until the consumers have
 // multiplied the stages and stored dx they have nothing to do. A CTA takes 32 columns at a time,

@@ -29,10 +29,8 @@ struct Dealt {
     // The first tiles' end, and the last ones', on an H100 (2026-11), in units of 10 ns. Only the
     // order of the results matters.
     int64_t first_end_10ns, time_10ns;
-
-    int64_t giving_ctas() const {
-        return kCluster * split_tiles * ((1 << share_log2) - 1);
-    }
+    int64_t given_sums_bytes;  // workspace for what CTAs of a shared tile give away
+    int64_t given_bytes;       // with a word for each of their warps
 };
 
 template <class P>
@@ -43,30 +41,31 @@ Dealt deal(const LoraDxArgs& a, int64_t column_tiles, int clusters) {
         ceil_div(column_tiles, P::kColumnTiles) * ceil_div(a.M, P::kTokens * P::kTokenTiles);
     const int64_t steps = ceil_div(a.w.N, kStepN), rest = tiles % clusters;
     const int64_t round_10ns = kLaunch + steps * kStep;
-    Dealt d{tiles, 0, 0, 0, round_10ns, kLaunch + ceil_div(tiles, clusters) * steps * kStep};
+    Dealt d{};
+    d.full_tiles = tiles, d.first_end_10ns = round_10ns;
+    d.time_10ns = kLaunch + ceil_div(tiles, clusters) * steps * kStep;
     // Where clusters have whole tiles as well sharing is slower (3584 x 18944, 128 tokens: 3 %).
     const bool may_share = a.M <= kGivingTokens && a.w.N <= kGivingRows && tiles < clusters;
     const int most_log2 = P::kSharesW || rest == 0 ? -1 : may_share ? kMostShareLog2 : 0;
     for (int log2 = 0; log2 <= most_log2; log2++) {
         const int parts = kCluster << log2;
-        const int64_t split = rest * P::kColumnTiles,
-                      part = part_steps(static_cast<int>(steps), log2);
+        const int64_t split = rest * P::kColumnTiles;
+        const int64_t part = part_steps(static_cast<int>(steps), log2);
         const int64_t time_10ns =
             kLaunch + kSplit + log2 * kShare + (tiles / clusters * steps + part) * kStep;
         if (split << log2 > clusters || steps < 8 * parts || (parts - 1) * part >= steps)
             break;
-        if (d.split_tiles == 0 || time_10ns < d.time_10ns)
-            d = {tiles - rest, split, log2, 0, std::min(round_10ns, time_10ns), time_10ns};
+        if (d.split_tiles > 0 && time_10ns >= d.time_10ns)
+            continue;
+        d.full_tiles = tiles - rest, d.split_tiles = split, d.share_log2 = log2;
+        d.first_end_10ns = std::min(round_10ns, time_10ns), d.time_10ns = time_10ns;
     }
     d.clusters = static_cast<int>(
         std::min<int64_t>(clusters, std::max(d.full_tiles, d.split_tiles << d.share_log2)));
+    const int64_t giving_ctas = kCluster * d.split_tiles * ((1 << d.share_log2) - 1);
+    d.given_sums_bytes = giving_ctas * P::kGivenBytes;
+    d.given_bytes = d.given_sums_bytes + giving_ctas * kConsumerWarps * 8;
     return d;
-}
-
-// Sums of all CTAs that give theirs away, and a word for each of their warps.
-template <class P>
-int64_t given_bytes(const Dealt& d) {
-    return d.giving_ctas() * (P::kGivenBytes + kConsumerWarps * 8);
 }
 
 // The fastest way to compute the column tiles of a layer.
@@ -81,15 +80,13 @@ struct Products {
 inline Products choose_products(const LoraDxArgs& a, int clusters) {
     const int64_t all = ceil_div(a.w.K, kTileColumns);
     Products best{};
-    const auto consider = [&](Products::Plan plan, const Dealt& d, int64_t given_bytes) {
+    const auto consider = [&](Products::Plan plan, const Dealt& d) {
         if (best.clusters == 0 || d.time_10ns < best.time_10ns)
-            best = {plan, all, d.clusters, d.first_end_10ns, d.time_10ns, given_bytes};
+            best = {plan, all, d.clusters, d.first_end_10ns, d.time_10ns, d.given_bytes};
     };
-    consider(Products::kSharedW256, deal<SharedW256>(a, all, clusters), 0);
-    const Dealt with_256 = deal<SharedDy256>(a, all, clusters);
-    consider(Products::kSharedDy256, with_256, given_bytes<SharedDy256>(with_256));
-    const Dealt with_128 = deal<SharedDy128>(a, all, clusters);
-    consider(Products::kSharedDy128, with_128, given_bytes<SharedDy128>(with_128));
+    consider(Products::kSharedW256, deal<SharedW256>(a, all, clusters));
+    consider(Products::kSharedDy256, deal<SharedDy256>(a, all, clusters));
+    consider(Products::kSharedDy128, deal<SharedDy128>(a, all, clusters));
     // Shared W for the rounds that it fills, and what is left split along N.
     const int64_t groups = ceil_div(a.M, 2 * SharedW256::kTokens);
     const int64_t head = all * groups / clusters * clusters / groups;
@@ -100,8 +97,7 @@ inline Products choose_products(const LoraDxArgs& a, int clusters) {
     const int64_t time_10ns = first.time_10ns + second.time_10ns;
     if (time_10ns >= best.time_10ns)
         return best;
-    return {Products::kTwo,       head,      clusters,
-            first.first_end_10ns, time_10ns, given_bytes<SharedDy256>(second)};
+    return {Products::kTwo, head, clusters, first.first_end_10ns, time_10ns, second.given_bytes};
 }
 
 // SMs come in pairs.
@@ -116,7 +112,8 @@ struct Beside {
     int64_t d_lora_A_10ns;              // what it takes longer with this gradient; 0: not possible
 };
 
-// The first microseconds of it are hidden behind the last steps and the store of dx.
+// Estimated, not fitted: what a batch of loads takes, and how much of it the last steps and the
+// store of dx hide.
 inline int64_t d_lora_A_time_10ns(const LoraDxArgs& a, const Products& products) {
     constexpr int64_t kBatch = 120, kHidden = 300;
     if (products.plan == Products::kTwo)

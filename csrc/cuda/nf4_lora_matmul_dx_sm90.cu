@@ -164,8 +164,7 @@ Params params_of(const LoraDxArgs& a, Columns columns, int clusters) {
     if (p.share_log2 > 0) {
         auto* const workspace = static_cast<uint8_t*>(a.workspace);
         p.given = reinterpret_cast<float4*>(workspace);
-        p.given_words =
-            reinterpret_cast<uint64_t*>(workspace + dealt.giving_ctas() * P::kGivenBytes);
+        p.given_words = reinterpret_cast<uint64_t*>(workspace + dealt.given_sums_bytes);
         p.given_mark = next_mark();
     }
     p.clusters = dealt.clusters;
