@@ -52,6 +52,8 @@ class CapturedBackward:
     Notes:
         A shape runs eagerly the first time, which also warms up what is initialized lazily, and is
         recorded the second time. The graphs share one memory pool: they never run at the same time.
+        Those of another instance may: each records on a stream of its own, since torch keeps
+        cuBLAS's workspace by stream (pytorch issue 193402).
         No autograd graph of an earlier step may be alive when a shape is recorded (a loss that was
         kept): what it holds belongs to another stream. If a loss cannot be recorded, or its first
         replay does not return the loss that the eager run of the same inputs returned, everything
@@ -74,6 +76,7 @@ class CapturedBackward:
         self._seen: set[tuple] = set()
         self._recorded: dict[tuple, _Recorded] = {}
         self._pool: tuple | None = None
+        self._warm_up_stream = self._recording_stream = None
         self._zeroed = False  # nothing was added to the gradients since zero()
         self.failure: str | None = None
 
@@ -131,6 +134,7 @@ class CapturedBackward:
         """Record a shape and replay it once; the gradients were zero and are its own then."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            self._warm_up_stream, self._recording_stream = torch.cuda.Stream(), torch.cuda.Stream()
         gc.collect()  # graphs in reference cycles: checkpointing makes some
         static = [t.clone() for t in inputs]
         generator = torch.cuda.default_generators[self._parameters[0].device.index]
@@ -141,7 +145,7 @@ class CapturedBackward:
         graph = torch.cuda.CUDAGraph()
         before = generator.clone_state()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._recording_stream):
                 loss = self._eager(static)
         except RuntimeError as error:
             # torch 2.11 leaves the generator behind as if it were still recording.
@@ -159,7 +163,7 @@ class CapturedBackward:
 
     def _warm_up(self, inputs: Sequence[torch.Tensor]) -> float:
         """The loss, computed on a side stream as recording does it."""
-        side = torch.cuda.Stream()
+        side = self._warm_up_stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             loss = self._eager(inputs)

@@ -17,7 +17,8 @@ term is added by a second product.
 
 The panel comes from torch's caching allocator and goes back to it after the call. That is what
 makes it safe: the allocator reuses the block on the same stream only, per device, and inside a
-graph's own pool.
+graph's own pool. cuBLAS's workspace is torch's, one for each stream: graphs recorded on the same
+stream must not run at the same time.
 """
 
 from __future__ import annotations
