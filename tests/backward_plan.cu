@@ -27,6 +27,14 @@ const char* check_passes(const Division& d, int64_t M, int64_t C) {
     return nullptr;
 }
 
+// All parts of u, and units for at most the CTAs that are there where they are divided.
+const char* check_parts_of_u(int64_t parts, int64_t units, int64_t ctas) {
+    const int log2 = u_split_log2(parts, units, ctas);
+    const int64_t share = ((parts - 1) >> log2) + 1;
+    const bool divides = log2 == 0 || (units << log2 <= ctas && log2 <= kMostUSplitLog2);
+    return share << log2 >= parts && divides ? nullptr : "parts of u";
+}
+
 // At most 28 MiB with the copy of lora_A, but where one part of the sums over tokens takes more.
 const char* check_workspace(const LoraGradsArgs& a, const LoraGradsPlan& d) {
     const int64_t copy = a.rounded_lora_A != nullptr ? 2 * a.r * a.K : 0;
@@ -48,6 +56,9 @@ const char* check_grads(const LoraGradsArgs& a, int sms, int& together) {
     const char* wrong = check_passes(d.dy, a.M, a.N);
     if (wrong == nullptr && d.makes_A)
         wrong = check_passes(d.x, a.M, a.K);
+    if (wrong == nullptr)
+        wrong = check_parts_of_u(
+            d.dy.column_parts, finish_units(d.dy.pass_tokens * lora_columns(a.r)), d.dy.ctas());
     if (wrong == nullptr)
         wrong = check_workspace(a, d);
     if (wrong != nullptr)

@@ -49,7 +49,7 @@ struct LoraGradsDivision {
     int64_t pass_tokens;
     int passes;
     int64_t projection_floats, sum_floats, column_sum_floats;
-    int64_t time_10ns;  // of a pass, expected, in units of 10 ns
+    int64_t time_10ns;  // of a pass and the sum over its parts, expected, in units of 10 ns
 
     int64_t ctas() const {  // of a pass
         return column_parts * token_parts;

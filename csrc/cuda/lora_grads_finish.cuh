@@ -10,6 +10,7 @@ namespace lowbit::cuda {
 namespace {
 
 constexpr int kFinishThreads = 256;
+constexpr int kMostUSplitLog2 = 3;
 
 struct FinishParams {
     int r;
@@ -22,6 +23,7 @@ struct FinishParams {
     int64_t end_token;  // behind it, at most M
     int64_t first_token;
     int projection_units;
+    int u_split_log2;  // threads of a unit that divide the parts among them
 
     const float* sums;  // [parts, C, kRank] or null
     int parts;
@@ -58,11 +60,32 @@ __device__ __forceinline__ float factor(const FinishParams& p, int64_t at) {
                           : static_cast<const T*>(p.lora_B)[at]);
 }
 
+// The threads of a unit in 2^u_split_log2 groups, each with as many of the parts, whose sums are
+// added in their order. `smem` has a place for each thread.
 template <typename T, class P>
-__device__ __forceinline__ void finish_u(const FinishParams& p, int64_t index) {
-    if (index >= p.tokens * P::kRank)
+__device__ __forceinline__ void finish_u(const FinishParams& p, int unit, float4* smem) {
+    const int64_t stride = p.tokens * P::kRank;
+    const int threads = kFinishThreads >> p.u_split_log2;
+    const int group = threadIdx.x / threads;
+    const int64_t index = (unit * int64_t{threads} + threadIdx.x % threads) * 4;
+    float4 sum{};
+    if (index < stride) {
+        const int share = (p.projection_parts - 1 >> p.u_split_log2) + 1;
+        const int first = group * share;
+        sum = add_parts(
+            p.projection + first * stride + index, min(share, p.projection_parts - first), stride);
+    }
+    if (p.u_split_log2 > 0) {
+        smem[threadIdx.x] = sum;
+        named_barrier(1, kFinishThreads);
+        for (int i = 1; group == 0 && i < 1 << p.u_split_log2; i++) {
+            const float4 v = smem[i * threads + threadIdx.x];
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        }
+        named_barrier(1, kFinishThreads);
+    }
+    if (group > 0 || index >= stride)
         return;
-    const float4 sum = add_parts(p.projection + index, p.projection_parts, p.tokens * P::kRank);
     const int j = static_cast<int>(index % P::kRank);
     const uint2 pairs = {
         pack_pair(sum.x * column_scale(p, j), sum.y * column_scale(p, j + 1), T{}),
@@ -107,6 +130,17 @@ __device__ __forceinline__ void store_sum(const FinishParams& p, int64_t at, flo
         *reinterpret_cast<float*>(out) = sum;
     else
         *reinterpret_cast<T*>(out) = from_float<T>(sum);
+}
+
+// Two neighbouring ones, from an even one on.
+template <typename T>
+__device__ __forceinline__ void
+store_pair(const FinishParams& p, int64_t at, float first, float second) {
+    uint8_t* out = static_cast<uint8_t*>(p.out) + at;
+    if (p.out_is_float)
+        *reinterpret_cast<float2*>(out) = {first, second};
+    else
+        *reinterpret_cast<uint32_t*>(out) = pack_pair(first, second, T{});
 }
 
 // Bytes from one j of d_lora_B or d_lora_A to the next, and from one column to the next.
@@ -165,8 +199,12 @@ store_whole(const FinishParams& f, const ColumnSums<P>& d, int column0) {
             if (column0 + lane / 4 + i * 8 >= f.C)
                 break;
             const float* v = &d[i / 2][t][i % 2 * 2];
-            store_sum<T>(f, at, v[0] * scales[0]);
-            store_sum<T>(f, at + stride.j, v[1] * scales[1]);
+            if (P::kProjects) {
+                store_pair<T>(f, at, v[0] * scales[0], v[1] * scales[1]);
+            } else {
+                store_sum<T>(f, at, v[0]);
+                store_sum<T>(f, at + stride.j, v[1]);
+            }
         }
     }
 }
@@ -179,7 +217,7 @@ template <typename T, class P>
 __device__ __forceinline__ void
 finish_unit(const FinishParams& p, int unit, float4* smem_products) {
     if (P::kProjects && unit < p.projection_units) {
-        finish_u<T, P>(p, (unit * int64_t{kFinishThreads} + threadIdx.x) * 4);
+        finish_u<T, P>(p, unit, smem_products);
         return;
     }
     unit -= p.projection_units;

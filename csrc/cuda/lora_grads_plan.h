@@ -24,40 +24,17 @@ int finish_units(int64_t elements) {
 }
 
 // On an H100, roughly, as all that follows in units of 10 ns: latencies, what CTAs read at the
-// speed of one, or of the memory, and partial sums written and read.
-int64_t pass_time_10ns(const Division& d, int stage_columns, int processors) {
+// speed of one, or of the memory, and partial sums written and read. More ranks take more products.
+template <class P>
+int64_t pass_time_10ns(const Division& d, int processors) {
     constexpr int64_t kLatency = 400;
+    constexpr int64_t kMostRate = P::kRank == 16 ? 600 : P::kRank == 32 ? 500 : 260;
     const int64_t bytes = d.cta_columns * d.cta_tokens * 2;
-    const int64_t rate = std::min<int64_t>(600, 30000 / std::min<int64_t>(d.ctas(), processors));
+    const int64_t rate =
+        std::min<int64_t>(kMostRate, 30000 / std::min<int64_t>(d.ctas(), processors));
     const int64_t launch = d.ctas() > processors ? kLatency : 0;  // another, that adds up
     return kLatency + launch + ceil_div(d.ctas(), processors) * bytes / rate +
-           d.bytes() * 2 / 40000 + stage_columns / 256;
-}
-
-template <class P>
-Division divide_pass(int64_t tokens, int64_t C, bool projects, int processors) {
-    const int64_t chunks = ceil_div(C, P::kColumns);
-    Division best{};
-    best.time_10ns = INT64_MAX;
-    int64_t width = 1;
-    while (width <= chunks) {
-        Division d{};
-        d.cta_columns = width * P::kColumns;
-        d.column_parts = ceil_div(chunks, width);
-        // Next, the least width that leaves fewer parts.
-        width = d.column_parts == 1 ? chunks + 1 : (chunks - 1) / (d.column_parts - 1) + 1;
-        const int64_t wanted = std::max<int64_t>(1, processors / d.column_parts);
-        d.cta_tokens = ceil_div(ceil_div(tokens, wanted), kStageTokens) * kStageTokens;
-        d.cta_tokens = std::min<int64_t>(d.cta_tokens, P::kMaxTokens);
-        d.token_parts = ceil_div(tokens, d.cta_tokens);
-        d.projection_floats = projects ? d.column_parts * tokens * P::kRank : 0;
-        d.sum_floats = d.token_parts * C * P::kRank;
-        d.column_sum_floats = d.token_parts * C;
-        d.time_10ns = pass_time_10ns(d, P::kColumns, processors);
-        if (d.time_10ns < best.time_10ns)
-            best = d;
-    }
-    return best;
+           d.bytes() * 2 / 40000 + P::kColumns / 256;
 }
 
 bool wants_sums(const LoraGradsArgs& a) {
@@ -73,12 +50,56 @@ bool is_whole(const Division& d, const LoraGradsArgs& a) {
     return d.token_parts == 1 && d.passes == 1 && a.r % 2 == 0 && !wants_scaling(a);
 }
 
-// What units of a CTA take, one after the other: nothing to speak of on a whole device.
+// Into how many (2^this) the threads of a unit of u divide its parts, so that more CTAs have one.
+int u_split_log2(int64_t parts, int64_t units, int64_t ctas) {
+    int log2 = 0;
+    while (log2 < kMostUSplitLog2 && units << (log2 + 1) <= ctas && parts > 8 << log2)
+        log2++;
+    return log2;
+}
+
+// What units of a CTA take, one after the other: a trip to memory for each kPartLoads parts.
 int64_t finish_time_10ns(const Division& d, const LoraGradsArgs& a, int processors) {
-    constexpr int64_t kUnit = 130;
-    const int64_t units = finish_units(d.projection_floats / d.column_parts) +
-                          (is_whole(d, a) ? 0 : finish_units(d.sum_floats / d.token_parts));
-    return ceil_div(units, std::min<int64_t>(d.ctas(), processors)) * kUnit;
+    constexpr int64_t kUnit = 20, kTrip = 110;
+    const int64_t ctas = std::min<int64_t>(d.ctas(), processors);
+    const auto time_of = [&](int64_t units, int64_t parts) {
+        return ceil_div(units, ctas) * (kUnit + ceil_div(parts, kPartLoads) * kTrip);
+    };
+    const int64_t units = finish_units(d.projection_floats / d.column_parts);
+    const int log2 = u_split_log2(d.column_parts, units, ctas);
+    return time_of(units << log2, ceil_div(d.column_parts, 1 << log2)) +
+           time_of(is_whole(d, a) ? 0 : finish_units(d.sum_floats / d.token_parts), d.token_parts);
+}
+
+template <class P>
+Division divide_pass(
+    const LoraGradsArgs& a, int64_t tokens, int passes, int64_t C, bool projects, int processors) {
+    const int64_t chunks = ceil_div(C, P::kColumns);
+    Division best{};
+    best.time_10ns = INT64_MAX;
+    int64_t width = 1;
+    while (width <= chunks) {
+        Division d{};
+        d.cta_columns = width * P::kColumns;
+        d.column_parts = ceil_div(chunks, width);
+        d.passes = passes;
+        // Next, the least width that leaves fewer parts.
+        width = d.column_parts == 1 ? chunks + 1 : (chunks - 1) / (d.column_parts - 1) + 1;
+        // As many parts as there are processors, or one, which leaves nothing to add up.
+        for (const int64_t wanted :
+             {std::max<int64_t>(1, processors / d.column_parts), int64_t{1}}) {
+            d.cta_tokens = ceil_div(ceil_div(tokens, wanted), kStageTokens) * kStageTokens;
+            d.cta_tokens = std::min<int64_t>(d.cta_tokens, P::kMaxTokens);
+            d.token_parts = ceil_div(tokens, d.cta_tokens);
+            d.projection_floats = projects ? d.column_parts * tokens * P::kRank : 0;
+            d.sum_floats = d.token_parts * C * P::kRank;
+            d.column_sum_floats = d.token_parts * C;
+            d.time_10ns = pass_time_10ns<P>(d, processors) + finish_time_10ns(d, a, processors);
+            if (d.time_10ns < best.time_10ns)
+                best = d;
+        }
+    }
+    return best;
 }
 
 // Floats of the workspace, each part 128-byte aligned.
@@ -124,9 +145,9 @@ Division divide(const LoraGradsArgs& a, int64_t C, bool projects, Copies copies,
     const int64_t limit = std::max(kWorkspaceLimit / 2, kWorkspaceLimit - rounded_bytes);
     for (int passes = 1;; passes *= 2) {
         const int64_t tokens = ceil_div(ceil_div(a.M, passes), kStageTokens) * kStageTokens;
-        Division d = divide_pass<P>(std::min(tokens, a.M), C, projects, processors);
+        const int count = static_cast<int>(ceil_div(a.M, tokens));
+        Division d = divide_pass<P>(a, std::min(tokens, a.M), count, C, projects, processors);
         d.pass_tokens = tokens;
-        d.passes = static_cast<int>(ceil_div(a.M, tokens));
         const bool least = tokens == kStageTokens || (!projects && d.token_parts == 1);
         if (least || lay_out(d, a, C, copies).end * 4 <= limit)
             return d;
@@ -146,10 +167,8 @@ LoraGradsPlan plan_on(const LoraGradsArgs& a, int sms) {
         !wants_scaling(a) && is_one_wave(plan.dy) && (!plan.makes_A || is_one_wave(plan.x));
     if (!plan.one_launch)
         return plan;
-    plan.time_10ns = plan.dy.time_10ns + finish_time_10ns(plan.dy, a, sms);
-    if (plan.makes_A)
-        plan.time_of_A_10ns = plan.x.time_10ns + finish_time_10ns(plan.x, a, sms);
-    plan.time_10ns += plan.time_of_A_10ns;
+    plan.time_of_A_10ns = plan.makes_A ? plan.x.time_10ns : 0;
+    plan.time_10ns = plan.dy.time_10ns + plan.time_of_A_10ns;
     return plan;
 }
 

@@ -82,7 +82,9 @@ cudaError_t make_dy_pass(GradPass& pass, const LoraGradsArgs& a, const Division&
     if (g.wants_projection) {
         f.projection = g.projection;
         f.projection_parts = g.column_parts;
-        f.projection_units = finish_units(f.tokens * kRank);
+        const int units = finish_units(f.tokens * kRank);
+        f.u_split_log2 = u_split_log2(f.projection_parts, units, std::min(pass.ctas, sm_count()));
+        f.projection_units = units << f.u_split_log2;
     }
     f.sums = g.wants_sums ? g.sums : nullptr;
     f.running_sums = base + space.running_sums;

@@ -152,8 +152,6 @@ __device__ __forceinline__ void
 project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
     const int lane = threadIdx.x % kWarpSize;
     const Part part = own_part<P>(p);
-    const int64_t pass_tokens = p.end_token - p.first_token;
-    float* out = p.projection + part.column_part * pass_tokens * P::kRank;
     // 16s of the rank whose factors stay in registers for all blocks of a chunk; for a fourth there
     // are none left.
     constexpr int kHeld = P::kRank == 64 ? 3 : P::kRank / 16;
@@ -202,7 +200,6 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
                 continue;
             // A thread's own words: in whatever order, without conflicts.
             float* sums = smem_projection + (block * 4 + warp) * (P::kRank / 2 * kWarpSize) + lane;
-            const int64_t token = part.token0 + block * kStageTokens + warp * 16 + lane / 4;
 #pragma unroll
             for (int i = 0; i < P::kRank / 2; i++) {
                 float& value = d[0][i / 4][i % 4];
@@ -215,14 +212,17 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
             }
             if (chunk + 1 < part.chunks)
                 continue;
+            const int first = part.token0 - p.first_token + block * kStageTokens + warp * 16;
+            const int tokens = p.end_token - p.first_token;
+            float* out = p.projection +
+                         (part.column_part * int64_t{tokens} + first + lane / 4) * P::kRank +
+                         lane % 4 * 2;
 #pragma unroll
             for (int i = 0; i < P::kRank / 4; i++) {
-                const int64_t row = token + i % 2 * 8;
-                const int column = i / 2 * 8 + lane % 4 * 2;
+                const int row = i % 2 * 8;
                 const float* v = &d[0][i / 2][i % 2 * 2];
-                if (row < p.end_token)
-                    *reinterpret_cast<float2*>(out + (row - p.first_token) * P::kRank + column) = {
-                        v[0], v[1]};
+                if (first + lane / 4 + row < tokens)
+                    *reinterpret_cast<float2*>(out + row * P::kRank + i / 2 * 8) = {v[0], v[1]};
             }
         }
         __syncwarp();

@@ -6,8 +6,10 @@
 namespace lowbit::cuda {
 namespace {
 
-// Four neighbouring sums over the parts, `stride` floats apart, kLoads loads under way at a time.
-template <int kLoads = 16>
+constexpr int kPartLoads = 16;  // under way at a time
+
+// Four neighbouring sums over the parts, `stride` floats apart.
+template <int kLoads = kPartLoads>
 __device__ __forceinline__ float4 add_parts(const float* first, int parts, int64_t stride) {
     float4 sum{};
     for (int base = 0; base < parts; base += kLoads) {
