@@ -144,7 +144,7 @@ int main(int argc, char** argv) {
     if (argc > 1)
         return 0;
     std::mt19937 random(0);
-    int together = 0, pays = 0, shared = 0, left = 0;
+    int together = 0, pays = 0, shared = 0, left = 0, left_in_front = 0;
     for (int i = 0; i < 20000; i++) {
         LoraGradsArgs g{};
         LoraDxArgs a{};
@@ -163,16 +163,18 @@ int main(int argc, char** argv) {
         const bool makes_A = chosen.makes_A || chosen.leaves_A;
         if (makes_A != (g.d_lora_A != nullptr) || (chosen.makes_A && chosen.leaves_A))
             wrong = "who makes the gradient of lora_A";
-        if (chosen.leaves_A && (spare == 0 || a.r > kGradRank))
+        const Products products = choose_products(a, clusters_of(sms, spare > 0));
+        if (chosen.leaves_A && (!chosen.one_launch || products.plan == Products::kTwo))
             wrong = "a gradient left to dx";
-        left += chosen.leaves_A;
+        left += chosen.leaves_A && spare > 0;
+        left_in_front += chosen.leaves_A && spare == 0;
         for (const int on : {sms, plan_beside(a, sms, room).spare_sms}) {
             if (wrong == nullptr && on > 0)
                 wrong = check_grads(g, on, together);
         }
         if (wrong == nullptr)
             wrong = check_products(a, clusters_of(sms, spare > 0), shared);
-        const int busy = kCluster * choose_products(a, clusters_of(sms, spare > 0)).clusters;
+        const int busy = kCluster * products.clusters;
         if (wrong == nullptr && (spare % kBesideCluster != 0 || spare > room || busy + spare > sms))
             wrong = "SMs left to the gradients";
         if (wrong != nullptr) {
@@ -183,5 +185,5 @@ int main(int argc, char** argv) {
         }
         pays += spare > 0;
     }
-    std::printf("%d %d %d %d\n", together, pays, shared, left);
+    std::printf("%d %d %d %d %d\n", together, pays, shared, left, left_in_front);
 }

@@ -56,11 +56,11 @@ def test_some_hundred_tokens_find_room_on_any_device(tmp_path):
 
 
 def test_gradients_in_front_of_and_beside_dx(tmp_path):
-    together, beside, shared, left = _run("backward_plan.cu", tmp_path, "-arch=sm_90a")
+    together, beside, shared, *left = _run("backward_plan.cu", tmp_path, "-arch=sm_90a")
     assert together > 1000  # in one launch, of 40000
     assert beside > 1000  # of 20000
     assert shared > 300  # products of which clusters share the N of tiles, of 20000
-    assert left > 500  # of those beside: dx makes the gradient of lora_A
+    assert min(left) > 500  # beside it and in front: dx makes the gradient of lora_A
 
 
 def test_layers_whose_gradients_run_beside_dx(tmp_path):

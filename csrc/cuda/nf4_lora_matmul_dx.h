@@ -37,7 +37,7 @@ struct LoraDxArgs {
 bool serves_nf4_lora_matmul_dx(const LoraDxArgs& args);
 
 // How launch_lora_grads had better run: with spare SMs beside the product, whose beside_grads is
-// then true, else in front of it. Beside, it may leave d_lora_A to the product.
+// then true, else in front of it. It may leave d_lora_A to the product.
 LoraGradsPlan plan_grads_of_nf4_lora_matmul_dx(
     const LoraDxArgs& args, const LoraGradsArgs& grads, cudaStream_t stream);
 

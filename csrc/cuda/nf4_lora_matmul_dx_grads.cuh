@@ -1,17 +1,18 @@
-// The gradient of lora_A in nf4_lora_matmul_dx_sm90.cu, where the SMs that make the other gradients
-// beside it would be at it longer than the product takes:
+// The gradient of lora_A in nf4_lora_matmul_dx_sm90.cu, where a pass over x beside it or in front
+// of it would take longer:
 //
-//     d_lora_A[j, k] = sum_m u[m, j] x[m, k],  r <= 16
+//     d_lora_A[j, k] = sum_m u[m, j] x[m, k]
 //
-// x [M, K] and u [M, 16] in T, d_lora_A [r, K] in T or fp32, row-major, 16-byte aligned; sums in
-// fp32. u is what lora_grads stores, scaled and rounded. Bound by the latency of a warp's loads, of
-// which a part is hidden behind the consumers.
+// x [M, K] and u [M, 16, 32 or 64] in T, d_lora_A [r, K] in T or fp32, row-major, 16-byte aligned;
+// sums in fp32. u is what lora_grads stores, scaled and rounded. Bound by the latency of a warp's
+// loads, of which a part is hidden behind the consumers.
 //
 // The producer warps make it when they have filled their last stage: until the consumers have
 // multiplied the stages and stored dx they have nothing to do. A CTA takes 32 columns at a time,
 // its warps 64 tokens each in turn, from memory to registers. The contraction runs along the
 // tokens, and pairs of tokens are made of the pairs of columns that memory holds by one permutation
-// each. Sums over warps, in their order, through shared memory.
+// each. Sums over warps, in their order, through shared memory. 16 ranks at a time, of the same x
+// where a warp has all of its tokens at once.
 #pragma once
 
 #include "common.cuh"
@@ -42,17 +43,27 @@ struct GradOperands {
         }
     }
 
-    __device__ __forceinline__ void load_u(const GradOfA& p, int token0) {
+    __device__ __forceinline__ void load_u(const GradOfA& p, int rank0, int token0) {
+        if (p.u_columns == 16)
+            load_u<16>(p, rank0, token0);
+        else if (p.u_columns == 32)
+            load_u<32>(p, rank0, token0);
+        else
+            load_u<64>(p, rank0, token0);
+    }
+
+    template <int kColumns>
+    __device__ __forceinline__ void load_u(const GradOfA& p, int rank0, int token0) {
         const int lane = threadIdx.x % kWarpSize;
         const int first = token0 + lane % 4 * 4;
-        const uint8_t* row = p.u + (first * kGradRank + lane / 4 * 2) * int64_t{2};
+        const uint8_t* row = p.u + (first * kColumns + rank0 + lane / 4 * 2) * int64_t{2};
 #pragma unroll
         for (int i = 0; i < kGradSteps * 4; i++) {
             const int token = i / 4 * 16 + i % 4;
             uint32_t& v = u[i / 4][i % 4];
             v = 0;
             load_if(
-                first + token < p.tokens, v, static_cast<const void*>(row + token * kGradRank * 2));
+                first + token < p.tokens, v, static_cast<const void*>(row + token * kColumns * 2));
         }
     }
 
@@ -87,47 +98,52 @@ __device__ __forceinline__ void make_d_lora_A(const Params& params, uint8_t* sme
     const GradOfA& p = params.grad;
     const int64_t K = params.w.K;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    constexpr int kBatch = P::kProducerWarps * kGradTokens;
     float4* sums = reinterpret_cast<float4*>(smem_generic + P::kPacked);
     static_assert(P::kProducerWarps * 4 * kWarpSize * sizeof(float4) <= 2 * P::kPackedBytes);
     static_assert(P::kProducers >= 4 * kWarpSize);
+    const bool keeps_x = p.tokens <= kBatch;
     bool has_waited = false;
     __syncwarp();
 #pragma unroll 1
     for (int column0 = blockIdx.x * kGradColumns; column0 < K;
          column0 += gridDim.x * kGradColumns) {
-        float d[4][4] = {};
+        GradOperands operands;
 #pragma unroll 1
-        for (int token0 = warp * kGradTokens; token0 < p.tokens;
-             token0 += P::kProducerWarps * kGradTokens) {
-            GradOperands operands;
-            operands.load_x(p, K, column0, token0);
-            if (!has_waited)
-                wait_for_previous_kernel();  // for u
-            has_waited = true;
-            operands.load_u(p, token0);
-            operands.multiply<T>(d);
-        }
-        named_barrier(kProducersBarrier, P::kProducers);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            sums[(warp * 4 + i) * kWarpSize + lane] = {d[0][i], d[1][i], d[2][i], d[3][i]};
-        named_barrier(kProducersBarrier, P::kProducers);
-        const int j = lane / 4 * 2 + warp / 2;
-        if (warp < 4 && j < params.r) {
-            float4 sum = sums[threadIdx.x];
-#pragma unroll
-            for (int i = 1; i < P::kProducerWarps; i++) {
-                const float4 v = sums[i * 4 * kWarpSize + threadIdx.x];
-                sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        for (int rank0 = 0; rank0 < params.r; rank0 += kGradRank) {
+            float d[4][4] = {};
+#pragma unroll 1
+            for (int token0 = warp * kGradTokens; token0 < p.tokens; token0 += kBatch) {
+                if (rank0 == 0 || !keeps_x)
+                    operands.load_x(p, K, column0, token0);
+                if (!has_waited)
+                    wait_for_previous_kernel();  // for u
+                has_waited = true;
+                operands.load_u(p, rank0, token0);
+                operands.multiply<T>(d);
             }
-            const int64_t at = j * K + column0 + lane % 4 * 8 + warp % 2 * 4;
-            if (p.out_is_float)
-                *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = sum;
-            else
-                *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at) = {
-                    pack_pair(sum.x, sum.y, T{}), pack_pair(sum.z, sum.w, T{})};
+            named_barrier(kProducersBarrier, P::kProducers);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                sums[(warp * 4 + i) * kWarpSize + lane] = {d[0][i], d[1][i], d[2][i], d[3][i]};
+            named_barrier(kProducersBarrier, P::kProducers);
+            const int j = rank0 + lane / 4 * 2 + warp / 2;
+            if (warp < 4 && j < params.r) {
+                float4 sum = sums[threadIdx.x];
+#pragma unroll
+                for (int i = 1; i < P::kProducerWarps; i++) {
+                    const float4 v = sums[i * 4 * kWarpSize + threadIdx.x];
+                    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+                }
+                const int64_t at = j * K + column0 + lane % 4 * 8 + warp % 2 * 4;
+                if (p.out_is_float)
+                    *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = sum;
+                else
+                    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at) = {
+                        pack_pair(sum.x, sum.y, T{}), pack_pair(sum.z, sum.w, T{})};
+            }
+            __syncwarp();
         }
-        __syncwarp();
     }
 }
 

@@ -113,21 +113,24 @@ struct Beside {
 };
 
 // Estimated, not fitted: what a batch of loads takes, and how much of it the last steps and the
-// store of dx hide.
+// store of dx hide. Of the tiles of ranks after the first only u comes anew where each warp has all
+// of its tokens at once.
 inline int64_t d_lora_A_time_10ns(const LoraDxArgs& a, const Products& products) {
-    constexpr int64_t kBatch = 120, kHidden = 300;
+    constexpr int64_t kBatch = 120, kTile = 60, kHidden = 300;
     if (products.plan == Products::kTwo)
         return 0;
     const int warps = products.plan == Products::kSharedDy128 ? SharedDy128::kProducerWarps
                                                               : SharedDy256::kProducerWarps;
-    const int64_t batches = ceil_div(a.w.K, kGradColumns * kCluster * products.clusters) *
-                            ceil_div(a.M, kGradTokens * warps);
-    return std::max<int64_t>(1, batches * kBatch - kHidden);
+    const int64_t rounds = ceil_div(a.w.K, kGradColumns * kCluster * products.clusters);
+    const int64_t batches = ceil_div(a.M, kGradTokens * warps), tiles = ceil_div(a.r, kGradRank);
+    const int64_t time_10ns =
+        batches == 1 ? kBatch + (tiles - 1) * kTile : tiles * batches * kBatch;
+    return std::max<int64_t>(1, rounds * time_10ns - kHidden);
 }
 
-// `room`: of clusters of the gradients. dx makes d_lora_A of up to kGradRank ranks, and of more
-// four SMs make the gradients too slowly: r 64 takes 1.5 times as long beside as in front (4096 x
-// 4096 and 14336 x 4096, 256 tokens, H200, 2026-11).
+// `room`: of clusters of the gradients. Of more than kGradRank ranks four SMs make the gradients
+// too slowly: r 64 takes 1.5 times as long beside as in front (4096 x 4096 and 14336 x 4096, 256
+// tokens, H200, 2026-11).
 inline Beside plan_beside(const LoraDxArgs& a, int sms, int room) {
     if (a.r == 0 || a.r > kGradRank || sms < 4 * kBesideCluster)
         return {};
@@ -138,18 +141,32 @@ inline Beside plan_beside(const LoraDxArgs& a, int sms, int room) {
         d_lora_A_time_10ns(a, products)};
 }
 
+// In front of the product, but for the gradient of lora_A where that is expected to be faster.
+// Kernels of the product with the code for it are up to 1 % slower (H200, 2026-11).
+inline LoraGradsPlan
+choose_in_front(const LoraDxArgs& a, const Products& alone, const LoraGradsPlan& in_front) {
+    if (!in_front.one_launch || !in_front.makes_A || a.r == 0)
+        return in_front;
+    const int64_t d_lora_A_10ns = d_lora_A_time_10ns(a, alone);
+    const bool leaves =
+        d_lora_A_10ns > 0 && d_lora_A_10ns + alone.time_10ns / 100 < in_front.time_of_A_10ns;
+    return leaves ? in_front.without_A() : in_front;
+}
+
 // The gradients beside the product where that is expected to be faster, else in front of it.
 // plan_grads(spare SMs) makes their plan; 0: on all SMs. Of both it is asked only where it matters.
 // The first tiles wait for all of the gradients: 4096 x 14336, 1024 tokens, four rounds, took 8 %
 // longer beside than in front, forward and backward (H200, 2026-11).
 template <typename PlanGrads>
 LoraGradsPlan choose_grads(const LoraDxArgs& a, int sms, int room, PlanGrads plan_grads) {
+    const Products alone = choose_products(a, clusters_of(sms, false));
+    const auto in_front = [&] { return choose_in_front(a, alone, plan_grads(0)); };
     const Beside beside = plan_beside(a, sms, room);
     if (beside.spare_sms == 0)
-        return plan_grads(0);
+        return in_front();
     LoraGradsPlan on_few = plan_grads(beside.spare_sms);
     if (on_few.time_10ns == 0)
-        return plan_grads(0);
+        return in_front();
     const auto time_of = [&](const LoraGradsPlan& grads) {
         return beside.time_10ns + std::max<int64_t>(0, grads.time_10ns - beside.first_end_10ns);
     };
@@ -160,11 +177,11 @@ LoraGradsPlan choose_grads(const LoraDxArgs& a, int sms, int room, PlanGrads pla
         if (less_10ns < time_10ns)
             on_few = less, time_10ns = less_10ns;
     }
-    const int64_t alone_10ns = choose_products(a, clusters_of(sms, false)).time_10ns;
-    if (time_10ns <= alone_10ns)
+    if (time_10ns <= alone.time_10ns)
         return on_few;
-    const LoraGradsPlan in_front = plan_grads(0);
-    return time_10ns < alone_10ns + in_front.time_10ns ? on_few : in_front;
+    const LoraGradsPlan all = in_front();
+    const int64_t d_lora_A_10ns = all.leaves_A ? d_lora_A_time_10ns(a, alone) : 0;
+    return time_10ns < alone.time_10ns + all.time_10ns + d_lora_A_10ns ? on_few : all;
 }
 
 }  // namespace

@@ -26,8 +26,8 @@
 // the same time on SMs that are left idle, four of them at least: then it waits for u at its last
 // step (nf4_lora_matmul_dx_plan.h). Gradients of one launch set a mark for each CTA when u is there
 // (marks.h); of others it awaits the end. Its own end comes after theirs in any case. Where those
-// few SMs would be at it longer than the product takes, the gradient of lora_A is made in here
-// (nf4_lora_matmul_dx_grads.cuh).
+// few SMs would be at it longer than the product takes, or in front a pass over x takes longer than
+// it does here, the gradient of lora_A is made in here (nf4_lora_matmul_dx_grads.cuh).
 //
 // Bound by shared memory and by the latency of decoding, as the forward product is. From 2048
 // tokens on nf4_lora_matmul_dx_large_sm90.cu is faster (H200, 2026-11).
@@ -190,8 +190,12 @@ launch_product(const LoraDxArgs& a, Columns columns, int clusters, cudaStream_t 
     p.adds = a.adds;
     if (p.is_last)
         p.grad = {
-            static_cast<const uint8_t*>(a.x), static_cast<const uint8_t*>(a.u), a.d_lora_A,
-            a.d_lora_A_dtype == Dtype::kFloat32, static_cast<int>(a.M)};
+            static_cast<const uint8_t*>(a.x),
+            static_cast<const uint8_t*>(a.u),
+            a.d_lora_A,
+            a.d_lora_A_dtype == Dtype::kFloat32,
+            static_cast<int>(a.M),
+            lora_columns(a.r)};
     return p.share_log2 > 0 || p.grad.out != nullptr
                ? launch_kernel<T, typename P::More>(maps, p, stream)
                : launch_kernel<T, P>(maps, p, stream);
@@ -251,7 +255,7 @@ int nf4_lora_matmul_dx_marks(const LoraDxArgs& a) {
 cudaError_t launch_nf4_lora_matmul_dx(const LoraDxArgs& a, cudaStream_t stream) {
     if (a.M == 0 || a.w.K == 0)
         return cudaSuccess;
-    if ((a.r > 0 && a.lora_A_dtype != a.dtype) || (a.d_lora_A != nullptr && a.r > kGradRank))
+    if (a.r > 0 && a.lora_A_dtype != a.dtype)
         return cudaErrorInvalidValue;
     return a.dtype == Dtype::kBFloat16 ? launch_products<__nv_bfloat16>(a, stream)
                                        : launch_products<__half>(a, stream);

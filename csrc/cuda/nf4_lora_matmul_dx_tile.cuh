@@ -79,15 +79,15 @@ struct Maps {
 
 constexpr int kGradColumns = 32;  // of x, of a CTA at a time
 constexpr int kGradTokens = 64;   // of a warp, whose loads are under way together
-constexpr int kGradRank = 16;     // of u, padded
+constexpr int kGradRank = 16;     // of a product's ranks
 
 // The gradient of lora_A, where the product makes it: nf4_lora_matmul_dx_grads.cuh.
 struct GradOfA {
     const uint8_t* x;  // [tokens, K] in T
-    const uint8_t* u;  // [tokens, 16] in T
+    const uint8_t* u;  // [tokens, u_columns] in T
     void* out;         // [r, K] in T or fp32; null: it does not
     bool out_is_float;
-    int tokens;
+    int tokens, u_columns;
 };
 
 struct Params {
