@@ -3,6 +3,7 @@
 // order.
 #pragma once
 
+#include "lora_grads_products.cuh"
 #include "lora_parts.cuh"
 #include "ptx_sm90.cuh"
 
@@ -157,10 +158,6 @@ struct OutStrides {
 
 // ---- what a warp leaves behind ------------------------------------------------------------------
 
-// A warp's sums of kTiles x 16 columns: a thread has pairs of neighbouring j.
-template <class P>
-using ColumnSums = float[P::kTiles][P::kRank / 8][4];
-
 // Of a part, for finish_unit.
 template <class P>
 __device__ __forceinline__ void
@@ -168,7 +165,7 @@ store_part(float* sums, const ColumnSums<P>& d, int column0, int C) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int i = 0; i < P::kTiles * 2; i++) {
-        const int column = column0 + i / 2 * 16 + lane / 4 + i % 2 * 8;
+        const int column = column0 + tile_column<P>(i) + lane / 4;
         if (column >= C)
             continue;
         float* row = sums + static_cast<int64_t>(column) * P::kRank + lane % 4 * 2;
@@ -186,6 +183,8 @@ __device__ __forceinline__ void
 store_whole(const FinishParams& f, const ColumnSums<P>& d, int column0) {
     const int lane = threadIdx.x % kWarpSize;
     const auto stride = OutStrides::of<P>(f);
+    const int64_t steps[2] = {
+        8 * stride.column, (tile_column<P>(2) - tile_column<P>(1)) * stride.column};
 #pragma unroll
     for (int t = 0; t < P::kRank / 8; t++) {
         const int j = t * 8 + lane % 4 * 2;
@@ -195,8 +194,8 @@ store_whole(const FinishParams& f, const ColumnSums<P>& d, int column0) {
             P::kProjects ? column_scale(f, j) : 1.0f, P::kProjects ? column_scale(f, j + 1) : 1.0f};
         int64_t at = (column0 + lane / 4) * stride.column + j * stride.j;
 #pragma unroll
-        for (int i = 0; i < P::kTiles * 2; i++, at += 8 * stride.column) {
-            if (column0 + lane / 4 + i * 8 >= f.C)
+        for (int i = 0; i < P::kTiles * 2; at += steps[i % 2], i++) {
+            if (column0 + tile_column<P>(i) + lane / 4 >= f.C)
                 break;
             const float* v = &d[i / 2][t][i % 2 * 2];
             if (P::kProjects) {

@@ -28,7 +28,7 @@ int finish_units(int64_t elements) {
 template <class P>
 int64_t pass_time_10ns(const Division& d, int processors) {
     constexpr int64_t kLatency = 400;
-    constexpr int64_t kMostRate = P::kRank == 16 ? 600 : P::kRank == 32 ? 500 : 260;
+    constexpr int64_t kMostRate = P::kRank == 16 ? 600 : P::kRank == 32 ? 500 : 400;
     const int64_t bytes = d.cta_columns * d.cta_tokens * 2;
     const int64_t rate =
         std::min<int64_t>(kMostRate, 30000 / std::min<int64_t>(d.ctas(), processors));

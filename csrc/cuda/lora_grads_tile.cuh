@@ -18,43 +18,12 @@
 #include "bulk_sm90.cuh"
 #include "common.cuh"
 #include "lora_grads_finish.cuh"
+#include "lora_grads_products.cuh"
 #include "marks.h"
 #include "ptx_sm90.cuh"
 
 namespace lowbit::cuda {
 namespace {
-
-constexpr int kStageTokens = 64;
-constexpr int kBoxColumns = 64;  // 128 bytes: a swizzled line
-constexpr int kBoxBytes = kStageTokens * kBoxColumns * 2;
-constexpr int kComputeWarps = 8;
-constexpr int kGradThreads = (kComputeWarps + 1) * kWarpSize;
-
-// Shared memory, 137 to 226 KiB: stages (g, then t), with a projection two chunks of f, barriers,
-// and the sums of the projection.
-template <int kRank_, bool kProjects_>
-struct GradPlan {
-    static constexpr int kRank = kRank_;  // r padded: 16, 32 or 64
-    static constexpr bool kProjects = kProjects_;
-    static constexpr int kColumns = kRank == 64 ? 128 : 256;
-    static constexpr int kStages = 4;
-    static constexpr int kSumWarps = kProjects ? kComputeWarps / 2 : kComputeWarps;
-    static constexpr int kTiles = kColumns / 16 / kSumWarps;  // of 16 columns, per warp
-    static constexpr int kMaxTokens = !kProjects ? 1 << 30 : kRank == 16 ? 1024 : 384;
-    static constexpr int kGBytes = kColumns * kStageTokens * 2;
-    static constexpr int kFactorRow = kRank * 2;
-    static constexpr int kTBytes = kStageTokens * kFactorRow;
-    static constexpr int kStageBytes = kGBytes + kTBytes;
-    static constexpr int kFBytes = kColumns * kFactorRow;
-    static constexpr int kF = kStages * kStageBytes;
-    static constexpr int kFull = kF + (kProjects ? 2 * kFBytes : 0);
-    static constexpr int kEmpty = kFull + kStages * 8;
-    static constexpr int kFFull = kEmpty + kStages * 8;
-    static constexpr int kFEmpty = kFFull + 2 * 8;
-    static constexpr int kProjection = kFull + 128;
-    static constexpr int kSmemBytes = kProjection + (kProjects ? kMaxTokens * kRank * 4 : 0) + 1024;
-    static_assert(kFEmpty + 2 * 8 <= kProjection && kTiles >= 1 && kSmemBytes <= 227 * 1024);
-};
 
 struct GradMaps {
     CUtensorMap g;  // box [64 tokens][64 columns]
@@ -94,13 +63,6 @@ __device__ __forceinline__ Part own_part(const GradParams& p) {
             token0,      (tokens + kStageTokens - 1) / kStageTokens};
 }
 
-// Byte of 16-byte chunk `chunk` of row `row` in a box with rows of kRowBytes, as TMA swizzles it.
-template <int kRowBytes>
-__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
-    constexpr int kChunks = kRowBytes / 16;
-    return row * kRowBytes + ((chunk ^ (row / (8 / kChunks) % kChunks)) << 4);
-}
-
 // One thread.
 template <class P>
 __device__ __forceinline__ void
@@ -137,62 +99,26 @@ load_part(const GradMaps& maps, const GradParams& p, uint32_t smem) {
     }
 }
 
-// b of k16 x 16 columns from rows of kRank elements: b0, b1 of the first 8 columns, then of the
-// others.
-template <class P>
-__device__ __forceinline__ void
-load_factor(uint32_t (&b)[4], uint32_t rows, int row0, int column16, int lane) {
-    load_matrices_transposed(
-        b, rows + swizzled<P::kFactorRow>(row0 + lane % 16, 2 * column16 + lane / 16));
-}
-
 // A warp's 16 tokens of each block.
 template <typename T, class P>
 __device__ __forceinline__ void
 project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
     const int lane = threadIdx.x % kWarpSize;
     const Part part = own_part<P>(p);
-    // 16s of the rank whose factors stay in registers for all blocks of a chunk; for a fourth there
-    // are none left.
-    constexpr int kHeld = P::kRank == 64 ? 3 : P::kRank / 16;
     Ring ring;
     for (int chunk = 0; chunk < part.chunks; chunk++) {
         const int buffer = chunk % 2;
         const uint32_t f = smem + P::kF + buffer * P::kFBytes;
-        uint32_t factors[P::kColumns / 16][kHeld][4];
+        HeldFactors<P> factors;
         if (p.wants_projection) {
             barrier_wait(smem + P::kFFull + buffer * 8, chunk / 2 % 2);
-#pragma unroll
-            for (int k16 = 0; k16 < P::kColumns / 16; k16++) {
-#pragma unroll
-                for (int t = 0; t < kHeld; t++)
-                    load_factor<P>(factors[k16][t], f, k16 * 16, t, lane);
-            }
+            factors.load(f);
         }
         for (int block = 0; block < part.blocks; block++, ring.advance(P::kStages)) {
-            // Of even and odd k16, where few columns would make the products wait for each other.
-            constexpr int kSets = P::kRank == 16 ? 2 : 1;
-            float d[kSets][P::kRank / 8][4] = {};
+            float d[P::kRank / 8][4] = {};
             barrier_wait(smem + P::kFull + ring.slot * 8, ring.parity);
-            if (p.wants_projection) {
-                const uint32_t rows = smem + ring.slot * P::kStageBytes + warp * 16 * 128;
-#pragma unroll
-                for (int k16 = 0; k16 < P::kColumns / 16; k16++) {
-                    uint32_t a[4];
-                    load_matrices(
-                        a, rows + k16 / 4 * kBoxBytes +
-                               swizzled<128>(lane % 16, k16 % 4 * 2 + lane / 16));
-#pragma unroll
-                    for (int t = 0; t < P::kRank / 16; t++) {
-                        uint32_t loaded[4];
-                        if (t >= kHeld)
-                            load_factor<P>(loaded, f, k16 * 16, t, lane);
-                        const uint32_t (&b)[4] = t < kHeld ? factors[k16][t] : loaded;
-                        mma_16x8x16(d[k16 % kSets][2 * t], a, b[0], b[1], T{});
-                        mma_16x8x16(d[k16 % kSets][2 * t + 1], a, b[2], b[3], T{});
-                    }
-                }
-            }
+            if (p.wants_projection)
+                project_stage<T, P>(d, factors, f, smem + ring.slot * P::kStageBytes, warp);
             __syncwarp();
             if (lane == 0)
                 barrier_arrive(smem + P::kEmpty + ring.slot * 8);
@@ -202,9 +128,7 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
             float* sums = smem_projection + (block * 4 + warp) * (P::kRank / 2 * kWarpSize) + lane;
 #pragma unroll
             for (int i = 0; i < P::kRank / 2; i++) {
-                float& value = d[0][i / 4][i % 4];
-                if (kSets == 2)
-                    value += d[kSets - 1][i / 4][i % 4];
+                float& value = d[i / 4][i % 4];
                 if (chunk > 0)
                     value += sums[i * kWarpSize];
                 if (chunk + 1 < part.chunks)
@@ -220,7 +144,7 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
 #pragma unroll
             for (int i = 0; i < P::kRank / 4; i++) {
                 const int row = i % 2 * 8;
-                const float* v = &d[0][i / 2][i % 2 * 2];
+                const float* v = &d[i / 2][i % 2 * 2];
                 if (first + lane / 4 + row < tokens)
                     *reinterpret_cast<float2*>(out + row * P::kRank + i / 2 * 8) = {v[0], v[1]};
             }
@@ -231,14 +155,6 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
     }
 }
 
-// A pair of ones.
-__device__ __forceinline__ uint32_t ones(__nv_bfloat16) {
-    return 0x3f803f80;
-}
-__device__ __forceinline__ uint32_t ones(__half) {
-    return 0x3c003c00;
-}
-
 // A warp's kTiles x 16 columns of each chunk.
 template <typename T, class P>
 __device__ __forceinline__ void
@@ -247,7 +163,6 @@ add_tokens(const GradParams& p, const FinishParams& f, uint32_t smem, int warp) 
     const Part part = own_part<P>(p);
     float* out = p.sums + static_cast<int64_t>(part.token_part) * p.C * P::kRank;
     float* out_columns = p.column_sums + static_cast<int64_t>(part.token_part) * p.C;
-    const int own_column = warp * P::kTiles * 16;
     Ring ring;
     for (int chunk = 0; chunk < part.chunks; chunk++) {
         ColumnSums<P> d = {};
@@ -256,40 +171,14 @@ add_tokens(const GradParams& p, const FinishParams& f, uint32_t smem, int warp) 
         for (int block = 0; block < part.blocks; block++, ring.advance(P::kStages)) {
             const uint32_t stage = smem + ring.slot * P::kStageBytes;
             barrier_wait(smem + P::kFull + ring.slot * 8, ring.parity);
-#pragma unroll
-            for (int k16 = 0; k16 < kStageTokens / 16; k16++) {
-                uint32_t a[P::kTiles][4];
-#pragma unroll
-                for (int i = 0; i < P::kTiles; i++) {
-                    const int column = own_column + i * 16;
-                    const int token = k16 * 16 + lane / 16 * 8 + lane % 8;
-                    load_matrices_transposed(
-                        a[i], stage + column / kBoxColumns * kBoxBytes +
-                                  swizzled<128>(token, column % kBoxColumns / 8 + lane / 8 % 2));
-                }
-                if (p.wants_sums) {
-#pragma unroll
-                    for (int t = 0; t < P::kRank / 16; t++) {
-                        uint32_t b[4];
-                        load_factor<P>(b, stage + P::kGBytes, k16 * 16, t, lane);
-#pragma unroll
-                        for (int i = 0; i < P::kTiles; i++) {
-                            mma_16x8x16(d[i][2 * t], a[i], b[0], b[1], T{});
-                            mma_16x8x16(d[i][2 * t + 1], a[i], b[2], b[3], T{});
-                        }
-                    }
-                }
-                if (P::kProjects && p.wants_column_sums) {
-#pragma unroll
-                    for (int i = 0; i < P::kTiles; i++)
-                        mma_16x8x16(column_sums[i], a[i], ones(T{}), ones(T{}), T{});
-                }
-            }
+            add_stage<T, P>(
+                d, column_sums, stage, warp, block == 0, p.wants_sums,
+                P::kProjects && p.wants_column_sums);
             __syncwarp();
             if (lane == 0)
                 barrier_arrive(smem + P::kEmpty + ring.slot * 8);
         }
-        const int column0 = part.column0 + chunk * P::kColumns + own_column;
+        const int column0 = part.column0 + chunk * P::kColumns + warp * 16;
         if (f.whole)
             store_whole<T, P>(f, d, column0);
         else if (p.wants_sums)
@@ -297,7 +186,7 @@ add_tokens(const GradParams& p, const FinishParams& f, uint32_t smem, int warp) 
         if (P::kProjects && p.wants_column_sums && lane % 4 == 0) {
 #pragma unroll
             for (int i = 0; i < P::kTiles * 2; i++) {
-                const int column = column0 + i / 2 * 16 + lane / 4 + i % 2 * 8;
+                const int column = column0 + tile_column<P>(i) + lane / 4;
                 const float sum = column_sums[i / 2][i % 2 * 2];
                 if (column < p.C && f.whole)
                     static_cast<T*>(f.d_bias)[column] = from_float<T>(sum);
