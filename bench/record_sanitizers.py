@@ -178,6 +178,8 @@ CASES: dict[str, Callable[[], None]] = {
     "dx, pairs share N": lambda: layer(100, 4112, 1088),
     "dx, four pairs": lambda: layer(90, 6144, 576, 8, FP16, masters=True),
     "dx with d_lora_A": lambda: layer(200, 1024, 2048, 5),
+    "dx with d_lora_A 64": lambda: layer(200, 1024, 2048, 64),
+    "dx, gradients by wgmma": lambda: layer(90, 1040, 2112, 40, masters=True),
     "large": lambda: layer(4096, 2048, 640, 64),
     "large padded": lambda: layer(4100, 640, 512, 5),
     "large with gradients": lambda: layer(4200, 640, 2048, masters=True),

@@ -112,12 +112,10 @@ const char* check_products(const LoraDxArgs& a, int clusters, int& shared) {
 // `made`: plans of the gradients on the way to it.
 LoraGradsPlan
 choose(const LoraDxArgs& a, const LoraGradsArgs& grads, int sms, int room, int* made = nullptr) {
-    return choose_grads(a, sms, room, [&](int spare_sms) {
+    return choose_grads(a, sms, room, [&](int count) {
         if (made != nullptr)
             ++*made;
-        LoraGradsPlan plan = plan_of_rank(grads, spare_sms > 0 ? spare_sms : sms);
-        plan.spare_sms = spare_sms;
-        return plan;
+        return plan_of_rank(grads, count);
     });
 }
 
@@ -159,7 +157,7 @@ int main(int argc, char** argv) {
         int made = 0;
         const LoraGradsPlan chosen = choose(a, g, sms, room, &made);
         const int spare = chosen.spare_sms;
-        const char* wrong = made > 2 ? "plans that were made" : nullptr;
+        const char* wrong = made > 3 ? "plans that were made" : nullptr;
         const bool makes_A = chosen.makes_A || chosen.leaves_A;
         if (makes_A != (g.d_lora_A != nullptr) || (chosen.makes_A && chosen.leaves_A))
             wrong = "who makes the gradient of lora_A";

@@ -66,7 +66,8 @@ struct LoraGradsPlan {
     bool one_launch;
     int64_t time_10ns;       // of the one launch, roughly; 0: they are several
     int64_t time_of_A_10ns;  // of its pass over x
-    int spare_sms;  // 0: on all SMs; else on these, beside a product that leaves them alone
+    // 0: in front of the product; else whole clusters of kBesideCluster that it leaves alone.
+    int spare_sms;
 
     // The same without the pass over x: one launch, and u is there when it ends.
     LoraGradsPlan without_A() const {
@@ -87,9 +88,9 @@ struct LoraGradsPlan {
 // 16-bit dtype, 1 <= r <= 64, N % 8 == 0, K % 8 == 0, 16-byte aligned dy, x, z, lora_B and u.
 bool serves_lora_grads(const LoraGradsArgs& args);
 
-// The host's time counts: once per call. Of pointers, only which are null matters. `spare_sms`:
-// whole clusters of kBesideCluster, or 0.
-LoraGradsPlan plan_lora_grads(const LoraGradsArgs& args, int spare_sms = 0);
+// On so many SMs, 0: on all. The host's time counts: once per call. Of pointers, only which are
+// null matters.
+LoraGradsPlan plan_lora_grads(const LoraGradsArgs& args, int sms = 0);
 
 // At most 28 MiB with rounded_lora_A, but for extreme shapes.
 size_t lora_grads_workspace_bytes(const LoraGradsArgs& args, const LoraGradsPlan& plan);

@@ -23,18 +23,21 @@ int finish_units(int64_t elements) {
     return static_cast<int>(ceil_div(elements, 4 * kFinishThreads));
 }
 
-// On an H100, roughly, as all that follows in units of 10 ns: latencies, what CTAs read at the
-// speed of one, or of the memory, and partial sums written and read. More ranks take more products.
+// In units of 10 ns, as all that follows, fitted to an H200 (bench/NOTES.md): a CTA's stages and
+// the ends of its chunks, unless the memory takes longer, and partial sums written and read. Stages
+// wait for products where more than 16 ranks are projected on, else for their bytes.
 template <class P>
 int64_t pass_time_10ns(const Division& d, int processors) {
-    constexpr int64_t kLatency = 400;
-    constexpr int64_t kMostRate = P::kRank == 16 ? 600 : P::kRank == 32 ? 500 : 400;
-    const int64_t bytes = d.cta_columns * d.cta_tokens * 2;
-    const int64_t rate =
-        std::min<int64_t>(kMostRate, 30000 / std::min<int64_t>(d.ctas(), processors));
-    const int64_t launch = d.ctas() > processors ? kLatency : 0;  // another, that adds up
-    return kLatency + launch + ceil_div(d.ctas(), processors) * bytes / rate +
-           d.bytes() * 2 / 40000 + P::kColumns / 256;
+    constexpr int64_t kLaunch = 400;
+    constexpr bool kWaitsForBytes = !P::kProjects || P::kRank == 16;
+    constexpr int64_t kStage = kWaitsForBytes ? P::kColumns * 11 / 64 : P::kRank == 32 ? 117 : 81;
+    constexpr int64_t kChunkEnd = P::kRank * 5 / 4;
+    const int64_t chunks = d.cta_columns / P::kColumns, blocks = d.cta_tokens / kStageTokens;
+    const int64_t bytes_of_all =
+        d.cta_columns * d.cta_tokens * 2 * std::min<int64_t>(d.ctas(), processors);
+    const int64_t cta = std::max(chunks * (blocks * kStage + kChunkEnd), bytes_of_all / 40000);
+    const int64_t launch = d.ctas() > processors ? kLaunch : 0;  // another, that adds up
+    return launch + ceil_div(d.ctas(), processors) * cta + d.bytes() * 2 / 40000;
 }
 
 bool wants_sums(const LoraGradsArgs& a) {
@@ -60,7 +63,7 @@ int u_split_log2(int64_t parts, int64_t units, int64_t ctas) {
 
 // What units of a CTA take, one after the other: a trip to memory for each kPartLoads parts.
 int64_t finish_time_10ns(const Division& d, const LoraGradsArgs& a, int processors) {
-    constexpr int64_t kUnit = 20, kTrip = 110;
+    constexpr int64_t kUnit = 10, kTrip = 70;
     const int64_t ctas = std::min<int64_t>(d.ctas(), processors);
     const auto time_of = [&](int64_t units, int64_t parts) {
         return ceil_div(units, ctas) * (kUnit + ceil_div(parts, kPartLoads) * kTrip);
@@ -167,7 +170,8 @@ LoraGradsPlan plan_on(const LoraGradsArgs& a, int sms) {
         !wants_scaling(a) && is_one_wave(plan.dy) && (!plan.makes_A || is_one_wave(plan.x));
     if (!plan.one_launch)
         return plan;
-    plan.time_of_A_10ns = plan.makes_A ? plan.x.time_10ns : 0;
+    constexpr int64_t kSecond = 270;  // barriers, and the first stages
+    plan.time_of_A_10ns = plan.makes_A ? kSecond + plan.x.time_10ns : 0;
     plan.time_10ns = plan.dy.time_10ns + plan.time_of_A_10ns;
     return plan;
 }

@@ -253,13 +253,10 @@ bool serves_lora_grads(const LoraGradsArgs& a) {
            is_aligned(a.lora_B) && is_aligned(a.u) && device_is_sm90();
 }
 
-LoraGradsPlan plan_lora_grads(const LoraGradsArgs& a, int spare_sms) {
-    const int sms = spare_sms > 0 ? spare_sms : sm_count();
-    if (a.M == 0 || a.N == 0 || sms == 0)
-        return {};
-    LoraGradsPlan plan = plan_of_rank(a, sms);
-    plan.spare_sms = spare_sms;
-    return plan;
+LoraGradsPlan plan_lora_grads(const LoraGradsArgs& a, int sms) {
+    if (sms == 0)
+        sms = sm_count();
+    return a.M == 0 || a.N == 0 || sms == 0 ? LoraGradsPlan{} : plan_of_rank(a, sms);
 }
 
 size_t lora_grads_workspace_bytes(const LoraGradsArgs& a, const LoraGradsPlan& plan) {
