@@ -133,17 +133,6 @@ __device__ __forceinline__ void store_sum(const FinishParams& p, int64_t at, flo
         *reinterpret_cast<T*>(out) = from_float<T>(sum);
 }
 
-// Two neighbouring ones, from an even one on.
-template <typename T>
-__device__ __forceinline__ void
-store_pair(const FinishParams& p, int64_t at, float first, float second) {
-    uint8_t* out = static_cast<uint8_t*>(p.out) + at;
-    if (p.out_is_float)
-        *reinterpret_cast<float2*>(out) = {first, second};
-    else
-        *reinterpret_cast<uint32_t*>(out) = pack_pair(first, second, T{});
-}
-
 // Bytes from one j of d_lora_B or d_lora_A to the next, and from one column to the next.
 struct OutStrides {
     int64_t j, column;
@@ -177,32 +166,60 @@ store_part(float* sums, const ColumnSums<P>& d, int column0, int C) {
     }
 }
 
-// Of all tokens.
+// Scales of a thread's columns of d_lora_B, for all of its chunks.
+template <class P>
+struct Scales {
+    float values[P::kProjects ? P::kRank / 4 : 1];
+
+    __device__ __forceinline__ explicit Scales(const FinishParams& f) {
+#pragma unroll
+        for (int i = 0; P::kProjects && i < P::kRank / 4; i++)
+            values[i] = column_scale(f, i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2);
+    }
+};
+
+// Where `is_float` fp32, else T.
+template <typename T>
+__device__ __forceinline__ void
+store_sum_if(bool wanted, bool is_float, void* out, int64_t at, float sum) {
+    store_if(wanted && is_float, static_cast<float*>(out) + at, __float_as_uint(sum));
+    store_if(
+        wanted && !is_float, static_cast<T*>(out) + at,
+        static_cast<uint16_t>(pack_pair(sum, 0.0f, T{})));
+}
+
+template <typename T>
+__device__ __forceinline__ void
+store_pair_if(bool wanted, bool is_float, void* out, int64_t at, float first, float second) {
+    store_if(
+        wanted && is_float, static_cast<float*>(out) + at,
+        uint2{__float_as_uint(first), __float_as_uint(second)});
+    store_if(wanted && !is_float, static_cast<T*>(out) + at, pack_pair(first, second, T{}));
+}
+
+// Results, of all tokens. Nothing hides what a warp takes for them, behind each chunk: therefore no
+// branches.
 template <typename T, class P>
 __device__ __forceinline__ void
-store_whole(const FinishParams& f, const ColumnSums<P>& d, int column0) {
-    const int lane = threadIdx.x % kWarpSize;
-    const auto stride = OutStrides::of<P>(f);
-    const int64_t steps[2] = {
-        8 * stride.column, (tile_column<P>(2) - tile_column<P>(1)) * stride.column};
+store_whole(const FinishParams& f, const ColumnSums<P>& d, const Scales<P>& scales, int column0) {
+    const int lane = threadIdx.x % kWarpSize, row = lane / 4, pair = lane % 4 * 2;
+    const int C = static_cast<int>(f.C);
 #pragma unroll
-    for (int t = 0; t < P::kRank / 8; t++) {
-        const int j = t * 8 + lane % 4 * 2;
-        if (f.out == nullptr || j >= f.r)  // r is even
-            break;
-        const float scales[2] = {
-            P::kProjects ? column_scale(f, j) : 1.0f, P::kProjects ? column_scale(f, j + 1) : 1.0f};
-        int64_t at = (column0 + lane / 4) * stride.column + j * stride.j;
+    for (int i = 0; i < P::kTiles * 2; i++) {
+        const int column = column0 + tile_column<P>(i) + row;
+        const int ranks = f.out != nullptr && column < C ? f.r : 0;
+        const int64_t at = P::kProjects ? int64_t{column} * f.r + pair : int64_t{pair} * C + column;
 #pragma unroll
-        for (int i = 0; i < P::kTiles * 2; at += steps[i % 2], i++) {
-            if (column0 + tile_column<P>(i) + lane / 4 >= f.C)
-                break;
+        for (int t = 0; t < P::kRank / 8; t++) {
             const float* v = &d[i / 2][t][i % 2 * 2];
-            if (P::kProjects) {
-                store_pair<T>(f, at, v[0] * scales[0], v[1] * scales[1]);
+            const bool wanted = t * 8 + pair < ranks;  // and the next, r is even
+            if constexpr (P::kProjects) {
+                store_pair_if<T>(
+                    wanted, f.out_is_float, f.out, at + t * 8, v[0] * scales.values[2 * t],
+                    v[1] * scales.values[2 * t + 1]);
             } else {
-                store_sum<T>(f, at, v[0]);
-                store_sum<T>(f, at + stride.j, v[1]);
+                store_sum_if<T>(wanted, f.out_is_float, f.out, at + t * 8 * int64_t{C}, v[0]);
+                store_sum_if<T>(wanted, f.out_is_float, f.out, at + (t * 8 + 1) * int64_t{C}, v[1]);
             }
         }
     }

@@ -163,6 +163,7 @@ add_tokens(const GradParams& p, const FinishParams& f, uint32_t smem, int warp) 
     const Part part = own_part<P>(p);
     float* out = p.sums + static_cast<int64_t>(part.token_part) * p.C * P::kRank;
     float* out_columns = p.column_sums + static_cast<int64_t>(part.token_part) * p.C;
+    const Scales<P> scales(f);
     Ring ring;
     for (int chunk = 0; chunk < part.chunks; chunk++) {
         ColumnSums<P> d = {};
@@ -180,7 +181,7 @@ add_tokens(const GradParams& p, const FinishParams& f, uint32_t smem, int warp) 
         }
         const int column0 = part.column0 + chunk * P::kColumns + warp * 16;
         if (f.whole)
-            store_whole<T, P>(f, d, column0);
+            store_whole<T, P>(f, d, scales, column0);
         else if (p.wants_sums)
             store_part<P>(out, d, column0, p.C);
         if (P::kProjects && p.wants_column_sums && lane % 4 == 0) {

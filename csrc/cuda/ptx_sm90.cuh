@@ -61,6 +61,26 @@ __device__ __forceinline__ void load_if(bool wanted, uint4& v, const uint8_t* p)
                  : "memory");
 }
 
+// Stores predicated by hand, for the same reason.
+__device__ __forceinline__ void store_if(bool wanted, void* p, uint32_t v) {
+    asm volatile("{.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t@p st.global.u32 [%0], %1;}" ::"l"(p),
+                 "r"(v), "r"(static_cast<uint32_t>(wanted))
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_if(bool wanted, void* p, uint16_t v) {
+    asm volatile("{.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t@p st.global.u16 [%0], %1;}" ::"l"(p),
+                 "h"(v), "r"(static_cast<uint32_t>(wanted))
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_if(bool wanted, void* p, const uint2& v) {
+    asm volatile(
+        "{.reg .pred p;\n\tsetp.ne.u32 p, %3, 0;\n\t@p st.global.v2.u32 [%0], {%1, %2};}" ::"l"(p),
+        "r"(v.x), "r"(v.y), "r"(static_cast<uint32_t>(wanted))
+        : "memory");
+}
+
 // 16 bytes that are not read again soon.
 __device__ __forceinline__ void store_streaming(void* p, const uint4& v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y),
