@@ -47,9 +47,10 @@ const char* check_division(const LoraMatmulArgs& a, const Machine& machine) {
         return "clusters of divided tiles";
     if (d.spare_sms % kBesideCluster != 0 || d.clusters * kCluster + d.spare_sms > machine.sms)
         return "spare SMs";
-    if (d.spare_sms > 0 && machine.room.cluster < kBesideCluster)
-        return "a projection beside that finds no cluster";
-    return nullptr;
+    const int projectors = projecting_ctas(a, d);
+    if (projectors % kCluster != 0 || projectors > d.spare_sms || projectors > kWarpSize)
+        return "CTAs that project";
+    return projectors > 0 ? check_tiling(a.M, projection_room_beside(d.spare_sms)) : nullptr;
 }
 
 // The exchange of a tile's parts, each of which gives all before it takes.

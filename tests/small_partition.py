@@ -12,8 +12,9 @@ from lowbit import dispatch
 BF16 = torch.bfloat16
 SMS = 8  # the fewest that a green context can have, and a cluster of eight needs
 
-# kernel, M, N, K, r. Of the kernel for some hundred tokens: tiles in eight parts, of which four
-# find room at a time; with whole rounds before them; in parts of unequal length.
+# kernel, M, N, K, r. Of the kernel for some hundred tokens: more CTAs that project than SMs, then
+# tiles in six or eight parts, of which four find room at a time; with whole rounds before them; in
+# parts of unequal length.
 PRODUCTS = [
     ("nf4_lora_gemv", 1, 4096, 4096, 16),
     ("nf4_lora_matmul_small", 16, 4096, 4096, 16),

@@ -159,10 +159,10 @@ def test_z_of_one_token_from_the_kernel_and_given(N, K, r, dtype):
     assert_close_to_float64("y", y, exact, low)
 
 
-# For the kernel of some hundred tokens, as an H100 divides them. First z beside the product, by
-# groups of 64, 128, 192 and 256 tokens; four, two CTAs and one to a group, then one for two groups;
-# a CTA without a step of K. Then in front: eight, four, two CTAs, one for two groups; CTAs without
-# a step; a single token in the last group.
+# For the kernel of some hundred tokens, as an H100 divides them. First z by CTAs of the product's
+# grid, by groups of 64, 128, 192 and 256 tokens, one or two of 64 to a warpgroup; two CTAs and one
+# to a group, then one for two groups. Then in front: eight, four, two CTAs, one for two groups;
+# CTAs without a step; a single token in the last group.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("M", "N", "K", "r"),
@@ -320,6 +320,83 @@ def test_inputs_written_by_the_kernel_before(kernel, M):
     for _ in range(3):
         cases[0].x = start
         assert_bitwise_equal(chain(wait=False), expected, "y")
+
+
+@pytest.mark.parametrize(("M", "N"), [(65, 4096), (128, 1024), (256, 4096), (600, 2048)])
+def test_reads_in_time_what_the_kernel_before_writes(M, N):
+    """What CTAs of the kernel for some hundred tokens wait for is told by marks, the same ones in
+    all runs of a graph: behind a long kernel, right behind each other, and behind the run before.
+    """
+    kernel = "nf4_lora_matmul_mid"
+    cases = [_Case(M, N, N) for _ in range(3)]
+    x, given = cases[0].x, torch.randn(20, M, N, device="cuda").to(cases[0].x.dtype)
+    expected, eager, replayed = (torch.empty_like(given) for _ in range(3))
+
+    def chain(wait=False):
+        result = x
+        for case in cases:
+            case.x = result
+            result, _ = case.run(kernel)
+            if wait:
+                torch.cuda.synchronize()
+        return result
+
+    for i in range(len(given)):
+        x.copy_(given[i])
+        torch.cuda.synchronize()
+        expected[i] = chain(wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain()
+    for i in range(len(given)):
+        torch.cuda._sleep(200_000)
+        x.copy_(given[i])
+        eager[i] = chain()
+    for i in range(len(given)):
+        x.copy_(given[i])
+        graph.replay()
+        replayed[i].copy_(y)
+    for _ in range(20):
+        graph.replay()
+    assert_bitwise_equal(eager, expected, "y of eager calls")
+    assert_bitwise_equal(replayed, expected, "y of a graph")
+    assert_bitwise_equal(y, expected[-1], "y of a graph without a pause")
+
+
+# z by CTAs of the grid, with tiles in level parts, in a row and whole; in front; and no adapter.
+DIVISIONS = [
+    (256, 4096, 4096, 16), (129, 5248, 1536, 64), (300, 528, 704, 5), (100, 1280, 4096, 64),
+    (256, 4096, 4096, 0), (65, 256, 4096, 16),
+]  # fmt: skip
+
+
+def test_calls_of_different_divisions_in_one_workspace():
+    """Where one call has its marks another one has sums or z. Marks of a graph's run before, which
+    are those of this run, must be gone: no sums and no z of it are taken."""
+    kernel = "nf4_lora_matmul_mid"
+    cases = [_Case(*shape) for shape in DIVISIONS]
+    given = [[case.x, case.x.flip(0).contiguous()] for case in cases]
+    places = [case.x.clone() for case in cases]
+    expected = []
+    for turn in range(2):
+        for case, of_case in zip(cases, given, strict=True):
+            case.x = of_case[turn]
+        expected.append([case.run(kernel) for case in cases])
+        torch.cuda.synchronize()
+    for case, place in zip(cases, places, strict=True):
+        case.x = place
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = [case.run(kernel) for case in cases]
+    for i in range(20):
+        for place, of_case in zip(places, given, strict=True):
+            place.copy_(of_case[i % 2])
+        graph.replay()
+        for results in (recorded, [case.run(kernel) for case in cases]):
+            for shape, (y, z), (y0, z0) in zip(DIVISIONS, results, expected[i % 2], strict=True):
+                assert_bitwise_equal(y, y0, f"y of {shape}")
+                if z0 is not None:
+                    assert_bitwise_equal(z, z0, f"z of {shape}")
 
 
 @pytest.mark.parametrize(("kernel", "M"), [(k, values[-1]) for k, values in TOKENS.items()])

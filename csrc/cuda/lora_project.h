@@ -17,8 +17,11 @@ inline int padded_rank(int r) {
 // Most of an idle device, in clusters of eight if it can hold them.
 ClusterRoom projection_room();
 
+// By pairs of CTAs of a product's grid, which has clusters of two. No more of them than a warp of
+// the others can ask at a time.
 inline ClusterRoom projection_room_beside(int spare_sms) {
-    return {kBesideCluster, spare_sms / kBesideCluster};
+    constexpr int kPair = 2, kMostAsked = 32;
+    return {kPair, std::min(spare_sms, kMostAsked) / kPair};
 }
 
 // Clusters take tokens by groups; some of their CTAs divide K for one group.
@@ -45,19 +48,10 @@ inline ProjectionTiling tile_projection(int64_t M, ClusterRoom room) {
     return {static_cast<int>(tokens), parts, static_cast<int>(clusters), static_cast<int>(passes)};
 }
 
-struct Projection {
-    void* z_scaled;   // [M, padded_rank(r)] of x's dtype
-    uint32_t* flags;  // cleared for the kernel that follows
-    int flag_count;
-    int spare_sms;  // 0: on the whole card; otherwise on these, whole clusters, while a kernel that
-                    // leaves them alone runs on the others
-};
-
-// Fills z_scaled from args.x and lora_A, or from args.z_in, and args.z_out unless null. M times
-// padded_rank(r) is less than 2^31. A kernel launched after it as its programmatic dependent may
-// start while this one runs: everything before it is complete by then, but z and flags only after
-// griddepcontrol.wait.
-cudaError_t
-launch_lora_project(const LoraMatmulArgs& args, const Projection& projection, cudaStream_t stream);
+// Fills z_scaled [M, padded_rank(r)] of x's dtype from args.x and lora_A, or from args.z_in, and
+// args.z_out unless null, on all SMs. r > 0, and M times padded_rank(r) is less than 2^31. A kernel
+// launched after it as its programmatic dependent may start while this one runs: everything before
+// it is complete by then, but z only after griddepcontrol.wait.
+cudaError_t launch_lora_project(const LoraMatmulArgs& args, void* z_scaled, cudaStream_t stream);
 
 }  // namespace lowbit::cuda

@@ -151,20 +151,24 @@ struct Turns {
     uint32_t given;  // bit i: turn i
 
     __device__ __forceinline__ int giver_cta(int turn) const {
-        return blockIdx.x + (giver_to(tile.part, tile.parts, turn) - tile.part) * kCluster;
+        return own_cta(p) + (giver_to(tile.part, tile.parts, turn) - tile.part) * kCluster;
     }
     // By a warp, which asks for all turns at a time.
     __device__ __forceinline__ void take(int turn) {
         const int lane = threadIdx.x % kWarpSize;
         while ((given >> turn & 1) == 0) {
             bool is_given = false;
-            if (lane > 0 && lane < tile.parts) {
-                wait_for_previous_kernel();
-                is_given = load_acquire(flag_of(p, giver_cta(lane), lane)) != 0;
-            }
+            if (lane > 0 && lane < tile.parts)
+                is_given = load_acquire(given_word(p, giver_cta(lane), lane)) == p.mark;
             given = __ballot_sync(kFullWarp, is_given);
         }
         __syncwarp();
+    }
+    // By all consumers, whose warps have taken all.
+    __device__ __forceinline__ void forget(int thread) const {
+        named_barrier(kGivenBarrier, kConsumers);
+        if (thread > 0 && thread < tile.parts)
+            *given_word(p, giver_cta(thread), thread) = 0;
     }
 };
 
@@ -182,7 +186,7 @@ __device__ __forceinline__ void exchange_parts(Sums<P>& d, const Params& p, cons
 #pragma unroll
         for (int q = 0; q < 4; q++) {
             if (owner_of(p.level, tile.parts, q) == receiver)
-                Quarter<P>::store(d, q, partial_of<P>(p, blockIdx.x, q));
+                Quarter<P>::store(d, q, partial_of<P>(p, own_cta(p), q));
         }
         if (p.level) {
             named_barrier_arrive(kGivenBarrier + turn, kConsumers + kWarpSize);
@@ -290,6 +294,7 @@ __device__ __forceinline__ void consume(const Maps& maps, const Params& p, uint3
         if (p.r > 0)
             prefetch_map(maps.z);
     }
+    wait_for_operands(p);
     cluster_wait_unaligned();
     for (int index = 0; index < tiles; index++) {
         const Tile tile = tile_at<P>(p, schedule, index);
@@ -300,7 +305,14 @@ __device__ __forceinline__ void consume(const Maps& maps, const Params& p, uint3
         if (tile.parts > 1)
             exchange_parts<P>(d, p, tile);
         store_output<T, P>(d, maps, p, tile, smem);
+        // A graph's next run has the same mark and must not find it.
+        if (index == tiles - 1 && takes_parts(p.level, tile))
+            Turns{p, tile, 0}.forget(thread);
     }
+    // A CTA with a low-rank step has seen all of them set. Others' may be set later and stay so:
+    // these CTAs never ask, in a graph's next run neither.
+    if (thread < p.projectors)
+        *z_word(p, thread, own_cta(p)) = 0;
     if (own == 0)
         wait_stores_read<0>();
 }

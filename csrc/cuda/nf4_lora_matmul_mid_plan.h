@@ -21,7 +21,7 @@ struct Division {
     int full_tiles;  // see Params
     int split_tiles;
     int split_clusters;
-    int spare_sms;  // where the projection runs beside the product, or 0: before it
+    int spare_sms;  // for CTAs that project beside those with tiles; 0: a kernel in front does
     int64_t time;   // expected
 };
 
@@ -44,7 +44,7 @@ struct Machine {
     ClusterRoom room;
 };
 
-// Until z is there, projected on the spare SMs or on all: see lora_project_sm90.cu. All SMs
+// Until z is there, projected on the spare SMs or on all: see lora_project_tile.cuh. All SMs
 // together take in 5 TB/s.
 inline int64_t projection_time(const LoraMatmulArgs& a, const Machine& machine, int spare_sms) {
     if (a.lora_A == nullptr)
@@ -112,8 +112,7 @@ inline Division choose_division(const LoraMatmulArgs& a, const Machine& machine)
     const int64_t row_pairs = ceil_div(row_tiles, 2);
     Division best{};
     for (const int spare_sms : {kBesideCluster, 0}) {
-        if (spare_sms > 0 && (a.lora_A == nullptr || a.r == 0 || machine.sms <= 2 * spare_sms ||
-                              machine.room.cluster < kBesideCluster))
+        if (spare_sms > 0 && (a.lora_A == nullptr || a.r == 0 || machine.sms <= 2 * spare_sms))
             continue;
         for (const PlanKind plan : {kSharedX256, kSharedX128, kSharedW256}) {
             const int64_t tiles = plan == kSharedX256   ? row_pairs * ceil_div(a.M, 256)
@@ -125,13 +124,16 @@ inline Division choose_division(const LoraMatmulArgs& a, const Machine& machine)
     return best;
 }
 
-// Whether a kernel comes before the product: it projects, or clears flags.
-inline bool has_first_kernel(const LoraMatmulArgs& a, const Division& division) {
-    return a.r > 0 || division.split_tiles > 0;
+// CTAs of the product's grid that project, the first ones.
+inline int projecting_ctas(const LoraMatmulArgs& a, const Division& division) {
+    if (division.spare_sms == 0 || a.r == 0)
+        return 0;
+    const ClusterRoom room = projection_room_beside(division.spare_sms);
+    return tile_projection(a.M, room).clusters * room.cluster;
 }
 
 struct Workspace {
-    size_t flags, partials, bytes;  // after z
+    size_t words, partials, bytes;  // after z
 };
 
 inline Workspace layout_workspace(const LoraMatmulArgs& a, const Division& division) {
@@ -142,8 +144,10 @@ inline Workspace layout_workspace(const LoraMatmulArgs& a, const Division& divis
     const size_t ctas = kCluster * division.split_clusters;
     const size_t tokens = division.plan == kSharedX128 ? 128 : 256;
     Workspace space{};
-    space.flags = round_up(static_cast<size_t>(a.M) * padded_rank(a.r) * 2);
-    space.partials = space.flags + round_up(ctas * kMostParts * sizeof(uint32_t));
+    space.words = round_up(static_cast<size_t>(a.M) * padded_rank(a.r) * 2);
+    const size_t z_words =
+        static_cast<size_t>(projecting_ctas(a, division)) * kCluster * division.clusters;
+    space.partials = space.words + round_up((ctas * kMostParts + z_words) * sizeof(uint64_t));
     space.bytes = space.partials + ctas * kTileRows * tokens * sizeof(float);
     return space;
 }

@@ -154,6 +154,22 @@ __device__ __forceinline__ void give_turns(const Params& p, const Tile& tile) {
     }
 }
 
+// By a warp one of whose lanes loads z. Those that project wait for nobody. Two warps may ask at a
+// time, for different tiles, so the consumers set the words back.
+__device__ __forceinline__ void wait_for_z(const Params& p) {
+    if (p.projectors == 0) {
+        wait_for_previous_kernel();
+        return;
+    }
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane < p.projectors) {
+        while (load_acquire(z_word(p, lane, own_cta(p))) != p.mark) {
+        }
+    }
+    __syncwarp();
+    fence_async_proxy_global();
+}
+
 template <typename T, bool kNested, class P>
 __device__ __forceinline__ void
 produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
@@ -171,6 +187,8 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
     Tile tile = tile_at<P>(p, schedule, 0);
 
     PackedLoader<P> loader{maps, p, schedule, smem, own_row, tile, 0, 0, 0};
+    wait_for_operands(p);
+    named_barrier(kTablesBarrier, P::kProducers);  // keeps __ldg behind the wait
     if (loads_packed) {
         loader.load_next();
         loader.load_next();
@@ -265,8 +283,8 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
         if (step < tile.steps) {  // the low-rank term, one warp of each row unit
             const uint32_t full = smem + P::kFull + at.slot * 8;
             const uint32_t stage = smem + at.slot * P::kStageBytes;
-            if (loads_x)
-                wait_for_previous_kernel();
+            if (warp % P::kUnits == 0)
+                wait_for_z(p);
             barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
             if (loads_x) {
                 barrier_arrive_expect(full, P::kArrivingBytes);

@@ -4,9 +4,9 @@
 //     y[m, n] = sum_k x[m, k] W[n, k] + sum_j z_scaled[m, j] lora_B[n, j] + bias[n],  M > 64
 //
 // Operands: see nf4_lora_matmul.h and weight.h (flat). W enters as RN_T(codebook[q] * absmax), T =
-// bf16 or fp16, the same bits as dequantization gives. z_scaled [M, r rounded up to 16] comes from
-// lora_project_sm90.cu, launched just before. fp32 accumulators, one rounding, on store. No
-// atomics: every sum has a fixed order.
+// bf16 or fp16, the same bits as dequantization gives. z_scaled [M, r rounded up to 16] is made as
+// lora_project_tile.cuh describes, by the first CTAs of the grid or by a kernel launched just
+// before. fp32 accumulators, one rounding, on store. No atomics: every sum has a fixed order.
 //
 // A CTA computes 128 rows of W (the M side of wgmma) x 256 or 128 tokens in steps of 64 along K,
 // through a ring of stages in shared memory. Two consumer warpgroups own 64 rows each. The producer
@@ -27,7 +27,9 @@
 // Level parts wait for each other, so they are launched cooperatively: all start, or none. Where
 // the whole grid does not fit (a green context), the last part has all tokens, as in a row, and
 // waits for those before it alone; they start first and wait for nobody. Up to some 1000 tokens,
-// 2000 at ranks up to 16, four SMs stay out of the grid and project meanwhile, which hides 7 us.
+// 2000 at ranks up to 16, the grid's first four CTAs or more have no tiles and project meanwhile,
+// which hides 7 us; in a launch of their own in front that cost 0.5 to 1.3 us more (H200, 2026-11).
+// What others wait for is told by marks (marks.h).
 //
 // Bound by decoding beside wgmma and by shared memory: per step wgmma reads 80 KB (96 with shared
 // x, see Plan), x takes 32, decoded weights 16. A step of 128 x 256 takes 0.70 us with shared W,
@@ -39,7 +41,8 @@
 
 #include "device.h"
 #include "launch_config.h"
-#include "lora_project.h"
+#include "lora_project_tile.cuh"
+#include "marks.h"
 #include "nf4_lora_matmul_mid.h"
 #include "nf4_lora_matmul_mid_consume.cuh"
 #include "nf4_lora_matmul_mid_plan.h"
@@ -51,11 +54,33 @@ namespace {
 
 // ---- kernel -------------------------------------------------------------------------------------
 
+// By the CTAs in front, which wait for nobody: their share of z, told to all that have tiles.
+template <typename T, int kColumns>
+__device__ __forceinline__ void
+project_and_tell(const projection::Params& projecting, const Params& p, uint8_t* smem_raw) {
+    const auto tell = [&p] {
+        for (int cta = threadIdx.x; cta < p.clusters * kCluster; cta += blockDim.x)
+            store_release(z_word(p, blockIdx.x, cta), p.mark);
+    };
+    projection::project<T, kColumns, kConsumers / kWarpgroup>(projecting, smem_raw, tell);
+}
+
 // 384 threads with 168 registers (shared W) or 512 with 128, to begin with.
 template <typename T, bool kNested, class P>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(P::kThreads, 1)
-    nf4_lora_matmul_mid_kernel(const __grid_constant__ Maps maps, const Params p) {
+    nf4_lora_matmul_mid_kernel(
+        const __grid_constant__ Maps maps,
+        const Params p,
+        const __grid_constant__ projection::Params projecting) {
     extern __shared__ uint8_t smem_raw[];
+    if (blockIdx.x < p.projectors) {
+        wait_for_previous_kernel();
+        if (projecting.r > 16)
+            project_and_tell<T, 64>(projecting, p, smem_raw);
+        else
+            project_and_tell<T, 16>(projecting, p, smem_raw);
+        return;
+    }
     const uint32_t raw = shared_address(smem_raw);
     const uint32_t smem = (raw + kSmemAlignment - 1) / kSmemAlignment * kSmemAlignment;
     if (threadIdx.x == 0) {
@@ -69,10 +94,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(P::kThreads, 1)
         }
         barrier_init_fence();
     }
-    // The projection, if any, has waited for everything before it; what it writes itself is waited
-    // for where it is read.
-    if (p.waits_first)
-        wait_for_previous_kernel();
     __syncthreads();
     // Produce and consume wait. Thread 0 has fenced its barriers; a release would wait for all of
     // memory.
@@ -118,15 +139,25 @@ bool quick_scales(const WeightView& w) {
 // Level parts wait for each other: beside a kernel of another stream whose CTAs do so too, each may
 // hold the SMs that the other one needs, unless all start together.
 template <typename T, bool kNested, class P>
-cudaError_t launch_grid(const Maps& maps, const Params& p, cudaStream_t stream) {
+cudaError_t launch_grid(
+    const Maps& maps, const Params& p, const projection::Params& projecting, cudaStream_t stream) {
+    static_assert(P::kSmemBytes >= projection::Layout<16>::kSmemBytes);
+    static_assert(P::kSmemBytes >= projection::Layout<64>::kSmemBytes);
     constexpr auto kernel = nf4_lora_matmul_mid_kernel<T, kNested, P>;
     const cudaError_t error = allow_shared_memory<kernel>(P::kSmemBytes);
     if (error != cudaSuccess)
         return error;
-    LaunchConfig config(kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
+    LaunchConfig config(p.projectors + kCluster * p.clusters, P::kThreads, P::kSmemBytes, stream);
     if (p.level)
         config.cooperative();
-    return cudaLaunchKernelEx(config.get(), kernel, maps, p);
+    return cudaLaunchKernelEx(config.get(), kernel, maps, p, projecting);
+}
+
+cudaError_t
+make_projection(projection::Params& p, const LoraMatmulArgs& a, const ClusterRoom& room) {
+    const ProjectionTiling tiling = tile_projection(a.M, room);
+    return a.r > 16 ? projection::make_params<64>(p, a, room.cluster, tiling, a.workspace)
+                    : projection::make_params<16>(p, a, room.cluster, tiling, a.workspace);
 }
 
 template <typename T, bool kNested, class P>
@@ -136,12 +167,16 @@ cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cu
     if (error != cudaSuccess)
         return error;
     const Workspace space = layout_workspace(a, division);
+    uint8_t* workspace = static_cast<uint8_t*>(a.workspace);
     Params p{};
     p.w = a.w;
     p.lora_B = a.lora_B;
     p.bias = a.bias;
-    p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(a.workspace) + space.partials);
-    p.flags = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(a.workspace) + space.flags);
+    p.partials = reinterpret_cast<float*>(workspace + space.partials);
+    p.given_words = reinterpret_cast<uint64_t*>(workspace + space.words);
+    p.z_words = p.given_words + kCluster * division.split_clusters * kMostParts;
+    p.mark = next_mark();
+    p.projectors = projecting_ctas(a, division);
     p.r = a.r;
     p.steps = static_cast<int>(a.w.K / kStepK);
     p.token_groups = static_cast<int>(ceil_div(a.M, P::kTokens * P::kTokenTiles));
@@ -154,16 +189,22 @@ cudaError_t launch_product(const LoraMatmulArgs& a, const Division& division, cu
     // A launch that a graph records is not refused before the graph runs; hence the question.
     p.level = division.split_tiles > 0 && division.split_clusters % division.split_tiles == 0 &&
               !in_green_context(stream);
-    p.waits_first = !has_first_kernel(a, division);
+    p.waits_first = a.r == 0 || p.projectors > 0;
     p.quick_scales = quick_scales(a.w);
 
-    error = launch_grid<T, kNested, P>(maps, p, stream);
+    projection::Params projecting{};
+    if (p.projectors > 0) {
+        error = make_projection(projecting, a, projection_room_beside(division.spare_sms));
+        if (error != cudaSuccess)
+            return error;
+    }
+    error = launch_grid<T, kNested, P>(maps, p, projecting, stream);
     // Fewer CTAs may be resident than sm_count says: in a share of MPS, or in a context that
     // in_green_context does not see. The workspace does not depend on level.
     if (p.level && error == cudaErrorCooperativeLaunchTooLarge) {
         cudaGetLastError();  // left in place it would be taken for another call's
         p.level = false;
-        error = launch_grid<T, kNested, P>(maps, p, stream);
+        error = launch_grid<T, kNested, P>(maps, p, projecting, stream);
     }
     return error;
 }
@@ -208,15 +249,8 @@ cudaError_t launch_nf4_lora_matmul_mid(const LoraMatmulArgs& a, cudaStream_t str
     if (a.M == 0 || a.w.N == 0)
         return cudaSuccess;
     const Division division = choose_division(a, this_machine());
-    if (has_first_kernel(a, division)) {
-        const Workspace space = layout_workspace(a, division);
-        uint8_t* workspace = static_cast<uint8_t*>(a.workspace);
-        Projection projection{};
-        projection.z_scaled = workspace;
-        projection.flags = reinterpret_cast<uint32_t*>(workspace + space.flags);
-        projection.flag_count = kCluster * division.split_clusters * kMostParts;
-        projection.spare_sms = division.spare_sms;
-        const cudaError_t error = launch_lora_project(a, projection, stream);
+    if (a.r > 0 && projecting_ctas(a, division) == 0) {
+        const cudaError_t error = launch_lora_project(a, a.workspace, stream);
         if (error != cudaSuccess)
             return error;
     }

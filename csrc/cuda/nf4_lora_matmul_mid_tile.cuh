@@ -110,8 +110,11 @@ struct Params {
     WeightView w;
     const void* lora_B;
     const void* bias;
-    float* partials;  // [CTAs][quarters][kTileRows kTokens / 4]
-    uint32_t* flags;  // [CTAs][kMostParts], see give; zeroed by the kernel before
+    float* partials;        // [CTAs][quarters][kTileRows kTokens / 4]
+    uint64_t* given_words;  // [CTAs][kMostParts], see give
+    uint64_t* z_words;      // [projectors][CTAs], mark when a projector's share of z is there
+    uint64_t mark;          // see marks.h
+    int projectors;         // CTAs in front that project; 0: z is there when the kernel before ends
     int r;
     int steps;         // K / 64
     int token_groups;  // token tiles of a cluster beside each other
@@ -132,6 +135,18 @@ struct Tile {
     int part, parts;  // of K, one cluster each
 };
 
+// By every thread before it touches memory. A kernel in front that projects has waited for
+// everything before it; what it writes itself is waited for where it is read.
+__device__ __forceinline__ void wait_for_operands(const Params& p) {
+    if (p.waits_first)
+        wait_for_previous_kernel();
+}
+
+// Of those that have tiles.
+__device__ __forceinline__ int own_cta(const Params& p) {
+    return blockIdx.x - p.projectors;
+}
+
 // A cluster's share reaches into two tiles at most. What it has of the second, which another
 // cluster ends, comes first, whole tiles follow, and last what it has of the first: that other
 // cluster finds the partial sums of this one when it comes to its end.
@@ -141,7 +156,7 @@ struct Schedule {
     bool owes, ends;
 
     __device__ __forceinline__ Schedule(const Params& p) {
-        const int cluster = blockIdx.x / kCluster;
+        const int cluster = own_cta(p) / kCluster;
         full = divide(p.full_tiles - cluster + p.clusters - 1, p.by_clusters);
         begin = end = first_tile = last_tile = 0, owes = ends = false;
         if (cluster < p.split.clusters) {
@@ -161,7 +176,7 @@ struct Schedule {
 template <class P>
 __device__ __forceinline__ Tile tile_at(const Params& p, const Schedule& schedule, int index) {
     const int rank = blockIdx.x % kCluster;
-    const int cluster = blockIdx.x / kCluster;
+    const int cluster = own_cta(p) / kCluster;
     int number = cluster + (index - schedule.owes) * p.clusters;
     Tile t{0, 0, 0, p.steps, p.steps, 0, 1};
     bool ends = true;
@@ -191,6 +206,10 @@ __host__ __device__ inline int owner_of(bool level, int parts, int quarter) {
     return level ? quarter * parts / 4 : parts - 1;
 }
 
+__device__ __forceinline__ bool takes_parts(bool level, const Tile& tile) {
+    return tile.parts > 1 && (level || tile.part == tile.parts - 1);
+}
+
 // In turn i of an exchange, from 1 on, a part gives to the part i before its own and takes from the
 // part i behind, around the end. So no two parts take from the same one at a time, and a part can
 // add what it takes in the order of the turns while later turns are on their way.
@@ -201,15 +220,19 @@ __host__ __device__ inline int giver_to(int part, int parts, int turn) {
     return part + turn - (part + turn < parts ? 0 : parts);
 }
 
-// What a CTA gives in a turn of an exchange is there when its flag is 1.
-__device__ __forceinline__ uint32_t* flag_of(const Params& p, int cta, int turn) {
-    return p.flags + cta * kMostParts + turn;
+// What a CTA gives in a turn of an exchange is there when its word is the mark.
+__device__ __forceinline__ uint64_t* given_word(const Params& p, int cta, int turn) {
+    return p.given_words + cta * kMostParts + turn;
 }
 
-// By one thread. Before this call's first kernel has ended, its zeros may be missing.
+// By one thread.
 __device__ __forceinline__ void give(const Params& p, int turn) {
-    wait_for_previous_kernel();
-    store_release(flag_of(p, blockIdx.x, turn), 1);
+    store_release(given_word(p, own_cta(p), turn), p.mark);
+}
+
+// Of the CTAs that have tiles, by a projecting CTA and one of them.
+__device__ __forceinline__ uint64_t* z_word(const Params& p, int projector, int cta) {
+    return p.z_words + projector * (p.clusters * kCluster) + cta;
 }
 
 }  // namespace
