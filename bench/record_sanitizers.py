@@ -100,6 +100,13 @@ def layer(
         )
 
 
+def product(M: int, N: int, K: int) -> None:
+    """Forward of a layer without an adapter."""
+    x, q = _randn(M, K, dtype=BF16), lowbit.quantize(_randn(N, K, dtype=BF16))
+    with torch.no_grad():
+        _check({"y": (lowbit.matmul(x, q), x.float() @ lowbit.dequantize(q).float().T)})
+
+
 def members(M: int) -> None:
     """What q, k and v take from the library: y from a z that is there, and one dx for all three.
 
@@ -174,6 +181,9 @@ CASES: dict[str, Callable[[], None]] = {
     "mid shared": lambda: layer(1100, 272, 1024, 16, FP16, vector=True),
     "mid, all SMs": lambda: layer(3000, 1536, 512),
     "mid 64": lambda: layer(300, 528, 704, 64),
+    "mid 64, in a row": lambda: layer(129, 5248, 1536, 64),
+    "mid 64, wide groups": lambda: layer(300, 8064, 256, 64),
+    "mid, no adapter": lambda: product(128, 1024, 2048),
     "mid, projection in passes": lambda: layer(1030, 4096, 2048),
     "dx, pairs share N": lambda: layer(100, 4112, 1088),
     "dx, four pairs": lambda: layer(90, 6144, 576, 8, FP16, masters=True),
