@@ -166,7 +166,8 @@ int main(int argc, char** argv) {
             wrong = "a gradient left to dx";
         left += chosen.leaves_A && spare > 0;
         left_in_front += chosen.leaves_A && spare == 0;
-        for (const int on : {sms, plan_beside(a, sms, room).spare_sms}) {
+        const int hiding = hiding_sms(a, choose_products(a, clusters_of(sms, false)), sms);
+        for (const int on : {sms, plan_beside(a, sms, room).spare_sms, hiding}) {
             if (wrong == nullptr && on > 0)
                 wrong = check_grads(g, on, together);
         }

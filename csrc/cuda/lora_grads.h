@@ -85,7 +85,8 @@ struct LoraGradsPlan {
     }
 };
 
-// 16-bit dtype, 1 <= r <= 64, N % 8 == 0, K % 8 == 0, 16-byte aligned dy, x, z, lora_B and u.
+// 16-bit dtype, 1 <= r <= 64, N % 8 == 0, K % 8 == 0, 16-byte aligned dy, x, z, lora_B, u and
+// d_lora_B.
 bool serves_lora_grads(const LoraGradsArgs& args);
 
 // On so many SMs, 0: on all. The host's time counts: once per call. Of pointers, only which are

@@ -74,9 +74,16 @@ int64_t finish_time_10ns(const Division& d, const LoraGradsArgs& a, int processo
            time_of(is_whole(d, a) ? 0 : finish_units(d.sum_floats / d.token_parts), d.token_parts);
 }
 
-template <class P>
+// The fastest that fits; of 0 passes if none does.
+template <class P, typename Fits>
 Division divide_pass(
-    const LoraGradsArgs& a, int64_t tokens, int passes, int64_t C, bool projects, int processors) {
+    const LoraGradsArgs& a,
+    int64_t tokens,
+    int passes,
+    int64_t C,
+    bool projects,
+    int processors,
+    Fits fits) {
     const int64_t chunks = ceil_div(C, P::kColumns);
     Division best{};
     best.time_10ns = INT64_MAX;
@@ -91,14 +98,17 @@ Division divide_pass(
         // As many parts as there are processors, or one, which leaves nothing to add up.
         for (const int64_t wanted :
              {std::max<int64_t>(1, processors / d.column_parts), int64_t{1}}) {
-            d.cta_tokens = ceil_div(ceil_div(tokens, wanted), kStageTokens) * kStageTokens;
-            d.cta_tokens = std::min<int64_t>(d.cta_tokens, P::kMaxTokens);
+            const int64_t rows = ceil_div(ceil_div(tokens, wanted), kStageTokens) * kStageTokens;
+            const int64_t cta_tokens = std::min<int64_t>(rows, P::kMaxTokens);
+            if (cta_tokens == d.cta_tokens)  // the same again
+                continue;
+            d.cta_tokens = cta_tokens;
             d.token_parts = ceil_div(tokens, d.cta_tokens);
             d.projection_floats = projects ? d.column_parts * tokens * P::kRank : 0;
             d.sum_floats = d.token_parts * C * P::kRank;
             d.column_sum_floats = d.token_parts * C;
             d.time_10ns = pass_time_10ns<P>(d, processors) + finish_time_10ns(d, a, processors);
-            if (d.time_10ns < best.time_10ns)
+            if (d.time_10ns < best.time_10ns && fits(d))
                 best = d;
         }
     }
@@ -140,20 +150,34 @@ Workspace lay_out(const Division& d, const LoraGradsArgs& a, int64_t C, Copies c
     return w;
 }
 
-// In as few passes as the limit of the workspace allows. More passes save workspace only while
-// tokens are in several parts or there is a projection; otherwise they add running sums.
+// The fastest of those whose workspace keeps to its limit, in one pass or several. More passes save
+// workspace only while tokens are in several parts or there is a projection; otherwise they add
+// running sums.
 template <class P>
 Division divide(const LoraGradsArgs& a, int64_t C, bool projects, Copies copies, int processors) {
     const int64_t rounded_bytes = a.rounded_lora_A != nullptr ? 2 * a.r * a.K : 0;
     const int64_t limit = std::max(kWorkspaceLimit / 2, kWorkspaceLimit - rounded_bytes);
+    Division best{};
     for (int passes = 1;; passes *= 2) {
         const int64_t tokens = ceil_div(ceil_div(a.M, passes), kStageTokens) * kStageTokens;
         const int count = static_cast<int>(ceil_div(a.M, tokens));
-        Division d = divide_pass<P>(a, std::min(tokens, a.M), count, C, projects, processors);
+        const auto divide_so = [&](auto fits) {
+            return divide_pass<P>(a, std::min(tokens, a.M), count, C, projects, processors, fits);
+        };
+        const auto keeps_limit = [&](const Division& d) {
+            const bool least = tokens == kStageTokens || (!projects && d.token_parts == 1);
+            return least || lay_out(d, a, C, copies).end * 4 <= limit;
+        };
+        Division d = divide_so([](const Division&) { return true; });
+        const bool is_free = keeps_limit(d);
+        if (!is_free)
+            d = divide_so(keeps_limit);
         d.pass_tokens = tokens;
-        const bool least = tokens == kStageTokens || (!projects && d.token_parts == 1);
-        if (least || lay_out(d, a, C, copies).end * 4 <= limit)
-            return d;
+        const bool found = d.passes > 0;
+        if (found && (best.passes == 0 || count * d.time_10ns < best.passes * best.time_10ns))
+            best = d;
+        if (is_free)
+            return best;
     }
 }
 

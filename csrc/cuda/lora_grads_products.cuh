@@ -94,9 +94,6 @@ template <int kCount>
 __device__ __forceinline__ float (&flat(float (&d)[kCount][4]))
     [kCount * 4] { return reinterpret_cast<float (&)[kCount * 4]>(d); }
 
-// 16 lines, a product's share of the contraction, in a descriptor.
-constexpr uint64_t kLines16 = 16 * 128 / 16;
-
 // The projection of a warp's 16 tokens of a stage. d is 0.
 template <typename T, class P>
 __device__ __forceinline__ void project_stage(

@@ -13,8 +13,9 @@
 //
 // A pass over dy, then one over x: products over rectangles, at most one per SM, with partial sums
 // into the workspace (lora_grads_tile.cuh), and after a grid barrier a sum over the parts in order
-// (lora_grads_finish.cuh). Where the workspace would exceed its limit the tokens are cut into
-// several passes over each, which add to the sums of features before them.
+// (lora_grads_finish.cuh). Where the workspace would exceed its limit rectangles leave fewer sums,
+// or the tokens are cut into several passes over each, which add to the sums of features before
+// them.
 // One launch for both, if there is one pass over each, neither has more rectangles than SMs, and
 // d_lora_scaling is not wanted. Between the passes it sets marks, on request, that say that u is
 // there. Else each pass is a launch, and with more rectangles than SMs the sums over the parts are
@@ -250,7 +251,7 @@ bool serves_lora_grads(const LoraGradsArgs& a) {
     return a.dtype != Dtype::kFloat32 && is_master(a.lora_A_dtype) && is_master(a.lora_B_dtype) &&
            a.r >= 1 && a.r <= 64 && a.N % 8 == 0 && a.K % 8 == 0 && a.M < kLimit && a.N < kLimit &&
            a.K < kLimit && is_aligned(a.dy) && is_aligned(a.x) && is_aligned(a.z) &&
-           is_aligned(a.lora_B) && is_aligned(a.u) && device_is_sm90();
+           is_aligned(a.lora_B) && is_aligned(a.u) && is_aligned(a.d_lora_B) && device_is_sm90();
 }
 
 LoraGradsPlan plan_lora_grads(const LoraGradsArgs& a, int sms) {

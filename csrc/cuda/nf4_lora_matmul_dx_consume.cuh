@@ -10,9 +10,6 @@
 namespace lowbit::cuda {
 namespace {
 
-// 16 lines, a product's share of the contraction, in a descriptor.
-constexpr uint64_t kLines16 = 16 * kLineBytes / 16;
-
 // Where a consumer warpgroup stands in the ring.
 template <class P>
 struct Reader {

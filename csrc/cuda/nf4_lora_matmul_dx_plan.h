@@ -15,7 +15,7 @@ using SharedDy128 = Plan<128, false>;
 using SharedW256 = Plan<256, true>;
 
 // Several clusters split a tile's N up to so many tokens and rows of W. That takes 6 MiB with 64
-// clusters, and what the gradients take beside it, 18 MiB up to here, grows with the rows.
+// clusters, and what the gradients take beside it, 20 MiB up to here, grows with the rows.
 constexpr int64_t kGivingTokens = 256, kGivingRows = 32 << 10;
 constexpr int kMostShareLog2 = 2;
 

@@ -29,7 +29,9 @@ __device__ __forceinline__ uint64_t own_operand_descriptor(uint32_t address) {
 // For wgmma_transposed, whose a has its 64 rows contiguous, wgmma_transposed_b, whose b has its 64
 // columns so, and wgmma_both_transposed: line i of 128 bytes, swizzled as above, has element i of
 // the contraction; 1024-byte aligned. 8 lines are 1024 bytes, whichever of the two strides they
-// count as. 16 elements of the contraction are 16 lines and add 128.
+// count as. A product's share of the contraction is 16 lines, which add kLines16.
+constexpr uint64_t kLines16 = 16 * 128 / 16;
+
 __device__ __forceinline__ uint64_t transposed_operand_descriptor(uint32_t address) {
     constexpr uint64_t kLayout =
         uint64_t{1024 / 16} << 16 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62;
