@@ -45,7 +45,7 @@ const char* check_division(const LoraMatmulArgs& a, const Machine& machine) {
         return "tiles";
     if (d.split_clusters > d.clusters || (d.split_tiles == 0) != (d.split_clusters == 0))
         return "clusters of divided tiles";
-    if (d.spare_sms % kBesideCluster != 0 || d.clusters * kCluster + d.spare_sms > machine.sms)
+    if (d.spare_sms % kSpareSms != 0 || d.clusters * kCluster + d.spare_sms > machine.sms)
         return "spare SMs";
     const int projectors = projecting_ctas(a, d);
     if (projectors % kCluster != 0 || projectors > d.spare_sms || projectors > kWarpSize)
@@ -96,7 +96,7 @@ const char* check_split_tiles(const LoraMatmulArgs& a, const Division& d) {
             return "clusters of a divided tile";
         const int parts = last - first + 1;
         if (parts > kMostParts)
-            return "flags of a divided tile";
+            return "words of a divided tile";
         const bool level = d.split_clusters % d.split_tiles == 0;
         const char* wrong = check_turns(false, parts);
         if (wrong == nullptr && level)

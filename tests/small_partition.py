@@ -12,20 +12,22 @@ from lowbit import dispatch
 BF16 = torch.bfloat16
 SMS = 8  # the fewest that a green context can have, and a cluster of eight needs
 
-# kernel, M, N, K, r. Of the kernel for some hundred tokens: more CTAs that project than SMs, then
-# tiles in six or eight parts, of which four find room at a time; with whole rounds before them; in
-# parts of unequal length.
+# kernel, M, N, K, r. Of the kernel for some hundred tokens, as an H100 divides them: tiles in six
+# parts, of which four find room at a time, behind more CTAs that project than SMs; in eight parts,
+# without an adapter and behind a projection of its own; whole tiles; whole rounds, then parts of
+# equal and of unequal length.
 PRODUCTS = [
     ("nf4_lora_gemv", 1, 4096, 4096, 16),
     ("nf4_lora_matmul_small", 16, 4096, 4096, 16),
     ("nf4_lora_matmul_small", 2, 14336, 4096, 0),
     ("nf4_lora_matmul_small", 64, 4096, 14336, 64),
     ("nf4_lora_matmul_portable", 16, 4096, 4096, 16),
-    ("nf4_lora_matmul_mid", 256, 1024, 4096, 16),
+    ("nf4_lora_matmul_mid", 512, 1024, 4096, 16),
     ("nf4_lora_matmul_mid", 256, 1024, 4096, 0),
     ("nf4_lora_matmul_mid", 100, 1280, 4096, 64),
-    ("nf4_lora_matmul_mid", 512, 4096, 4096, 16),
     ("nf4_lora_matmul_mid", 200, 14336, 4096, 16),
+    ("nf4_lora_matmul_mid", 1536, 4096, 4096, 16),
+    ("nf4_lora_matmul_mid", 512, 14336, 4096, 16),
     # dx: two and four pairs of CTAs share the N of a tile, the givers first.
     ("nf4_lora_backward", 100, 4104, 1088, 0),
     ("nf4_lora_backward", 256, 14336, 4096, 0),

@@ -2,7 +2,7 @@
 
 Who computes which tile and when is arithmetic on the host, or that host and device share: of the
 kernels for many tokens (csrc/cuda/nf4_lora_matmul_large_plan.h), and of that for some hundred
-tokens with the projection before or beside it (nf4_lora_matmul_mid_plan.h, lora_project.h), of dx
+tokens with the projection before or in it (nf4_lora_matmul_mid_plan.h, lora_project.h), of dx
 with the gradients before or beside it (nf4_lora_matmul_dx_plan.h, lora_grads_plan.h), and of that
 for a few tokens (nf4_lora_matmul_small_plan.h).
 """

@@ -140,7 +140,7 @@ int once_per_whole_device(Answers& answers, cudaStream_t stream, Find find) {
     return kept != 0 ? kept : found;
 }
 
-// Of what runs beside a product whose CTAs come in pairs: clusters of four leave no pair of SMs
+// Of a kernel beside a product whose CTAs come in pairs: clusters of four leave no pair of SMs
 // broken.
 constexpr int kBesideCluster = 4;
 

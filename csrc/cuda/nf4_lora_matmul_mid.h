@@ -13,7 +13,7 @@ namespace lowbit::cuda {
 bool serves_nf4_lora_matmul_mid(const LoraMatmulArgs& args);
 
 // Bytes that args.workspace must hold, 16-byte aligned; any contents: 2 M r, r rounded up to 16,
-// and up to 17 MB of partial sums.
+// words for marks, and up to 17 MB of partial sums.
 size_t nf4_lora_matmul_mid_workspace_bytes(const LoraMatmulArgs& args);
 
 // One or two kernels, one after the other in the stream, as programmatic dependent launches; the

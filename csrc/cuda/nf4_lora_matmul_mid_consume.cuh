@@ -164,7 +164,8 @@ struct Turns {
         }
         __syncwarp();
     }
-    // By all consumers, whose warps have taken all.
+    // By all consumers, whose warps have taken all, or nothing: a part without a quarter of its own
+    // never asks for its words, so it does not matter whether this or the mark comes last.
     __device__ __forceinline__ void forget(int thread) const {
         named_barrier(kGivenBarrier, kConsumers);
         if (thread > 0 && thread < tile.parts)

@@ -15,6 +15,9 @@ using SharedX128 = Plan<128, false>;
 using SharedW256 = Plan<256, true>;
 enum PlanKind { kSharedX256, kSharedX128, kSharedW256 };
 
+// SMs are left to CTAs that project in multiples of this.
+constexpr int kSpareSms = 4;
+
 struct Division {
     PlanKind plan;
     int clusters;    // launched
@@ -84,7 +87,7 @@ inline Division divide_tiles(
         d.split_tiles = static_cast<int>(split);
         d.split_clusters = static_cast<int>(split_clusters);
         const int left = machine.sms - d.clusters * kCluster;
-        d.spare_sms = spare_sms == 0 ? 0 : left / kBesideCluster * kBesideCluster;
+        d.spare_sms = spare_sms == 0 ? 0 : left / kSpareSms * kSpareSms;
         const int64_t z = a.r == 0 ? 0 : projection_time(a, machine, d.spare_sms);
         const int64_t first_end = (full > 0 ? steps : extra_steps) * rates.step;
         d.time += spare_sms == 0 ? z : std::max<int64_t>(0, z - first_end);
@@ -111,7 +114,7 @@ inline Division choose_division(const LoraMatmulArgs& a, const Machine& machine)
     const int64_t row_tiles = ceil_div(a.w.N, kTileRows);
     const int64_t row_pairs = ceil_div(row_tiles, 2);
     Division best{};
-    for (const int spare_sms : {kBesideCluster, 0}) {
+    for (const int spare_sms : {kSpareSms, 0}) {
         if (spare_sms > 0 && (a.lora_A == nullptr || a.r == 0 || machine.sms <= 2 * spare_sms))
             continue;
         for (const PlanKind plan : {kSharedX256, kSharedX128, kSharedW256}) {

@@ -26,10 +26,11 @@
 //              its own sums first, then those of the next parts, around the end
 // Level parts wait for each other, so they are launched cooperatively: all start, or none. Where
 // the whole grid does not fit (a green context), the last part has all tokens, as in a row, and
-// waits for those before it alone; they start first and wait for nobody. Up to some 1000 tokens,
-// 2000 at ranks up to 16, the grid's first four CTAs or more have no tiles and project meanwhile,
-// which hides 7 us; in a launch of their own in front that cost 0.5 to 1.3 us more (H200, 2026-11).
-// What others wait for is told by marks (marks.h).
+// waits for those before it alone, which give before they take. Up to some 1000 tokens, 2000 at
+// ranks up to 16, the grid's first four CTAs or more have no tiles and project meanwhile, which
+// hides 7 us; in a launch of their own in front that cost 0.5 to 1.3 us more (H200, 2026-11). They
+// wait for nobody. So in a grid that is not cooperative CTAs wait for lower numbers only, which the
+// device starts first, however few SMs there are. What is waited for is told by marks (marks.h).
 //
 // Bound by decoding beside wgmma and by shared memory: per step wgmma reads 80 KB (96 with shared
 // x, see Plan), x takes 32, decoded weights 16. A step of 128 x 256 takes 0.70 us with shared W,
