@@ -1,5 +1,6 @@
-// The products of lora_grads_tile.cuh: what a stage in shared memory adds to the projection of its
-// tokens and to the sums of its columns.
+// The products of lora_grads_tile.cuh: what a stage in shared memory, g [64 tokens, 256 columns] of
+// dy or x (128 with 64 ranks) and t [64, ranks] of z or u, adds to the projection of its tokens, g
+// f, and to the sums of its columns, g^T t. 16-bit operands, fp32 sums; ranks padded to 16, 32, 64.
 //
 // By mma.sync with up to 32 ranks. With 64 the products of a stage are as many as mma.sync computes
 // in the time in which shared memory brings it, and by wgmma half of that.
