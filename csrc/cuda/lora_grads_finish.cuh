@@ -24,7 +24,7 @@ struct FinishParams {
     int64_t end_token;  // behind it, at most M
     int64_t first_token;
     int projection_units;
-    int u_split_log2;  // threads of a unit that divide the parts among them
+    int u_split_log2;  // lanes of a warp that divide the parts among them
 
     const float* sums;  // [parts, C, kRank] or null
     int parts;
@@ -61,29 +61,27 @@ __device__ __forceinline__ float factor(const FinishParams& p, int64_t at) {
                           : static_cast<const T*>(p.lora_B)[at]);
 }
 
-// The threads of a unit in 2^u_split_log2 groups, each with as many of the parts, whose sums are
-// added in their order. `smem` has a place for each thread.
+// The lanes of a warp in 2^u_split_log2 groups, each with as many of the parts, whose sums are
+// added in their order.
 template <typename T, class P>
-__device__ __forceinline__ void finish_u(const FinishParams& p, int unit, float4* smem) {
+__device__ __forceinline__ void finish_u(const FinishParams& p, int unit) {
     const int64_t stride = p.tokens * P::kRank;
-    const int threads = kFinishThreads >> p.u_split_log2;
-    const int group = threadIdx.x / threads;
-    const int64_t index = (unit * int64_t{threads} + threadIdx.x % threads) * 4;
-    float4 sum{};
+    const int lanes = kWarpSize >> p.u_split_log2;  // of a group, a power of two
+    const int lane = threadIdx.x % kWarpSize, own_lane = lane & (lanes - 1);
+    const int group = (lane << p.u_split_log2) / kWarpSize;
+    const int first = threadIdx.x / kWarpSize * lanes + own_lane;
+    const int64_t index = (unit * int64_t{kFinishThreads >> p.u_split_log2} + first) * 4;
+    float4 own{};
     if (index < stride) {
         const int share = (p.projection_parts - 1 >> p.u_split_log2) + 1;
-        const int first = group * share;
-        sum = add_parts(
-            p.projection + first * stride + index, min(share, p.projection_parts - first), stride);
+        const int part = group * share;
+        own = add_parts(
+            p.projection + part * stride + index, min(share, p.projection_parts - part), stride);
     }
-    if (p.u_split_log2 > 0) {
-        smem[threadIdx.x] = sum;
-        named_barrier(1, kFinishThreads);
-        for (int i = 1; group == 0 && i < 1 << p.u_split_log2; i++) {
-            const float4 v = smem[i * threads + threadIdx.x];
-            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-        }
-        named_barrier(1, kFinishThreads);
+    float4 sum = own;
+    for (int from = lane + lanes; from < lane + kWarpSize; from += lanes) {  // group 0's are used
+        sum.x += __shfl_sync(kFullWarp, own.x, from), sum.y += __shfl_sync(kFullWarp, own.y, from);
+        sum.z += __shfl_sync(kFullWarp, own.z, from), sum.w += __shfl_sync(kFullWarp, own.w, from);
     }
     if (group > 0 || index >= stride)
         return;
@@ -233,7 +231,7 @@ template <typename T, class P>
 __device__ __forceinline__ void
 finish_unit(const FinishParams& p, int unit, float4* smem_products) {
     if (P::kProjects && unit < p.projection_units) {
-        finish_u<T, P>(p, unit, smem_products);
+        finish_u<T, P>(p, unit);
         return;
     }
     unit -= p.projection_units;

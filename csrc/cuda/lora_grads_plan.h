@@ -53,7 +53,7 @@ bool is_whole(const Division& d, const LoraGradsArgs& a) {
     return d.token_parts == 1 && d.passes == 1 && a.r % 2 == 0 && !wants_scaling(a);
 }
 
-// Into how many (2^this) the threads of a unit of u divide its parts, so that more CTAs have one.
+// Into how many (2^this) the lanes of a warp divide the parts of u, so that more CTAs have one.
 int u_split_log2(int64_t parts, int64_t units, int64_t ctas) {
     int log2 = 0;
     while (log2 < kMostUSplitLog2 && units << (log2 + 1) <= ctas && parts > 8 << log2)
