@@ -149,11 +149,7 @@ __device__ __forceinline__ void give_sums(const float (&d)[P::kTokens / 2], cons
     for (int half = 0; half < 2; half++) {
         if (half != blockIdx.x % kCluster)
             continue;
-#pragma unroll
-        for (int i = 0; i < P::kOwnSums / 4; i++) {
-            const float* v = d + half * P::kOwnSums + 4 * i;
-            __stcg(to + i * kWarpSize, make_float4(v[0], v[1], v[2], v[3]));
-        }
+        store_sums<P::kOwnSums>(d + half * P::kOwnSums, to, kWarpSize);
     }
     __syncwarp();
     if (lane == 0)
@@ -177,15 +173,7 @@ __device__ __forceinline__ void add_given(float (&d)[P::kTokens / 2], const Para
         for (int half = 0; half < 2; half++) {
             if (half != blockIdx.x % kCluster)
                 continue;
-            float4 v[P::kOwnSums / 4];
-#pragma unroll
-            for (int i = 0; i < P::kOwnSums / 4; i++)
-                v[i] = __ldcg(from + i * kWarpSize);
-#pragma unroll
-            for (int i = 0; i < P::kOwnSums / 4; i++) {
-                float* own = d + half * P::kOwnSums + 4 * i;
-                own[0] += v[i].x, own[1] += v[i].y, own[2] += v[i].z, own[3] += v[i].w;
-            }
+            add_sums<P::kOwnSums>(d + half * P::kOwnSums, from, kWarpSize);
         }
     }
 }
@@ -213,19 +201,7 @@ __device__ __forceinline__ void store_output(
         if (storing_warp && elect_lane())
             wait_stores_read<1>();
         named_barrier(1 + group, kWarpgroup);
-#pragma unroll
-        for (int j = 0; j < kChunkTokens / 8; j += 2) {
-            const float* v = d + (c * kChunkTokens / 8 + j) * 4;
-            uint32_t pairs[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                pairs[i] = pack_pair(v[2 * i], v[2 * i + 1], T{});
-            const int matrix = lane / 8, line = lane % 8;
-            const int token = 8 * (j + matrix / 2) + line;
-            const int chunk = (2 * warp + matrix % 2) ^ line;
-            store_matrices_transposed(
-                buffer + token * kLineBytes + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
-        }
+        stage_chunk<T>(d + c * kChunkTokens / 2, nullptr, buffer, warp, lane);
         fence_async_proxy();
         named_barrier(1 + group, kWarpgroup);
         if (storing_warp && elect_lane()) {

@@ -108,11 +108,7 @@ struct Quarter {
     }
 
     static __device__ __forceinline__ void store(Sums<P>& d, int q, float4* out) {
-#pragma unroll
-        for (int i = 0; i < kSums; i += 4) {
-            const float* v = at(d, q, i);
-            __stcg(out + i / 4 * kConsumers, make_float4(v[0], v[1], v[2], v[3]));
-        }
+        store_sums<kSums>(at(d, q, 0), out, kConsumers);
     }
 
     // Into the place of quarter q.
@@ -132,15 +128,7 @@ struct Quarter {
     }
 
     static __device__ __forceinline__ void load_and_add(Sums<P>& d, int q, const float4* in) {
-        float4 v[kSums / 4];
-#pragma unroll
-        for (int i = 0; i < kSums / 4; i++)
-            v[i] = __ldcg(in + i * kConsumers);
-#pragma unroll
-        for (int i = 0; i < kSums / 4; i++) {
-            float* own = at(d, q, 4 * i);
-            own[0] += v[i].x, own[1] += v[i].y, own[2] += v[i].z, own[3] += v[i].w;
-        }
+        add_sums<kSums>(at(d, q, 0), in, kConsumers);
     }
 };
 
@@ -259,19 +247,7 @@ store_output(Sums<P>& d, const Maps& maps, const Params& p, const Tile& tile, ui
         if (stores)
             wait_stores_read<1>();
         named_barrier(1 + group, kWarpgroup);
-#pragma unroll
-        for (int j = 0; j < kChunkTokens / 8; j += 2) {
-            const float* v = sum_at<P>(d, (c * kChunkTokens / 8 + j) * 4);
-            uint32_t pairs[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                pairs[i] = pack_pair(v[2 * i] + bias[i % 2], v[2 * i + 1] + bias[i % 2], T{});
-            const int matrix = lane / 8, line = lane % 8;
-            const int token = 8 * (j + matrix / 2) + line;
-            const int chunk = (2 * warp + matrix % 2) ^ line;
-            store_matrices_transposed(
-                buffer + token * kLineBytes + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
-        }
+        stage_chunk<T>(sum_at<P>(d, c * kChunkTokens / 2), bias, buffer, warp, lane);
         fence_async_proxy();
         named_barrier(1 + group, kWarpgroup);
         if (stores) {

@@ -1,7 +1,7 @@
 // What the tiled products nf4_lora_matmul_mid_sm90.cu and nf4_lora_matmul_dx_sm90.cu share: pairs
 // of CTAs, warps that decode 32 blocks at a time into a ring of swizzled stages, the tables that
-// they look up, and two consumer warpgroups that multiply from it. P is the plan of the kernel, see
-// its *_tile.cuh.
+// they look up, and two consumer warpgroups that multiply from it, pass on the sums of a divided
+// tile, and stage results. P is the plan of the kernel, see its *_tile.cuh.
 #pragma once
 
 #include "block_decode.cuh"
@@ -82,6 +82,54 @@ __device__ __forceinline__ void publish(uint32_t smem_peer, uint32_t piece, uint
         barrier_arrive(full);
     if (P::kSharesW && lane == 1)
         copy_to_cta(smem_peer + piece, piece, kUnitRows * kLineBytes, smem_peer + full);
+}
+
+// A thread's sums to and from the workspace, in vectors that lie `stride` apart.
+template <int kSums>
+__device__ __forceinline__ void store_sums(const float* d, float4* to, int stride) {
+#pragma unroll
+    for (int i = 0; i < kSums / 4; i++) {
+        const float* v = d + 4 * i;
+        __stcg(to + i * stride, make_float4(v[0], v[1], v[2], v[3]));
+    }
+}
+
+// All loads are under way at a time.
+template <int kSums>
+__device__ __forceinline__ void add_sums(float* d, const float4* from, int stride) {
+    float4 v[kSums / 4];
+#pragma unroll
+    for (int i = 0; i < kSums / 4; i++)
+        v[i] = __ldcg(from + i * stride);
+#pragma unroll
+    for (int i = 0; i < kSums / 4; i++) {
+        float* own = d + 4 * i;
+        own[0] += v[i].x, own[1] += v[i].y, own[2] += v[i].z, own[3] += v[i].w;
+    }
+}
+
+// Rounds a warp's sums of kChunkTokens tokens, 16 a thread, into its lines of a staged chunk.
+// `bias`: of a thread's two features, or null. With warp and lane worked out here, not by the
+// caller, dx spills (CUDA 13.0).
+template <typename T>
+__device__ __forceinline__ void
+stage_chunk(const float* d, const float* bias, uint32_t buffer, int warp, int lane) {
+#pragma unroll
+    for (int j = 0; j < kChunkTokens / 8; j += 2) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float low = d[4 * j + 2 * i], high = d[4 * j + 2 * i + 1];
+            if (bias != nullptr)
+                low += bias[i % 2], high += bias[i % 2];
+            pairs[i] = pack_pair(low, high, T{});
+        }
+        const int matrix = lane / 8, line = lane % 8;
+        const int token = 8 * (j + matrix / 2) + line;
+        const int chunk = (2 * warp + matrix % 2) ^ line;
+        store_matrices_transposed(
+            buffer + token * kLineBytes + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
 }
 
 }  // namespace
