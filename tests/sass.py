@@ -1,4 +1,6 @@
-"""What machine code of kernels does before it waits for the kernel in front of it."""
+"""What machine code of kernels (compute capability 9.0) does before it waits for the kernel in
+front of it, and whether it has what it loaded from shared memory before it gives that away.
+"""
 
 import itertools
 import re
@@ -10,6 +12,11 @@ GLOBAL_ACCESS = re.compile(
 WAIT = "ACQBULK"  # griddepcontrol.wait
 _FUNCTION = re.compile(r"\s*Function : (\S+)")
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_CODE = re.compile(r"/\* 0x([0-9a-f]{16}) \*/")
+_SHARED_LOAD = re.compile(r"(?<![\w.])LDSM?\b")
+_ARRIVAL = "SYNCS.ARRIVE"  # mbarrier.arrive
+_JUMPS = re.compile(r"(BRA [`0]|EXIT|RET)")  # never goes on behind
+_NO_SCOREBOARD = 7
 _ENDS = re.compile(r"(BRA|JMP|EXIT|RET|BRX)\b")
 _BRANCHES = re.compile(r"(BRA|JMP|CALL)\b")
 _TARGET = re.compile(r"0x[0-9a-f]+")
@@ -57,3 +64,38 @@ def accesses_before_wait(instructions: dict[int, str]) -> list[str]:
         if at in following and (conditional or not _ENDS.match(operation)):
             pending.append(following[at])
     return hits
+
+
+def loads_under_way(listing: str) -> dict[str, list[str]]:
+    """{name: arrivals at mbarriers in front of which loads from shared memory were not waited for},
+    of what `cuobjdump -sass` printed, in the order of the listing.
+
+    An instruction's upper 64 bits have, from bit 46 on, the scoreboard that it sets until its
+    result is there (3 bits, 7 for none), and from bit 52 on those that it waits for (6 bits).
+    """
+    found: dict[str, list[str]] = {}
+    under_way: dict[int, list[str]] = {}
+    lines = listing.splitlines()
+    name = ""
+    for line, upper in itertools.pairwise(lines):
+        if function := _FUNCTION.match(line):
+            name, under_way = function[1], {}
+            found[name] = []
+        instruction, code = _INSTRUCTION.match(line), _CODE.search(upper)
+        if instruction is None or code is None:
+            continue
+        address, text = instruction[1], instruction[2].strip()
+        bits = int(code[1], 16)
+        awaited = bits >> 52 & 0x3F
+        under_way = {b: loads for b, loads in under_way.items() if not awaited >> b & 1}
+        if _ARRIVAL in text:
+            found[name] += [
+                f"0x{address}: {text} behind {load}"
+                for load in itertools.chain(*under_way.values())
+            ]
+        scoreboard = bits >> 46 & 7
+        if _SHARED_LOAD.search(text) and scoreboard != _NO_SCOREBOARD:
+            under_way.setdefault(scoreboard, []).append(text)
+        if _JUMPS.match(text):
+            under_way = {}
+    return found

@@ -170,6 +170,54 @@ def test_nothing_is_read_before_the_wait_for_the_kernel_in_front(build):
     assert not problems, "\n".join(problems[:20])
 
 
+# Frees the stage before, whose words have gone through products that were waited for.
+FREES_AN_EARLIER_STAGE = "nf4_lora_matmul_small_kernel"
+
+
+@pytest.mark.skipif(_cuobjdump() is None, reason="there is no cuobjdump")
+def test_loads_have_ended_where_shared_memory_is_freed(build):
+    """ptxas does not wait for loads in front of an arrival (barrier_arrive_behind)."""
+    folder, _ = build
+    kernels, problems = 0, []
+    for source in SOURCES:
+        if not source.stem.endswith("_sm90"):
+            continue
+        listing = _run(_cuobjdump(), "-sass", folder / f"{source.stem}.o")
+        kernels += listing.count("SYNCS.ARRIVE") > 0
+        for name, hits in sass.loads_under_way(listing).items():
+            if FREES_AN_EARLIER_STAGE not in name:
+                problems += [f"{name}: {hit}" for hit in hits]
+    assert kernels >= 6, "the kernels' barriers were not found"
+    assert not problems, "\n".join(problems[:20])
+
+
+def test_the_scan_finds_a_load_that_is_not_waited_for():
+    listing = """
+        Function : waits_for_one
+        /*0000*/  LDS.128 R4, [R2] ;          /* 0x0000000002047984 */
+                                              /* 0x000e220000000c00 */
+        /*0010*/  LDS.128 R8, [R2+0x10] ;     /* 0x0000000002087984 */
+                                              /* 0x000e620000000c00 */
+        /*0020*/  IADD3 R4, R4, R5, RZ ;      /* 0x0000000504047210 */
+                                              /* 0x001fe20007ffe0ff */
+        /*0030*/  SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R3], RZ ;  /* 0x000000ff03ff79a7 */
+                                              /* 0x000fe20008100000 */
+        Function : waits_for_both
+        /*0000*/  LDSM.16.M88.4 R4, [R2] ;    /* 0x000000000204783b */
+                                              /* 0x000e220000000200 */
+        /*0010*/  IADD3 R4, R4, R5, RZ ;      /* 0x0000000504047210 */
+                                              /* 0x001fe20007ffe0ff */
+        /*0020*/  SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R3], RZ ;  /* 0x000000ff03ff79a7 */
+                                              /* 0x000fe20008100000 */
+    """
+    assert sass.loads_under_way(listing) == {
+        "waits_for_one": [
+            "0x0030: SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R3], RZ behind LDS.128 R8, [R2+0x10]"
+        ],
+        "waits_for_both": [],
+    }
+
+
 def test_the_scan_finds_a_load_before_a_wait():
     listing = """
         Function : early

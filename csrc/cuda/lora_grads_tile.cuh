@@ -121,7 +121,9 @@ project(const GradParams& p, uint32_t smem, float* smem_projection, int warp) {
                 project_stage<T, P>(d, factors, f, smem + ring.slot * P::kStageBytes, warp);
             __syncwarp();
             if (lane == 0)
-                barrier_arrive(smem + P::kEmpty + ring.slot * 8);
+                barrier_arrive_behind(
+                    smem + P::kEmpty + ring.slot * 8,
+                    P::kByWarpgroups ? 0 : __float_as_uint(d[0][0]));
             if (!p.wants_projection)
                 continue;
             // A thread's own words: in whatever order, without conflicts.
@@ -172,12 +174,12 @@ add_tokens(const GradParams& p, const FinishParams& f, uint32_t smem, int warp) 
         for (int block = 0; block < part.blocks; block++, ring.advance(P::kStages)) {
             const uint32_t stage = smem + ring.slot * P::kStageBytes;
             barrier_wait(smem + P::kFull + ring.slot * 8, ring.parity);
-            add_stage<T, P>(
+            const uint32_t loaded = add_stage<T, P>(
                 d, column_sums, stage, warp, block == 0, p.wants_sums,
                 P::kProjects && p.wants_column_sums);
             __syncwarp();
             if (lane == 0)
-                barrier_arrive(smem + P::kEmpty + ring.slot * 8);
+                barrier_arrive_behind(smem + P::kEmpty + ring.slot * 8, loaded);
         }
         const int column0 = part.column0 + chunk * P::kColumns + warp * 16;
         if (f.whole)

@@ -209,9 +209,15 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
                     (step - group + i / 2 * P::kStride) * P::kPackedStep +
                     ((chunk ^ packed_swizzle) << 4));
             }
-            __syncwarp();
-            if (lane == 0)
-                barrier_arrive(packed_empty);
+            const auto free_packed = [&] {
+                __syncwarp();
+                if (lane == 0)
+                    barrier_arrive_behind(
+                        packed_empty,
+                        packed[0][0].w | packed[0][1].w | packed[1][0].w | packed[1][1].w);
+            };
+            if (step >= tile.weight_steps)
+                free_packed();
             if (group + P::kGroupSteps >= tile.weight_steps)  // this warp's first step of the next
                 scales.begin(next, (step ^ tile.steps) & (P::kStride - 1));
 #pragma unroll
@@ -220,6 +226,8 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
                     const uint32_t full = smem + P::kFull + at.slot * 8;
                     const uint32_t stage = smem + at.slot * P::kStageBytes;
                     barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
+                    if (turn == 0)
+                        free_packed();  // by now the words are there
                     if (loading_warp && elect_lane()) {
                         barrier_arrive_expect(full, P::kArrivingBytes);
                         load_dy<P>(maps, tile, step, stage, full);

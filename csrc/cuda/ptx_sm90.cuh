@@ -216,6 +216,19 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Frees memory for TMA behind ordinary loads from it. `loaded`: bits of what was loaded last, or of
+// what was made of it; the address depends on them, as high bits of their product with 1. A plain
+// arrival overtakes loads that are under way, ptxas (CUDA 13.0) lets it; what other threads store
+// comes behind them all the same, but TMA does not: in one of 500 backward passes 32 rows of W were
+// those of two stages later (N = 3584, K = 18944, M = 1; H200, 2026-11).
+__device__ __forceinline__ void barrier_arrive_behind(uint32_t barrier, uint32_t loaded) {
+    asm volatile(
+        "{.reg .b32 one, a;\n\tmov.u32 one, %%nctaid.y;\n\t"
+        "mad.hi.u32 a, %1, one, %0;\n\tmbarrier.arrive.shared::cta.b64 _, [a];}" ::"r"(barrier),
+        "r"(loaded)
+        : "memory");
+}
+
 // Arrives and adds `bytes` to what the phase still waits for.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
