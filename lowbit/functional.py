@@ -124,7 +124,8 @@ def lora_matmul(
     seed = _seed(x, dropout_p)
     y = calls.lora_linear(rows, weight, A, B, vector, scalar, bias, dropout_p, seed)
     if repeatable and x.is_contiguous() and A is lora_A and B is lora_B:
-        repeated.remember(x, weight, A, B, scaling, bias)
+        records = calls.records((x, A, B, bias))
+        repeated.remember(x.shape, x, weight, A, B, scaling, bias, records)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.N)
 
 

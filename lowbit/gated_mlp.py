@@ -27,19 +27,21 @@ from .group_products import (
     Gradients,
     backward,
     forward,
-    frozen,
     product,
     project,
-    trained,
     whole,
 )
 from .grouped import (
+    apply,
     checked_members,
     draw_seeds,
     flat_gradients,
+    found_members,
     needs_of,
     no_autocast,
     records,
+    remember,
+    repeatable,
     save,
     saved,
 )
@@ -212,24 +214,29 @@ def lora_gated_mlp(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     x = functional._autocast(x)
     widths = (None, None, _hidden_size(weights))
-    members = checked_members(
-        x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, shared_dropout, _PARTS, widths
-    )
+    arguments = (weights, lora_As, lora_Bs, scalings, biases, dropout_p)
+    again = repeatable(x)
+    members = found_members(x, *arguments, widths) if again else None
+    if members is not None:
+        return _product(x, members, activation, shared_dropout)
+    members = checked_members(x, *arguments, shared_dropout, _PARTS, widths)
     members = draw_seeds(x, members[:2], shared_dropout) + draw_seeds(x, members[2:], False)
-    rows = functional._rows(x)
-    if records(x, members):
-        # With hooks, somebody may stop before y.
-        split = keeping.hooked() and dispatch.stacks(rows.device, rows.shape[0])
-        options = (activation, shared_dropout, split)
-        y = _GatedMLP.apply(rows, *options, frozen(members), *trained(members))
-        if split:
-            y = _Down.apply(*y, members[2])
-    else:
-        with no_autocast(x):
-            (g, u), _ = forward(rows, members[:2], shared_dropout, for_backward=False)
-            h = _gate(g, u, activation)
-            (y,), _ = forward(h, members[2:], shared_dropout, for_backward=False)
+    y = _product(functional._rows(x), members, activation, shared_dropout)
+    if again:
+        remember(x, members, lora_As, lora_Bs, widths)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _product(x, members: list, activation: str, shared: bool) -> torch.Tensor:
+    if not records(x, members):
+        with no_autocast(x):
+            (g, u), _ = forward(x, members[:2], shared, for_backward=False)
+            (y,), _ = forward(_gate(g, u, activation), members[2:], shared, for_backward=False)
+        return y
+    # With hooks, somebody may stop before y.
+    split = keeping.hooked() and dispatch.stacks(x.device, x.shape[0])
+    y = apply(_GatedMLP, members, x, activation, shared, split)
+    return _Down.apply(*y, members[2]) if split else y
 
 
 def _hidden_size(weights) -> int:

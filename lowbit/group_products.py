@@ -13,7 +13,8 @@ Where one operator runs a member's whole backward pass and adds to dx, backward 
 member either way.
 
 dx is one buffer, beside which one member's share exists at a time, if at all. Arguments are checked
-already: x [M, K] contiguous, dy contiguous.
+already: x [M, K] contiguous, dy contiguous. Where all members are like calls that are remembered
+(repeated.py), there are no checks between them and the library, and x may be [..., K].
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import dispatch
+from . import dispatch, repeated
 from .backends.composed import mm_wide
-from .calls import nothing_intercepts, run
+from .calls import nothing_intercepts, run, unwatched
 from .weight import WeightArgs
 
 TRAINED = 4  # tensors of a Member that autograd looks at
@@ -42,9 +43,10 @@ class Member(NamedTuple):
     bias: torch.Tensor | None
     dropout_p: float
     seed: torch.Tensor | None
+    found: tuple | None = None  # what repeated.find has found; of all members or of none
 
     def flat(self) -> tuple:
-        return (*self.weight, *self[1:])
+        return (*self.weight, *self[1:-1])
 
 
 class Needs(NamedTuple):
@@ -70,14 +72,18 @@ def trained(members: Sequence[Member]) -> list[torch.Tensor | None]:
     return [t for m in members for t in (m.lora_A, m.lora_B, m.lora_scaling, m.bias)]
 
 
-def frozen(members: Sequence[Member]) -> tuple[Member, ...]:
-    """The members without that."""
+def frozen(members: Sequence[Member]) -> Sequence[Member]:
+    """The members without that; whole ones where nobody traces them."""
+    if members[0].found is not None:
+        return members
     nothing = dict.fromkeys(("lora_A", "lora_B", "lora_scaling", "bias"))
     return tuple(m._replace(**nothing) for m in members)
 
 
-def whole(frozen: Sequence[Member], trained: Sequence) -> list[Member]:
+def whole(frozen: Sequence[Member], trained: Sequence) -> Sequence[Member]:
     """Members from their two parts."""
+    if frozen[0].found is not None:
+        return frozen
     members = []
     for i, m in enumerate(frozen):
         A, B, scaling, bias = trained[i * TRAINED : (i + 1) * TRAINED]
@@ -90,6 +96,11 @@ def whole(frozen: Sequence[Member], trained: Sequence) -> list[Member]:
 
 def forward(x, members: list[Member], shared: bool, for_backward: bool = True):
     """(ys, zs); z is None without adapter, and may be if not `for_backward`."""
+    if members[0].found is not None:
+        made = [
+            repeated.product(m.found, x, m.lora_A, m.lora_B, m.scaling, m.bias) for m in members
+        ]
+        return tuple(zip(*made, strict=True))
     zs = [None] * len(members)
     stacked = dispatch.stacks(x.device, x.shape[0], forward=True)
     if stacked:
@@ -164,6 +175,8 @@ def backward(dys, x, zs, members, need_dx: bool, needs: list[Needs], shared: boo
     grads = [Gradients()] * len(members)
     if not live:
         return None, grads
+    if members[0].found is not None:
+        return _backward_of_found(dys, x, zs, members, live, need_dx, needs)
     separate = x is not None and not dispatch.stacks(x.device, x.shape[0])
     dx = None
     us: list[torch.Tensor | None] = [None] * len(members)
@@ -188,6 +201,50 @@ def backward(dys, x, zs, members, need_dx: bool, needs: list[Needs], shared: boo
     return dx, grads
 
 
+def _backward_of_found(dys, x, zs, members, live: list[int], need_dx: bool, needs: list[Needs]):
+    """backward of members whose forward pass needed no check; x and dy [..., K or N]."""
+    results = _repeated_backward(dys, x, zs, members, live, need_dx, needs)
+    if results is not None:
+        return results
+    leading = dys[live[0]].shape[:-1]
+    dys = [None if dy is None else dy.view(-1, dy.shape[-1]) for dy in dys]
+    x = None if x is None else x.reshape(-1, x.shape[-1])
+    plain = [m._replace(found=None) for m in members]
+    dx, grads = backward(dys, x, zs, plain, need_dx, needs, False)
+    for i in live if x is not None else ():
+        args = _backward_args(dys[i], x, zs[i], plain[i], need_dx, needs[i])
+        repeated.remember_backward(members[i].found, args)
+    return None if dx is None else dx.view(*leading, -1), grads
+
+
+def _repeated_backward(dys, x, zs, members, live: list[int], need_dx: bool, needs: list[Needs]):
+    """The same without a check, or None."""
+    if x is None or not unwatched():
+        return None
+    passes = []
+    for i in live:
+        m = members[i]
+        remembered = repeated.find_backward(m.found, dys[i], x, zs[i], m.lora_A, m.lora_B)
+        if remembered is None:
+            return None
+        passes.append((i, m, needs[i], *remembered))
+    dx, grads = None, [Gradients()] * len(members)
+    for i, m, need, function, packed, x_layout in reversed(passes):  # as autograd does
+        if not need_dx and not any(need):
+            continue
+        made = function(
+            packed, dys[i], x, zs[i], m.lora_A, m.lora_B, None, m.scaling, need_dx, need.lora_A,
+            need.lora_B, need.bias, False, dx, x_layout,
+        )  # fmt: skip
+        if made is None:
+            return None
+        part, d_A, d_B, d_bias, _ = made
+        grads[i] = Gradients(d_A, d_B, None, d_bias)
+        if part is not None:
+            dx = part
+    return dx, grads
+
+
 def _linear_dx(dx_sum, *args):
     """dx, or None with dx added to `dx_sum` where a kernel can."""
     if dx_sum is not None and nothing_intercepts(args):
@@ -204,9 +261,7 @@ def _lora_linear_backward(dy, x, z, m: Member, need_dx: bool, need: Needs, dx_su
     """
     if not need_dx and not any(need):
         return None, Gradients()
-    adapter = (m.lora_A, m.lora_B, m.lora_scaling, m.scaling, m.dropout_p, m.seed)
-    needs = (need_dx, need.lora_A, need.lora_B, need.bias, need.lora_scaling)
-    args = (dy, x, z, *m.weight, *adapter, *needs)
+    args = _backward_args(dy, x, z, m, need_dx, need)
     adding = None
     if nothing_intercepts(args):
         adding = dispatch.adding_dx("lora_linear_backward", args)
@@ -221,6 +276,14 @@ def _lora_linear_backward(dy, x, z, m: Member, need_dx: bool, need: Needs, dx_su
     d_A, d_B, d_bias, d_scaling = grads
     wanted = zip((d_A, d_B, d_scaling, d_bias), need, strict=True)
     return (dx if need_dx else None), Gradients(*(g if asked else None for g, asked in wanted))
+
+
+def _backward_args(dy, x, z, m: Member, need_dx: bool, need: Needs) -> tuple:
+    adapter = (m.lora_A, m.lora_B, m.lora_scaling, m.scaling, m.dropout_p, m.seed)
+    return (
+        dy, x, z, *m.weight, *adapter,
+        need_dx, need.lora_A, need.lora_B, need.bias, need.lora_scaling,
+    )  # fmt: skip
 
 
 def _through_B(dy, z, m: Member, need: Needs, need_u: bool):

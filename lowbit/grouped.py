@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import calls, functional, keeping, ops  # noqa: F401  (ops registers torch.ops.lowbit)
+from . import calls, dispatch, functional, keeping, repeated
 from .group_products import (
     TRAINED,
     Gradients,
@@ -52,7 +52,7 @@ def save(ctx, members: list[Member], *others) -> None:
         tensors += [m.lora_A, m.lora_B, m.lora_scaling, m.seed, keeping.dense(m.weight)]
     keeping.save(ctx, *tensors)
     ctx.set_materialize_grads(False)
-    ctx.frozen = tuple((m.weight, m.scaling, m.dropout_p) for m in members)
+    ctx.frozen = tuple((m.weight, m.scaling, m.dropout_p, m.found) for m in members)
     ctx.bias_dtypes = tuple(None if m.bias is None else m.bias.dtype for m in members)
 
 
@@ -60,9 +60,11 @@ def saved(ctx, others: int) -> tuple[tuple, list[Member]]:
     """What `save` saved: (others, members without bias)."""
     tensors = keeping.saved(ctx)
     members, at = [], others
-    for weight, scaling, dropout_p in ctx.frozen:
+    for weight, scaling, dropout_p, found in ctx.frozen:
         lora_A, lora_B, lora_scaling, seed, _ = tensors[at : at + 5]
-        members.append(Member(weight, lora_A, lora_B, lora_scaling, scaling, None, dropout_p, seed))
+        members.append(
+            Member(weight, lora_A, lora_B, lora_scaling, scaling, None, dropout_p, seed, found)
+        )
         at += 5
     return tensors[:others], members
 
@@ -159,29 +161,107 @@ def lora_matmul_group(
         [128, 64]
     """
     x = functional._autocast(x)
-    members = checked_members(
-        x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, shared_dropout
-    )
+    arguments = (weights, lora_As, lora_Bs, scalings, biases, dropout_p)
+    again = repeatable(x)
+    members = found_members(x, *arguments) if again else None
+    if members is not None:
+        return tuple(_products(x, members, shared_dropout))
+    members = checked_members(x, *arguments, shared_dropout)
     members = draw_seeds(x, members, shared_dropout)
-    rows = functional._rows(x)
-    if records(x, members):
-        ys = _Group.apply(rows, shared_dropout, frozen(members), *trained(members))
-    else:
-        with no_autocast(x):
-            ys, _ = forward(rows, members, shared_dropout, for_backward=False)
+    ys = _products(functional._rows(x), members, shared_dropout)
+    if again:
+        remember(x, members, lora_As, lora_Bs)
     if x.dim() == 2:
         return tuple(ys)
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
+def _products(x, members: list[Member], shared: bool) -> Sequence[torch.Tensor]:
+    if records(x, members):
+        return apply(_Group, members, x, shared)
+    with no_autocast(x):
+        return forward(x, members, shared, for_backward=False)[0]
+
+
+def apply(function, members: list[Member], *args):
+    """function.apply of args and members. torch.autograd.Function's own looks for transforms first,
+    of which there are none where members are found.
+    """
+    args = (*args, frozen(members), *trained(members))
+    if members[0].found is None:
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+# ---- calls like earlier ones (repeated.py)
+
+
+def repeatable(x: torch.Tensor) -> bool:
+    """Whether members that read x could go without checks. Not where hooks take what is saved: they
+    may compare the tensors of two calls, and a checked one saves [M, K].
+    """
+    return (
+        repeated.possible(x)
+        and calls.unwatched()
+        and not keeping.hooked()
+        and not dispatch.stacks(x.device, x.shape[:-1].numel(), forward=True)
+    )
+
+
+def found_members(
+    x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, widths=None
+) -> list[Member] | None:
+    """What `checked_members` returns, but for x [..., K] as it is, if calls of all members are
+    remembered; else None.
+    """
+    count = len(weights)
+    none = (None,) * count
+    scalings, ps = _for_each(scalings, count), _for_each(dropout_p, count)
+    biases = none if biases is None else biases
+    widths = none if widths is None else widths
+    columns = (weights, lora_As, lora_Bs, scalings, biases, ps, widths)
+    if count == 0 or {*map(len, columns)} != {count}:
+        return None
+    records = calls.records((x, *lora_As, *lora_Bs, *biases))
+    members = []
+    for w, lora_A, lora_B, scaling, bias, p, width in zip(*columns, strict=True):
+        if type(scaling) is not float or p != 0.0:
+            return None
+        shape = _shape_of_read(x, width)
+        found = repeated.find(shape, x, w, lora_A, lora_B, bias, records)
+        if found is None:
+            return None
+        members.append(Member(found[2], lora_A, lora_B, None, scaling, bias, 0.0, None, found))
+    return members
+
+
+def remember(x, members: list[Member], lora_As, lora_Bs, widths=None) -> None:
+    """Find members like these from now on, which were checked and have run."""
+    if not x.is_contiguous():
+        return
+    recorded = records(x, members)
+    for i, m in enumerate(members):
+        plain = m.lora_A is not None and m.lora_scaling is None and m.dropout_p == 0.0
+        if not plain or m.lora_A is not lora_As[i] or m.lora_B is not lora_Bs[i]:
+            continue
+        shape = _shape_of_read(x, None if widths is None else widths[i])
+        repeated.remember(shape, x, m.weight, m.lora_A, m.lora_B, m.scaling, m.bias, recorded)
+
+
+def _shape_of_read(x: torch.Tensor, width: int | None) -> tuple[int, ...]:
+    """Of what a member reads: x, or another tensor like x of that width."""
+    return x.shape if width is None else (*x.shape[:-1], width)
+
+
 def records(x: torch.Tensor, members: list[Member]) -> bool:
-    """Whether anything needs a gradient."""
-    if not torch.is_grad_enabled():
-        return False
-    if x.requires_grad:
-        return True
-    tensors = [t for m in members for t in (m.lora_A, m.lora_B, m.lora_scaling, m.bias)]
-    return any(t is not None and t.requires_grad for t in tensors)
+    """Whether a gradient is recorded. Graphs that are traced cannot ask for inference mode, as
+    calls.records does.
+    """
+    if members[0].found is not None:
+        call, _, _ = members[0].found
+        return call.records
+    tensors = (x, *trained(members))
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def checked_members(

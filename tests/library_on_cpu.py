@@ -1,5 +1,6 @@
 """The CUDA library's C functions on a CPU: they find their arguments by address, as it does, and
-compute what the CPU backend computes. So everything around the library is tested without a GPU.
+compute what the CPU backend computes, for layers that its kernels serve. So everything around the
+library is tested without a GPU.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import torch
 
 from lowbit import dispatch, repeated
 from lowbit.backends import cpu, cuda_direct
+from lowbit.dispatch_table import Layer
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KERNELS = {"lora_linear": "nf4_lora_matmul_small", "lora_linear_backward": "nf4_lora_backward"}
@@ -64,7 +66,10 @@ class Library:
             at = 3 if operation == "lora_linear_backward" else 1
             if first.dtype not in _DTYPES or args[at + 1] is None:
                 return function
-            sizes = first.shape[0], args[at + 6], args[at + 7], args[at + 11].shape[0]
+            N, K, blocksize, r = *args[at + 6 : at + 9], args[at + 11].shape[0]
+            if not Layer(N, K, blocksize, r=r).whole_blocks():
+                return function
+            sizes = first.shape[0], N, K, r
             return prepared(operation, first.dtype, *sizes, for_backward, function)
 
         monkeypatch.setattr(dispatch, "select", select_prepared)
@@ -104,13 +109,15 @@ class Library:
         weight = _weight(weight)
         M, r, *codes, _, _ = struct.unpack("7q", sizes)
         N, K, (dtype, A_dtype, B_dtype) = *weight[6:8], (_DTYPES[c] for c in codes)
-        dy, x, z, A, B, vector, *outputs, _, scaling = struct.unpack("11Qqd", pointers)
+        dy, x, z, A, B, vector, *outputs, adds, scaling = struct.unpack("11Qqd", pointers)
         vector = _at(vector, torch.float32, r)
         adapter = _at(A, A_dtype, r, K), _at(B, B_dtype, N, r), vector, scaling
         tensors = _at(dy, dtype, M, N), _at(x, dtype, M, K), _at(z, dtype, M, r)
         needs = [address != 0 for address in outputs]
         made = cpu.lora_linear_backward(*tensors, *weight, *adapter, 0.0, None, *needs)
         shapes = (dtype, M, K), (A_dtype, r, K), (B_dtype, N, r), (dtype, N), (torch.float32, r)
+        if adds:
+            made = (_at(outputs[0], *shapes[0]) + made[0], *made[1:])
         for address, shape, gradient in zip(outputs, shapes, made, strict=True):
             if address:
                 _at(address, *shape).copy_(gradient)
