@@ -35,8 +35,7 @@ def is_linear(module: nn.Module) -> bool:
 
     Plain nn.Linear, lowbit's Linear4bit and quantized layers of bitsandbytes. Subclasses with a
     forward of their own are not: replacing them would change what they compute. Nor is the output
-        projection of
-    nn.MultiheadAttention, which reads the weight without calling the layer.
+    projection of nn.MultiheadAttention, which reads the weight without calling the layer.
     """
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
@@ -166,6 +165,24 @@ def train_adapters_only(model: nn.Module) -> None:
         if isinstance(module, QLoRALinear):
             module.lora_A.requires_grad_(True)
             module.lora_B.requires_grad_(True)
+
+
+def forget_quantizer(model: nn.Module) -> None:
+    """Take off what transformers notes on a model that it has loaded quantized, once no layer is
+    bitsandbytes' any more. By those marks `.to(dtype)`, Trainer and save_pretrained refuse models
+    whose weights are 4-bit, and files are read as if theirs were.
+    """
+    method = getattr(model, "quantization_method", None)
+    if getattr(method, "value", method) not in ("bitsandbytes", "gguf"):
+        return
+    if any(type(m).__module__.partition(".")[0] == "bitsandbytes" for m in model.modules()):
+        return
+    marks = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "_weight_conversions")
+    for owner, names in ((model, marks), (model.config, ("quantization_config", "_is_quantized"))):
+        for name in names:
+            if name in vars(owner):
+                delattr(owner, name)
+    model.is_quantized = False
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:

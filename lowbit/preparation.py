@@ -12,6 +12,7 @@ from torch import nn
 from . import fusing
 from .materialize import Materializer
 from .modules import (
+    forget_quantizer,
     group_shared,
     linear_names,
     output_names,
@@ -125,6 +126,7 @@ def prepare(
         model = filler.run(TensorSource(weights), adapter)
     train_adapters_only(model)
     check_before_loading(model)
+    forget_quantizer(model)
     if fuse:
         fusing.fuse(model)
     return model

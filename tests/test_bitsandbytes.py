@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import assert_bitwise_equal, assert_close_to_float64
+from tiny_model import make_llama
 
 import lowbit
 from lowbit.integrations.bitsandbytes import from_bnb, to_bnb
@@ -198,6 +199,32 @@ def test_from_linear_takes_a_bitsandbytes_layer_without_a_copy(layer_type):
     assert ours.bias.data_ptr() == theirs.bias.data_ptr()
     x = torch.randn(5, 256)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_model_that_transformers_loaded_in_4_bits_is_an_ordinary_one(tmp_path):
+    """Its marks go with bitsandbytes' layers: by them casts, Trainer and files are refused."""
+    transformers = pytest.importorskip("transformers")
+    make_llama(64).save_pretrained(tmp_path / "dense")
+    packing = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def load():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=packing, device_map="cpu"
+        )
+
+    some = lowbit.prepare(load(), r=2, skip_modules=["q_proj"])
+    assert some.is_quantized  # not all layers are lowbit's
+    model = lowbit.prepare(load(), r=2)
+    assert not model.is_quantized
+    model.to(torch.float32)
+    merged = lowbit.adapters.merge(model, dtype=torch.float32)
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32
+    )
+    layer = "model.layers.1.mlp.up_proj"
+    actual, expected = (m.get_submodule(layer).weight.detach() for m in (again, merged))
+    assert_bitwise_equal(actual, expected, layer)
 
 
 def test_our_ragged_rows_are_refused_by_bitsandbytes():

@@ -296,6 +296,27 @@ def test_merge_onto_4bit_is_the_trained_model(trained, model, tmp_path):
     assert_bitwise_equal(merged.get_submodule(name).weight.detach(), expected, name)
 
 
+def test_merge_of_a_base_that_is_quantized(model, data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    base, adapter, output = tmp_path / "bnb", tmp_path / "adapter", tmp_path / "merged"
+    packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=packing, device_map="cpu"
+    ).save_pretrained(base)
+    AutoTokenizer.from_pretrained(model).save_pretrained(base)
+    start = ["finetune", "--model", base, "--data", data, "--output", adapter, "--device", "cpu"]
+    trained = run(*start, "--steps", 1, "--show", 0)
+    assert trained.exit_code == 0, trained.stderr
+    merge = ["merge", "--adapter", adapter, "--output", output]
+    assert "is quantized and its original weights are not in it; use --onto-4bit" in fails(*merge)
+    result = run(*merge, "--onto-4bit")
+    assert result.exit_code == 0, result.stderr
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
 # ---- wrong input -------------------------------------------------------------------------------
 
 

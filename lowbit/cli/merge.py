@@ -101,6 +101,11 @@ def merged_onto_original(settings: Any, where: Any, adapter: Path, dtype: Any) -
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear)
     }
+    if any(not weight.is_floating_point() for weight in originals.values()):
+        raise CliError(
+            f"model {where.name} is quantized and its original weights are not in it; use "
+            "--onto-4bit, or name the 16-bit model with --model"
+        )
     model, layers = _with_adapter(model, settings, adapter, adapt)
     for name, layer in layers.items():
         merged = originals.pop(name).detach().float()

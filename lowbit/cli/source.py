@@ -125,12 +125,6 @@ def load_model(source: Source, dtype: Any) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=dtype, **source.arguments
         )
-    if source.gguf_file:
-        # The tensors are plain floats now; the mark of the file's own quantization would only
-        # mislead what follows.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
     return model.eval()
 
 
