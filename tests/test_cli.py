@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -366,7 +367,8 @@ def test_wrong_option_is_one_sentence(start, tmp_path, options, message):
 
 
 def test_usage_errors_also_exit_with_2(start):
-    for options in (["--rank", "0"], ["--no-such-option"], ["--batch", "many"]):
+    seed = ["--seed", str(2**64)]
+    for options in (["--rank", "0"], ["--no-such-option"], ["--batch", "many"], seed):
         assert run(*start, *options).exit_code == 2
 
 
@@ -406,6 +408,25 @@ def test_broken_model_folders(start, tmp_path):
     assert f"cannot load the model of {broken}" in fails(*start, "--model", broken)
     (broken / "config.json").write_text("{")
     assert f"of {broken}: " in fails(*start, "--model", broken)
+
+
+def test_model_folder_without_all_weights(start, tmp_path):
+    """transformers would draw the others at random."""
+    folder = save_tiny_model(tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert "lacks model.layers.2.input_layernorm.weight and 8 more" in fails(
+        *start, "--model", folder
+    )
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"settings": 3}'])
+def test_damaged_run_log(trained, tmp_path, text):
+    """The quantization that the adapter was trained on is there."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "run.json").write_text(text)
+    assert f"{folder / 'run.json'} is damaged" in fails("generate", "--adapter", folder, "-p", "x")
 
 
 def test_unknown_hub_model(start, monkeypatch):

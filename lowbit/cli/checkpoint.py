@@ -174,12 +174,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_run(adapter: Path) -> dict[str, Any]:
-    """The run.json beside an adapter, or {} for adapters that another tool wrote."""
-    try:
-        run = json.loads((adapter / RUN_FILE).read_text())
-    except (OSError, ValueError):
+    """The run.json beside an adapter, or {} for adapters that another tool wrote.
+
+    Raises CliError if it is damaged: without it, the base would be quantized in another way.
+    """
+    path = adapter / RUN_FILE
+    if not path.exists():
         return {}
-    return run if isinstance(run, dict) else {}
+    try:
+        run = json.loads(path.read_text())
+        if isinstance(run, dict) and isinstance(run.get("settings", {}), dict):
+            return run
+    except ValueError:
+        pass
+    raise CliError(f"{path} is damaged; remove it to go by the options alone")
 
 
 def write_json(path: Path, value: Any) -> None:

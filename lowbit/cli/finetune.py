@@ -7,6 +7,7 @@ import typer
 
 from .errors import guard
 from .options import (
+    MAX_SEED,
     Blocksize,
     ChatTemplate,
     Device,
@@ -149,7 +150,9 @@ Fuse = Annotated[
 Graphs = Annotated[
     bool, _train("--graphs/--no-graphs", help="CUDA graphs for batches that are short of tokens.")
 ]
-Seed = Annotated[int, _train("--seed", help="Seed of adapters, order and dropout.", min=0)]
+Seed = Annotated[
+    int, _train("--seed", help="Seed of adapters, order and dropout.", min=0, max=MAX_SEED)
+]
 
 
 def finetune(

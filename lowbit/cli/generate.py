@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from .errors import CliError, guard
 from .options import (
+    MAX_SEED,
     Adapter,
     BlocksizeChoice,
     ChatTemplateChoice,
@@ -54,7 +55,7 @@ TopP = Annotated[
     float, _sampling("--top-p", help="Sample from the likeliest tokens up to this sum.")
 ]
 TopK = Annotated[int, _sampling("--top-k", help="Sample from so many tokens; 0: all.", min=0)]
-Seed = Annotated[int, _sampling("--seed", help="Seed of the sampling.", min=0)]
+Seed = Annotated[int, _sampling("--seed", help="Seed of the sampling.", min=0, max=MAX_SEED)]
 
 
 @dataclass(frozen=True)

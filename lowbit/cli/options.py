@@ -17,6 +17,7 @@ def paragraphs(text: str) -> str:
 
 
 Text = str | None
+MAX_SEED = 2**63 - 1  # what torch's generators take
 
 # ---- model and run -----------------------------------------------------------------------------
 

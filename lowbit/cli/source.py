@@ -118,12 +118,22 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def load_model(source: Source, dtype: Any) -> Any:
-    """Load a causal language model on the CPU in `dtype`, in eval mode."""
+    """Load a causal language model on the CPU in `dtype`, in eval mode.
+
+    CliError if its files lack a weight: transformers would draw it at random.
+    """
     from transformers import AutoModelForCausalLM
 
     with _explained(source, "model"), _quick_gguf(), no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, **source.arguments
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, output_loading_info=True, **source.arguments
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CliError(
+            f"model {source.name} lacks {missing[0]}{more}, which its configuration asks for: "
+            "its files are incomplete, or those of another kind of model"
         )
     return model.eval()
 
