@@ -23,6 +23,11 @@ _tracing_state = torch._C._get_tracing_state
 _is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 # What torch.autograd.grad(is_grads_batched=True) runs backward under.
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
+_GRAD = torch._C._functorch.TransformType.Grad
+_NOT_FUNCTIONAL = (
+    "torch.func's transforms (grad, vjp, jacrev; vmap of grouped layers that train) do not reach "
+    "lowbit's gradients; use torch.autograd.grad, with is_grads_batched=True for many at once"
+)
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
 
 
@@ -42,6 +47,8 @@ def nothing_intercepts(args: tuple) -> bool:
     """The same; there are tokens, and all tensors are plain ones."""
     if not unwatched():
         _refuse_tangents(args)
+        if not _is_compiling() and _differentiating() and records(args):
+            raise NotImplementedError(_NOT_FUNCTIONAL)
         return False
     x = args[0]
     return x.shape[0] > 0 and not x.is_meta and plain(args)
@@ -58,6 +65,19 @@ def _refuse_tangents(args: tuple) -> None:
             continue
         if _is_wrapped(arg) or forward_ad.unpack_dual(arg).tangent is not None:
             raise NotImplementedError("lowbit has no derivatives in forward mode (jvp)")
+
+
+def _differentiating() -> bool:
+    """Whether torch.func differentiates in reverse mode, at whatever level."""
+    return _active_transforms() and any(
+        level.key() == _GRAD for level in torch._C._functorch.get_interpreter_stack()
+    )
+
+
+def refuse_transforms() -> None:
+    """For functions with a backward pass that are no operators: these know not even vmap."""
+    if _active_transforms():
+        raise NotImplementedError(_NOT_FUNCTIONAL)
 
 
 def plain(args: tuple) -> bool:

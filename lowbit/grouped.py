@@ -254,14 +254,18 @@ def _shape_of_read(x: torch.Tensor, width: int | None) -> tuple[int, ...]:
 
 
 def records(x: torch.Tensor, members: list[Member]) -> bool:
-    """Whether a gradient is recorded. Graphs that are traced cannot ask for inference mode, as
-    calls.records does.
-    """
+    """Whether a gradient is recorded."""
     if members[0].found is not None:
         call, _, _ = members[0].found
         return call.records
-    tensors = (x, *trained(members))
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    compiling = torch.compiler.is_compiling()  # then nobody may ask for inference mode
+    if not (torch.is_grad_enabled() if compiling else calls.recording()):
+        return False
+    if not any(t is not None and t.requires_grad for t in (x, *trained(members))):
+        return False
+    if not compiling:
+        calls.refuse_transforms()
+    return True
 
 
 def checked_members(

@@ -125,6 +125,28 @@ _FAKES = {
 }
 
 
+def _on_one_device(name: str):
+    """The fake of an operation. It is also what runs when one of several real tensors is on the
+    meta device, and then its result would be memory that nobody writes.
+    """
+
+    def run(*args):
+        for argument, value in zip(_arguments(name), args, strict=True):
+            if isinstance(value, torch.Tensor) and value.device != args[0].device:
+                raise ValueError(
+                    f"{argument} must be on {args[0].device} like {_arguments(name)[0]}, got "
+                    f"{value.device}"
+                )
+        return _FAKES[name](*args)
+
+    return run
+
+
+def _arguments(name: str) -> list[str]:
+    schema = getattr(torch.ops.lowbit, name).default._schema
+    return [argument.name for argument in schema.arguments]
+
+
 # ---- implementations
 
 
@@ -150,7 +172,7 @@ def _implementation(name: str):
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lowbit::{_name}", _FAKES[_name], lib=_library)
+    torch.library.register_fake(f"lowbit::{_name}", _on_one_device(_name), lib=_library)
 
 
 # ---- autograd

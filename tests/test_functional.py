@@ -518,6 +518,38 @@ def test_derivatives_in_forward_mode_are_refused(device, of):
     assert_bitwise_equal(tangent, single(p[of]))
 
 
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev"])
+def test_reverse_mode_of_torch_func_is_refused(device, transform):
+    p = _problem((5, 48, 64, 4), torch.float32, device)
+    x, A, B = (p[name].detach() for name in ("x", "lora_A", "lora_B"))
+
+    def plain(x):
+        return lowbit.matmul(x, p["w"]).sum()
+
+    def single(x):
+        return lowbit.lora_matmul(x, p["w"], A, B, 2.0).sum()
+
+    def group(x):
+        return lowbit.lora_matmul_group(x, [p["w"]], [A], [B], 2.0)[0].sum()
+
+    trained = A.clone().requires_grad_()
+
+    def each(x):
+        rows = torch.func.vmap(lambda row: lowbit.lora_matmul(row, p["w"], trained, B, 2.0))
+        return rows(x).sum()
+
+    differentiate = {
+        "grad": lambda function: torch.func.grad(function)(x),
+        "vjp": lambda function: torch.func.vjp(function, x),
+        "jacrev": lambda function: torch.func.jacrev(function)(x),
+    }[transform]
+    for function in (plain, single, group, each):
+        with pytest.raises(NotImplementedError, match=r"use torch\.autograd\.grad"):
+            differentiate(function)
+    value = torch.func.grad(lambda v: single(x) * v)(torch.ones((), device=device))  # of another
+    assert_bitwise_equal(value, single(x))
+
+
 def test_a_gradient_of_x_alone_is_a_constant(device):
     p = _problem((5, 48, 64, 4), torch.float32, device)
     x = p["x"].detach().clone().requires_grad_()
@@ -551,6 +583,10 @@ def test_inference_mode_records_nothing_even_with_gradients_on(device):
             y = lowbit.lora_matmul(*args)
         assert not y.requires_grad
         torch.testing.assert_close(y, expected.detach())
+    with torch.inference_mode(), torch.enable_grad():
+        x, w, A, B, scaling = args
+        (y,) = lowbit.lora_matmul_group(x.clone(), [w], [A], [B], scaling)
+    torch.testing.assert_close(y, expected.detach())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -77,6 +77,16 @@ def test_opcheck_of_every_operation(device):
     assert seen == set(ops.SCHEMAS) == set(dispatch.OPERATIONS)
 
 
+def test_a_weight_that_is_partly_on_meta_is_refused(device):
+    """torch would take the shape of the result for the result."""
+    q = lowbit.quantize(torch.randn(48, 128, device=device))
+    q.absmax = q.absmax.to("meta")
+    x = torch.randn(*X, device=device, requires_grad=True)
+    for function in (q.dequantize, lambda: lowbit.matmul(x, q)):
+        with pytest.raises(ValueError, match=r"absmax must be on .* got meta"):
+            function()
+
+
 def test_force_is_scoped_and_checked():
     assert dispatch.forced() is None
     with dispatch.force("reference"):
