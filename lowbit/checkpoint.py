@@ -1,9 +1,9 @@
 """lowbit.save and lowbit.load: a whole prepared model as a folder of safetensors and JSON.
 
-lowbit_config.json     which layers are 4-bit, their adapters' options, which names share a
-tensor model.safetensors      the state dict; quantized layers in bitsandbytes' keys
-(lowbit/state.py) config.json, generation_config.json    of a transformers model, so that the
-folder is complete
+lowbit_config.json      which layers are 4-bit, their adapters' options, which names share a
+                        tensor
+model.safetensors       the state dict; quantized layers in bitsandbytes' keys (lowbit/state.py)
+config.json, generation_config.json     of a transformers model, so that the folder is complete
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .materialize import restore_buffers
-from .modules import own, quantized_layers, replace, train_adapters_only
+from .modules import check_module, own, quantized_layers, replace, train_adapters_only
 from .nn import Linear4bit, QLoRALinear
 from .preparation import check_before_loading
 from .state import CheckpointError, entry_keys, from_state_entries
@@ -141,6 +141,7 @@ def load(
             raise ValueError("folder is missing: lowbit.load(model, folder)")
         model, folder, built = _build(Path(model)), model, True
     else:
+        check_module(model)
         built = False
     folder = Path(folder)
     config = _read_config(folder / CONFIG_NAME)
@@ -241,21 +242,20 @@ def _build_layer(module: nn.Linear, name: str, options: dict[str, Any], state) -
         raise CheckpointError(
             f"{prefix}bias has shape {list(bias.shape)}, the model {list(module.bias.shape)}"
         )
-    if not options:
-        return Linear4bit.from_quantized(qw, bias).train(module.training)
-    lora_A, lora_B = _adapter_entries(qw, prefix, options, state)
+    adapter = _adapter_entries(qw, prefix, options, state) if options else {}
+    layer_class = QLoRALinear if options else Linear4bit
     try:
-        layer = QLoRALinear.from_quantized(qw, bias, lora_A=lora_A, lora_B=lora_B, **options)
+        layer = layer_class.from_quantized(qw, bias, **adapter, **options)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{CONFIG_NAME}: layer {name}: {error}") from None
     return layer.train(module.training)
 
 
-def _adapter_entries(qw, prefix: str, options, state) -> tuple[torch.Tensor, torch.Tensor]:
+def _adapter_entries(qw, prefix: str, options, state) -> dict[str, torch.Tensor]:
     if set(options) != set(_ADAPTER_FIELDS):
         raise CheckpointError(f"{CONFIG_NAME}: layer {prefix} has options {sorted(options)}")
     r = options["r"]
-    entries = []
+    entries = {}
     for name, shape in (("lora_A", (r, qw.K)), ("lora_B", (qw.N, r))):
         key = prefix + name
         if key not in state:
@@ -263,8 +263,8 @@ def _adapter_entries(qw, prefix: str, options, state) -> tuple[torch.Tensor, tor
         if tuple(state[key].shape) != shape or not state[key].is_floating_point():
             got = f"{state[key].dtype} {list(state[key].shape)}"
             raise CheckpointError(f"{key} must be a floating tensor {list(shape)}, got {got}")
-        entries.append(state[key])
-    return entries[0], entries[1]
+        entries[name] = state[key]
+    return entries
 
 
 def _check_rest(model, layers: dict[str, Linear4bit], state) -> None:

@@ -96,8 +96,6 @@ def fuse(model: nn.Module) -> FusionReport:
         >>> print(lowbit.fuse(model))  # doctest: +SKIP
         fused 32 attention modules, 32 MLPs and 65 norms
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not quantized_layers(model):
         raise ValueError("model has no quantized layer; call lowbit.prepare(model) first")
     report = FusionReport()

@@ -33,6 +33,7 @@ from .group_products import (
 )
 from .grouped import (
     apply,
+    check_sequence,
     checked_members,
     draw_seeds,
     flat_gradients,
@@ -241,6 +242,7 @@ def _product(x, members: list, activation: str, shared: bool) -> torch.Tensor:
 
 def _hidden_size(weights) -> int:
     """H: what gate and up return and down takes."""
+    check_sequence(weights, "weights")
     if len(weights) != 3:
         raise ValueError(f"weights must be those of gate, up and down, got {len(weights)}")
     shapes = [tuple(getattr(w, "shape", ())) for w in weights]

@@ -278,6 +278,7 @@ def checked_members(
         names: of the members, for messages; default numbers.
         widths: for each member, that of what it reads, or None: it reads x.
     """
+    check_sequence(weights, "weights")
     count = len(weights)
     if count == 0:
         raise ValueError("weights must have at least one member, got none")
@@ -285,6 +286,7 @@ def checked_members(
     scalings, ps = _for_each(scalings, count), _for_each(dropout_p, count)
     arguments = {"lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings, "biases": biases}
     for name, values in (*arguments.items(), ("dropout_p", ps)):
+        check_sequence(values, name)
         if len(values) != count:
             raise ValueError(f"{name} must have one entry per weight, {count}, got {len(values)}")
     if shared and len(set(ps)) > 1:
@@ -315,6 +317,12 @@ def draw_seeds(x, members: list[Member], shared: bool) -> list[Member]:
         first = seed if first is None else first
         seeded.append(m._replace(seed=seed))
     return seeded
+
+
+def check_sequence(values, name: str) -> None:
+    if not hasattr(values, "__len__"):
+        got = type(values).__name__
+        raise TypeError(f"{name} must be a list with one entry per member, got {got}")
 
 
 def _for_each(value, count: int) -> Sequence:

@@ -13,8 +13,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .nn import Linear4bit, QLoRALinear
 
 
+def check_module(model) -> None:
+    """The first check of every function that takes a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
     """All Linear4bit and QLoRALinear layers by name; a shared one under its first name."""
+    check_module(model)
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
 
 
@@ -24,6 +31,7 @@ def adapted_layers(model: nn.Module) -> dict[str, QLoRALinear]:
     Raises:
         ValueError: there is none.
     """
+    check_module(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QLoRALinear)}
     if not layers:
         raise ValueError("model has no lowbit adapter; make one with lowbit.prepare(model, r=...)")
@@ -104,6 +112,8 @@ def select(names: Sequence[str], patterns: str | Iterable[str], argument: str, m
         if not found:
             raise _no_match(names, patterns, argument, model)
         return found
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{argument} must be a list of names, got {patterns!r}")
     chosen: set[str] = set()
     for pattern in patterns:
         found = [name for name in names if matches(name, pattern)]

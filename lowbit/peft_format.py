@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import adapted_layers, matches, own, quantized_layers, replace_all
+from .modules import adapted_layers, check_module, matches, own, quantized_layers, replace_all
 from .nn import Linear4bit, QLoRALinear
 from .state import CheckpointError
 from .tensor_files import TensorSource, atomic_folder, write_tensors
@@ -32,7 +32,7 @@ _KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_(A|B)\.weight")
 # Options of PEFT that change what a layer computes, and what is wrong with them here.
 _UNSUPPORTED = {
     "use_dora": "DoRA",
-    "lora_bias": "a bias in lora_B",
+    "lora_bias": "biases in lora_B",
     "fan_in_fan_out": "layers that store [K, N] (Conv1D)",
     "modules_to_save": "trained modules beside the adapters",
     "trainable_token_indices": "trained embedding rows",
@@ -196,6 +196,7 @@ def load_adapter(
         >>> lowbit.adapters.load_adapter(base, folder)[0].r
         4
     """
+    check_module(model)
     folder = Path(folder)
     config = _read_config(folder / CONFIG_NAME)
     if not (folder / WEIGHTS_NAME).is_file():

@@ -12,6 +12,7 @@ from torch import nn
 from . import fusing
 from .materialize import Materializer
 from .modules import (
+    check_module,
     forget_quantizer,
     group_shared,
     linear_names,
@@ -134,8 +135,7 @@ def prepare(
 
 def _check_options(model, r, adapter: dict[str, Any], quantization: dict[str, Any]) -> None:
     """Check by building a tiny layer with the options, so that no rule is written twice."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     if hasattr(model, "peft_config"):
         raise ValueError("model has PEFT adapters already; merge them, or prepare the plain model")
     if not isinstance(r, int) or r < 0:

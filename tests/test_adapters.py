@@ -186,7 +186,7 @@ def saved_adapter(folder):
     ("field", "value", "message"),
     [
         ("use_dora", True, "lowbit has no DoRA"),
-        ("lora_bias", True, "a bias in lora_B"),
+        ("lora_bias", True, "biases in lora_B"),
         ("bias", "all", "bias must be 'none'"),
         ("modules_to_save", ["lm_head"], "trained modules beside"),
         ("peft_type", "ADALORA", "peft_type must be LORA"),

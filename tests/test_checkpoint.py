@@ -10,6 +10,7 @@ from helpers import assert_bitwise_equal
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lowbit
 from lowbit import adapters, prepare
 from lowbit.checkpoint import load, save
 from lowbit.nn import Linear4bit, QLoRALinear
@@ -188,6 +189,22 @@ def test_save_replaces_its_files_and_keeps_others(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
     modes = {p.name: os.stat(p).st_mode for p in tmp_path.iterdir()}
     assert modes["model.safetensors"] == modes["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda folder: lowbit.save(None, folder),
+        lambda folder: lowbit.load(None, folder),
+        lambda folder: lowbit.adapters.merge(None),
+        lambda folder: lowbit.adapters.save_adapter(None, folder),
+        lambda folder: lowbit.adapters.load_adapter(None, folder),
+        lambda folder: lowbit.fuse(None),
+    ],
+)
+def test_what_is_no_model(tmp_path, function):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got NoneType"):
+        function(tmp_path)
 
 
 def test_save_refuses(tmp_path):

@@ -340,6 +340,8 @@ def test_retain_graph_and_second_derivatives(device, way):
     ("changes", "error", "message"),
     [
         ({"weights": []}, ValueError, "weights must have at least one member"),
+        ({"weights": None}, TypeError, "weights must be a list .* got NoneType"),
+        ({"lora_As": None}, TypeError, "lora_As must be a list .* got NoneType"),
         ({"lora_As": [None]}, ValueError, "lora_As must have one entry per weight, 2, got 1"),
         ({"scalings": [1.0] * 3}, ValueError, "scalings must have one entry per weight, 2, got 3"),
         ({"dropout_p": [0.1]}, ValueError, "dropout_p must have one entry per weight"),

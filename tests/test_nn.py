@@ -293,6 +293,14 @@ def test_custom_codebook_survives():
         (lambda: QLoRALinear(K, N, dropout=1.0), ValueError, r"dropout must lie in \[0, 1\)"),
         (lambda: QLoRALinear(K, N, dropout="0.1"), TypeError, "dropout must be a number"),
         (lambda: QLoRALinear(K, N, lora_dtype=torch.int8), TypeError, "lora_dtype must be"),
+        (lambda: QLoRALinear(K, N, lora_dtype="float16"), TypeError, "lora_dtype must be"),
+        (lambda: QLoRALinear(K, N, alpha="8"), ValueError, "alpha must be a finite number"),
+        (lambda: QLoRALinear(K, N, alpha=math.nan), ValueError, "alpha must be a finite number"),
+        (lambda: QLoRALinear(-1, N), ValueError, "in_features must be an integer of at least 1"),
+        (lambda: Linear4bit(K, 0, device="meta"), ValueError, "out_features must be an integer"),
+        (lambda: Linear4bit(K, N).to_linear(torch.int8), TypeError, "dtype must be float32"),
+        (lambda: QLoRALinear(K, N).to_linear(torch.int8), TypeError, "dtype must be float32"),
+        (lambda: QLoRALinear(K, N, device="meta").merge(), ValueError, "has no data"),
         (lambda: Linear4bit(K, N, dtype=torch.float64), TypeError, "dtype must be float32"),
         (lambda: Linear4bit(K, N, layout="columns"), ValueError, 'layout must be "rows" or "flat"'),
         (lambda: Linear4bit(K, N, blocksize=48), ValueError, "blocksize must be one of"),
@@ -303,6 +311,23 @@ def test_custom_codebook_survives():
 def test_bad_options(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"qw": torch.zeros(3)}, TypeError, "qw must be a QuantizedWeight, got Tensor"),
+        ({"bias": [0.0] * N}, TypeError, "bias must be a floating tensor, got list"),
+        ({"bias": torch.zeros(N).int()}, TypeError, "bias must be .* got torch.int32"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias must be \[N\] = \[.*\], got \[3\]"),
+        ({"lora_A": torch.zeros(2, K)}, ValueError, "lora_A and lora_B must both be given"),
+        ({"lora_A": [1], "lora_B": [1]}, TypeError, "lora_A must be a tensor, got list"),
+    ],
+)
+def test_bad_parts_of_a_layer(given, error, message):
+    qw = lowbit.quantize(torch.randn(N, K))
+    with pytest.raises(error, match=message):
+        QLoRALinear.from_quantized(**{"qw": qw} | given)
 
 
 def test_nan_weight_is_refused():

@@ -219,6 +219,8 @@ def test_models_without_linear_layers():
         ({"double_quant_type": "int8"}, ValueError, "double_quant_type must be"),
         ({"lora_dtype": torch.int32}, TypeError, "lora_dtype must be"),
         ({"skip_modules": "lm_head"}, TypeError, "skip_modules must be a list"),
+        ({"target_modules": 3}, TypeError, "target_modules must be a list of names, got 3"),
+        ({"alpha": None}, ValueError, "alpha must be a finite number, got None"),
         ({"weights": 3}, TypeError, "weights must be a path, a mapping"),
         ({"weights": "/does/not/exist"}, FileNotFoundError, "there is no file or folder"),
     ],

@@ -31,6 +31,8 @@ class _ByName(nn.Module):
 
     def __init__(self, owner: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
+        if not names:
+            raise ValueError("names must hold at least one layer's, got none")
         for name in names:
             if not isinstance(getattr(owner, name, None), nn.Module):
                 raise ValueError(f"{type(owner).__name__} has no layer called {name!r}")

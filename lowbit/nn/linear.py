@@ -10,6 +10,7 @@ see ordinary tensors. State-dict keys are those of bitsandbytes; see lowbit/stat
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class Linear4bit(StateDict, nn.Linear):
         weight: uint8 parameter [bytes, 1], packed codes, never trained.
         weight_absmax, weight_codebook, weight_nested_absmax, weight_nested_codebook,
             weight_nested_offset: buffers as in QuantizedWeight; the nested ones are None without
-                double quantization. They and `weight` keep their
-            dtype in `.to(dtype)`, `.half()` and the like.
+            double quantization. They and `weight` keep their dtype in `.to(dtype)`, `.half()` and
+            the like.
         bias: parameter [N] or None.
         weight_dtype: dtype of the weight that was quantized; default of `to_linear`.
         quant_type, blocksize, nested_blocksize, row_blocks: as in QuantizedWeight.
@@ -86,12 +87,13 @@ class Linear4bit(StateDict, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the 16-bit weight
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        _check_size(in_features, "in_features")
+        _check_size(out_features, "out_features")
         _check_format(quant_type, blocksize, nested_blocksize, layout, dtype)
         self.in_features, self.out_features = in_features, out_features
         options = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
-        device = torch.empty(
-            0, device=device
-        ).device  # follows torch.device contexts and set_default_device
+        # Follows torch.device contexts and set_default_device.
+        device = torch.empty(0, device=device).device
         self._adopt(
             empty_weight(
                 out_features,
@@ -183,11 +185,16 @@ class Linear4bit(StateDict, nn.Linear):
             The layer, on the device of `qw`.
 
         Raises:
-            ValueError: `qw` is not two-dimensional.
+            TypeError: `qw` is no QuantizedWeight, or `bias` no floating tensor.
+            ValueError: `qw` is not two-dimensional, or `bias` does not fit it.
         """
+        if not isinstance(qw, QuantizedWeight):
+            raise TypeError(f"qw must be a QuantizedWeight, got {type(qw).__name__}")
         if len(qw.shape) != 2:
             raise ValueError(f"qw must have shape [N, K], got {list(qw.shape)}")
         N, K = qw.shape
+        if bias is not None:
+            _check_bias(bias, N)
         # The format is set by _adopt; quant_type "custom" would not be a valid argument.
         layer = cls(K, N, bias is not None, device="meta", dtype=qw.dtype, **adapter_options)
         layer._adopt(qw)
@@ -263,7 +270,7 @@ class Linear4bit(StateDict, nn.Linear):
             )
         )
         if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features) if self.in_features else 0
+            bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
 
     @torch.no_grad()
@@ -319,10 +326,23 @@ class Linear4bit(StateDict, nn.Linear):
         return super()._apply(keep_dtype, recurse)
 
 
+def _check_size(value, name: str) -> None:
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _check_bias(bias, N: int) -> None:
+    if not isinstance(bias, torch.Tensor) or not bias.is_floating_point():
+        got = bias.dtype if isinstance(bias, torch.Tensor) else type(bias).__name__
+        raise TypeError(f"bias must be a floating tensor, got {got}")
+    if bias.shape != (N,):
+        raise ValueError(f"bias must be [N] = [{N}], got {list(bias.shape)}")
+
+
 def _check_format(quant_type, blocksize, nested_blocksize, layout, dtype) -> None:
     """The checks of `lowbit.quantize`, which a layer on the meta device never calls."""
     if dtype not in _FLOATS:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
     if quant_type not in NAMES:
         raise ValueError(f"quant_type must be one of {', '.join(NAMES)}, got {quant_type!r}")
     for name, value in (("blocksize", blocksize), ("nested_blocksize", nested_blocksize)):
@@ -343,6 +363,8 @@ def _existing_weight(linear: nn.Linear) -> QuantizedWeight | None:
 
 def _dense_linear(layer: Linear4bit, weight: torch.Tensor, dtype: torch.dtype) -> nn.Linear:
     """nn.Linear around a dense weight, with a copy of the layer's bias and its training flag."""
+    if dtype not in _FLOATS:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
     dense = nn.Linear(
         layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=dtype
     )

@@ -7,6 +7,7 @@ y = x W^T + bias + s * drop(x) A^T B^T        A = lora_A [r, K]  B = lora_B [N, 
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from ..quantization import quantize
 from ..state import state_entries
 from ..weight import QuantizedWeight
 from .linear import Linear4bit, _dense_linear
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class MergeError(NamedTuple):
@@ -60,7 +63,8 @@ class QLoRALinear(Linear4bit):
     Shape: x [..., K] -> y [..., N] in the dtype of x.
 
     Raises:
-        ValueError: r < 1 or dropout outside [0, 1).
+        TypeError: an option has the wrong type.
+        ValueError: r < 1, alpha is not finite, or dropout is outside [0, 1).
 
     Notes:
         Gradients reach x, lora_A, lora_B and bias. The dropout mask comes from a counter-based
@@ -92,6 +96,8 @@ class QLoRALinear(Linear4bit):
             raise ValueError(
                 f"r must be an integer of at least 1, got {r!r}; without adapter, use Linear4bit"
             )
+        if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a finite number, got {alpha!r}")
         check_probability(dropout, "dropout")
         super().__init__(in_features, out_features, bias, **options)
         self.r, self.alpha, self.dropout, self.use_rslora = r, alpha, float(dropout), use_rslora
@@ -99,8 +105,10 @@ class QLoRALinear(Linear4bit):
         self.adapter_enabled = True
         self._unmerged: QuantizedWeight | None = None
         dtype = self.weight_dtype if lora_dtype is None else lora_dtype
-        if not dtype.is_floating_point:
-            raise TypeError(f"lora_dtype must be a floating-point dtype, got {dtype}")
+        if dtype not in _FLOATS:
+            raise TypeError(
+                f"lora_dtype must be float32, float16, bfloat16 or float64, got {dtype!r}"
+            )
         place = {"dtype": dtype, "device": self.weight.device}
         self.lora_A = nn.Parameter(torch.empty(r, in_features, **place))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, **place))
@@ -129,13 +137,20 @@ class QLoRALinear(Linear4bit):
             The layer, on the device of `qw`.
 
         Raises:
-            ValueError: `qw` is not two-dimensional, or lora_A and lora_B do not fit it.
+            TypeError: `qw` is no QuantizedWeight, or another argument no tensor.
+            ValueError: `qw` is not two-dimensional, only one of lora_A and lora_B is given, or they
+                do not fit it.
         """
-        if lora_A is None or lora_B is None:
+        if (lora_A is None) != (lora_B is None):
+            raise ValueError("lora_A and lora_B must both be given, or both be None")
+        if lora_A is None:
             layer = super().from_quantized(qw, bias, **adapter_options)
             layer.reset_adapter()
             return layer
-        r = lora_A.shape[0]
+        for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        r = lora_A.shape[0] if lora_A.dim() else 0
         if lora_A.shape != (r, qw.K) or lora_B.shape != (qw.N, r):
             raise ValueError(
                 f"lora_A must be [r, K] and lora_B [N, r] with [N, K] = {list(qw.shape)}, got "
@@ -213,10 +228,13 @@ class QLoRALinear(Linear4bit):
             the update.
 
         Raises:
-            ValueError: the layer is merged already, or the merged weight has NaN or Inf.
+            ValueError: the layer is merged already or has no data, or the merged weight has NaN or
+                Inf.
         """
         if self.merged:
             raise ValueError("the adapter is merged already; call unmerge() first")
+        if self.weight.is_meta or self.lora_A.is_meta:
+            raise ValueError("the layer is on the meta device and has no data; load it first")
         base = self.quantized_weight
         delta = self.delta_weight()
         exact = base.dequantize(torch.float32) + delta
