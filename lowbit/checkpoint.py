@@ -242,10 +242,13 @@ def _build_layer(module: nn.Linear, name: str, options: dict[str, Any], state) -
         raise CheckpointError(
             f"{prefix}bias has shape {list(bias.shape)}, the model {list(module.bias.shape)}"
         )
-    adapter = _adapter_entries(qw, prefix, options, state) if options else {}
-    layer_class = QLoRALinear if options else Linear4bit
+    if bias is not None and not bias.is_floating_point():
+        raise CheckpointError(f"{prefix}bias must be a floating tensor, got {bias.dtype}")
+    if not options:
+        return Linear4bit.from_quantized(qw, bias).train(module.training)
+    adapter = _adapter_entries(qw, prefix, options, state)
     try:
-        layer = layer_class.from_quantized(qw, bias, **adapter, **options)
+        layer = QLoRALinear.from_quantized(qw, bias, **adapter, **options)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{CONFIG_NAME}: layer {name}: {error}") from None
     return layer.train(module.training)

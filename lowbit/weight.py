@@ -51,8 +51,9 @@ class QuantizedWeight:
         row_blocks: whether blocks and bytes restart with each row (lowbit's default) or run flat
             (bitsandbytes). The two layouts have the same bytes when K is a multiple of blocksize.
 
-    The object holds tensors and numbers only: it can be pickled, deep-copied and captured by
-    torch.compile. It never takes part in autograd; a 4-bit weight is frozen.
+    The object holds tensors and numbers only: it can be pickled (torch.load then needs
+    weights_only=False), deep-copied and captured by torch.compile. It never takes part in autograd;
+    a 4-bit weight is frozen.
     """
 
     __slots__ = (
@@ -162,10 +163,12 @@ class QuantizedWeight:
             A new QuantizedWeight; tensors already there are shared.
 
         Raises:
-            TypeError: dtype is not floating point.
+            TypeError: dtype is not floating point, or device is no device.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        if device is not None:
+            device = torch.device(device)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
         moved = object.__new__(QuantizedWeight)

@@ -262,6 +262,7 @@ DAMAGES = {
     "no norm": (change_tensor("norm.weight", None), "norm.weight is missing"),
     "wrong norm": (change_tensor("norm.weight", lambda t: t[1:]), "norm.weight has shape"),
     "no bias": (change_tensor("first.bias", None), "first.bias is in only one"),
+    "integer bias": (change_tensor("first.bias", lambda t: t.int()), "first.bias must be"),
     "config no JSON": (change_config(lambda t: t[:-9]), "lowbit_config.json is damaged"),
     "config list": (change_config(lambda t: "[]"), "lowbit_config.json is damaged"),
     "config layer no dict": (

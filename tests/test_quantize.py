@@ -178,6 +178,8 @@ def test_non_contiguous_weights(device):
     [
         ({"blocksize": 63}, ValueError, "blocksize must be one of .* got 63"),
         ({"blocksize": 8192}, ValueError, "blocksize must be one of"),
+        ({"blocksize": 64.0}, ValueError, r"blocksize must be one of .* got 64\.0"),
+        ({"codebook": [0.0] * 16}, TypeError, "codebook must be a tensor .* got list"),
         ({"nested_blocksize": 3}, ValueError, "nested_blocksize must be one of .* got 3"),
         ({"quant_type": "nf5"}, ValueError, "quant_type must be one of"),
         ({"layout": "columns"}, ValueError, 'layout must be "rows" or "flat", got \'columns\''),
@@ -206,6 +208,8 @@ def test_wrong_weights_are_named():
             lowbit.quantize(nothing)
     with pytest.raises(TypeError, match="qw must be a QuantizedWeight"):
         lowbit.dequantize(torch.ones(4))
+    with pytest.raises(TypeError, match=r"weight must be a dense tensor, got torch\.sparse_coo"):
+        lowbit.quantize(torch.ones(4, 64).to_sparse())
     with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16"):
         lowbit.quantize(torch.randn(4, 64)).dequantize(torch.int8)
 
@@ -236,6 +240,12 @@ def test_pack_and_unpack_refuse_nonsense():
         lowbit.unpack(lowbit.quantize(torch.randn(2, 64)))
     with pytest.raises(ValueError, match="n must be between 0 and 4, got 5"):
         lowbit.unpack(torch.zeros(2, dtype=torch.uint8), 5)
+    with pytest.raises(TypeError, match="n must be an integer, got float"):
+        lowbit.unpack(torch.zeros(2, dtype=torch.uint8), 2.0)
+    with pytest.raises(ValueError, match=r"codes must be \[\.\.\., n\], got a scalar"):
+        lowbit.pack(torch.tensor(3))
+    with pytest.raises(ValueError, match=r"packed must be \[\.\.\., b\], got a scalar"):
+        lowbit.unpack(torch.tensor(3, dtype=torch.uint8))
 
 
 def test_a_quantized_weight_moves_copies_and_pickles(device):
@@ -248,6 +258,8 @@ def test_a_quantized_weight_moves_copies_and_pickles(device):
     assert half.absmax.dtype == torch.uint8
     with pytest.raises(TypeError, match="floating-point dtype"):
         q.to(dtype=torch.int8)
+    with pytest.raises(TypeError):
+        q.to(half.codebook)  # not a device: its dtype would be taken for the packed bytes'
     assert "nf4, blocksize 64, double-quantized by 256" in repr(q)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..codebooks import NAMES
 from ..functional import matmul
-from ..quantization import BLOCKSIZES, quantize
+from ..quantization import check_blocksize, quantize
 from ..state import empty_weight
 from ..weight import QuantizedWeight, WeightArgs
 from .saving import BUFFERS, StateDict
@@ -345,9 +345,8 @@ def _check_format(quant_type, blocksize, nested_blocksize, layout, dtype) -> Non
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
     if quant_type not in NAMES:
         raise ValueError(f"quant_type must be one of {', '.join(NAMES)}, got {quant_type!r}")
-    for name, value in (("blocksize", blocksize), ("nested_blocksize", nested_blocksize)):
-        if value not in BLOCKSIZES:
-            raise ValueError(f"{name} must be one of {BLOCKSIZES}, got {value}")
+    check_blocksize(blocksize, "blocksize")
+    check_blocksize(nested_blocksize, "nested_blocksize")
     if layout not in ("rows", "flat"):
         raise ValueError(f'layout must be "rows" or "flat", got {layout!r}')
 
