@@ -278,6 +278,27 @@ def test_schedulers_closures_and_late_groups(device):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_training_step_is_the_same(device):
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 300, device=device))
+        optimizer = optim.AdamW8bit([weight], lr=1e-2, seed=5)
+
+        def step(weight=weight, optimizer=optimizer):
+            optimizer.zero_grad()
+            weight.square().sum().backward()
+            optim.clip_grad_norm_([weight], 0.5)
+            optimizer.step()
+
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        for _ in range(3):
+            run()
+        results.append(weight.detach())
+    assert_bitwise_equal(*results, "weight")
+
+
 def test_grad_scaler_skips_a_step_that_overflows(device):
     ours, theirs = make_parameters(device=device), make_parameters(device=device)
 

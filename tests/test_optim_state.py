@@ -325,6 +325,26 @@ def _one_moment(state):
     del state["state"][1]["state2"]
 
 
+def _no_scales(state):
+    del state["state"][1]["absmax1"]
+
+
+def _float_codes(state):
+    state["state"][1]["state1"] = state["state"][1]["state1"].float()
+
+
+def _short_map(state):
+    state["state"][1]["qmap1"] = torch.zeros(255)
+
+
+def _no_step(state):
+    del state["state"][1]["step"]
+
+
+def _nan_step(state):
+    state["state"][1]["step"] = torch.tensor(float("nan"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -334,6 +354,11 @@ def _one_moment(state):
         (_fewer, r"groups of \[3\] parameters, the optimizer of \[4\]"),
         (_amsgrad, "amsgrad, which is not offered"),
         (_one_moment, "parameter 1 of group 0 has 1 moments"),
+        (_no_scales, r"parameter 1 of group 0 is damaged: state1 is torch\.uint8 without absmax1"),
+        (_float_codes, "parameter 1 of group 0 is damaged: state1 is .* with absmax1"),
+        (_short_map, "parameter 1 of group 0 uses an 8-bit map that is not bitsandbytes' dynamic"),
+        (_no_step, "parameter 1 of group 0 has step None, which is no number of steps"),
+        (_nan_step, "parameter 1 of group 0 has step nan, which is no number of steps"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_changes_nothing(spoil, message):

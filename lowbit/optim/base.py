@@ -136,6 +136,7 @@ class PackedOptimizer(torch.optim.Optimizer):
 
     # ---- step ------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # as torch.optim does: a compiled training step breaks its graph here
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.

@@ -13,6 +13,7 @@ from .packing import host_table, operators
 GRADIENT_ROW = 4  # int64 numbers of the kernels' GradientRow
 
 
+@torch._disable_dynamo
 def clip_grad_norm_(
     parameters: torch.Tensor | Iterable[torch.Tensor],
     max_norm: float,

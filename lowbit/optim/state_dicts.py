@@ -10,6 +10,7 @@ more dict. Attributes that other libraries put on tensors are ignored: state is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -152,17 +153,35 @@ def _read_entry(item: dict[str, Any], parameter: torch.Tensor, rule: str, name: 
                 f"the saved state of {name} has {moment.scales.numel()} scales, blocks of "
                 f"{tables.BLOCK} elements make it {blocks}"
             )
-    return Loaded(float(item.get("step", 0)), moments)
+    return Loaded(_step(item, rule, name), moments)
+
+
+def _step(item: dict[str, Any], rule: str, name: str) -> float:
+    """How often the parameter was stepped; Lion does not use it, and not all write it."""
+    step = item.get("step", 0 if rule == "lion" else None)
+    if isinstance(step, torch.Tensor) and step.numel() == 1:
+        step = step.item()
+    if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
+        raise ValueError(f"the saved state of {name} has step {step}, which is no number of steps")
+    return float(step)
 
 
 def _read(item: dict[str, Any], state: int, name: str) -> Moment:
     item = {**item, **item.get(WRAPPED, {})}
     values = item.get(f"state{state + 1}", item.get(MOMENTS["adamw"][state]))
-    if values.dtype != torch.uint8:
+    scales = item.get(f"absmax{state + 1}")
+    if (values.dtype == torch.uint8) != (scales is not None):
+        raise ValueError(
+            f"the saved state of {name} is damaged: state{state + 1} is {values.dtype} "
+            f"{'without' if scales is None else 'with'} absmax{state + 1}"
+        )
+    if scales is None:
         return Moment(values, None, state)
-    qmap = item.get(f"qmap{state + 1}")
-    if qmap is not None and not torch.allclose(qmap.cpu(), tables.state_codebook(state), atol=1e-7):
+    qmap, table = item.get(f"qmap{state + 1}"), tables.state_codebook(state)
+    if qmap is not None and (
+        qmap.shape != table.shape or not torch.allclose(qmap.cpu(), table, atol=1e-7)
+    ):
         raise ValueError(
             f"the saved state of {name} uses an 8-bit map that is not bitsandbytes' dynamic one"
         )
-    return Moment(values, item[f"absmax{state + 1}"], state)
+    return Moment(values, scales, state)
