@@ -69,6 +69,8 @@ def _device(device: torch.device | str | int | None) -> torch.device:
     device = torch.device("cuda" if device is None else device)
     if device.type != "cuda":
         raise ValueError(f"device must be a CUDA device, got {device}")
+    if not torch.cuda.is_available():
+        raise PagedMemoryError("paged and pinned memory are a CUDA device's, and there is none")
     return torch.device(
         "cuda", torch.cuda.current_device() if device.index is None else device.index
     )
@@ -82,6 +84,8 @@ def _location(where: torch.device | str | int) -> int:
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Address and bytes of the part of its storage that a tensor covers."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"tensor must be a paged CUDA tensor, got {type(tensor).__name__}")
     if not tensor.is_cuda:
         raise ValueError(f"tensor must be a paged CUDA tensor, got one on {tensor.device}")
     if tensor.numel() == 0:

@@ -42,6 +42,9 @@ def test_without_a_gpu():
     with memory.paged():
         assert torch.zeros(3).tolist() == [0, 0, 0]
         assert (torch.ones(2) + 1).device.type == "cpu"
+    for function in (lambda: memory.empty((3,), kind="pinned"), lambda: memory.paged("cuda")):
+        with pytest.raises(memory.PagedMemoryError, match="CUDA device's, and there is none"):
+            function()
 
 
 def test_bad_arguments():
@@ -51,6 +54,8 @@ def test_bad_arguments():
         memory.empty((3,), kind="flash")
     with pytest.raises(ValueError, match="tensor must be a paged CUDA tensor, got one on cpu"):
         memory.prefetch(torch.zeros(3), "cpu")
+    with pytest.raises(TypeError, match="tensor must be a paged CUDA tensor, got list"):
+        memory.residency([0.0])
     with pytest.raises(ValueError, match="advice must be one of"):
         memory.advise(torch.zeros(3), "hope")
 
