@@ -154,7 +154,7 @@ def load(
     state |= {name: state[kept] for name, kept in config["shared"].items() if kept in state}
     layers = _check_layers(model, config["layers"], state)
     _check_rest(model, layers, state)
-    model = _fill(model, layers, config["layers"], state)
+    model = _fill(model, layers, state)
     restore_buffers(model, target)
     model.to(target)
     train_adapters_only(model)
@@ -299,7 +299,7 @@ def _inside(key: str, layers) -> bool:
     return any(key[:cut] in layers for cut, char in enumerate(key) if char == ".") or "" in layers
 
 
-def _fill(model, layers: dict[str, Linear4bit], names, state) -> nn.Module:
+def _fill(model, layers: dict[str, Linear4bit], state) -> nn.Module:
     """Put the checked layers and tensors in place; one Parameter per distinct tensor."""
     for name, layer in layers.items():
         model = replace(model, [name], lambda _, layer=layer: layer)

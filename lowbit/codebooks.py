@@ -232,6 +232,5 @@ def nested_thresholds(values: torch.Tensor) -> torch.Tensor:
     middle = (values[:-1] + values[1:]) * 0.5
     below = torch.nextafter(middle, middle.new_tensor(-math.inf))
     odd = torch.arange(middle.numel(), device=values.device) % 2 == 1
-    return torch.where(
-        odd, below, middle
-    )  # between an odd code and the next even one, equality goes up
+    # Between an odd code and the next even one, equality goes up.
+    return torch.where(odd, below, middle)

@@ -155,9 +155,8 @@ def _implementation(name: str):
     sized = name not in ("quantize_4bit", "dequantize_4bit")
 
     def run(*args):
-        if (
-            sized and args[0].shape[0] == 0
-        ):  # no tokens: nothing to launch, and every gradient is zero
+        # No tokens: nothing to launch, and every gradient is zero.
+        if sized and args[0].shape[0] == 0:
             out = fake(*args)
             return tuple(t.zero_() for t in out) if isinstance(out, tuple) else out.zero_()
         return dispatch.select(name, args)(*args)

@@ -1,7 +1,8 @@
 """Adapters of a prepared model in files of PEFT's format.
 
-    adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, K], ....lora_B.weight
-    [N, r] adapter_config.json          PEFT's LoraConfig
+    adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, K],
+                                 base_model.model.<layer>.lora_B.weight [N, r]
+    adapter_config.json          PEFT's LoraConfig
 
 PEFT loads such a folder onto the plain 16-bit model, and what PEFT saved loads onto a lowbit model.
 """

@@ -1,14 +1,16 @@
 """The definition of every operation, in plain torch, for any device and dtype.
 
 Nothing here is fast and nothing is clever: these functions say what the kernels must compute.
-    Arithmetic whose bits
-are promised (quantize, dequantize, the dropout mask) is spelled out step by step; products are
-ordinary matmuls.
+Arithmetic whose bits are promised (quantize, dequantize, the dropout mask) is spelled out step by
+step; products are ordinary matmuls.
 
 A weight is W[n, k] = codebook[q[n, k]] * absmax[block(n, k)]. Its two layouts:
+
     row_blocks=True   row n occupies ceil(K/2) bytes and ceil(K/blocksize) blocks; the last block of
-    a row may be short row_blocks=False  nibbles and blocks run over the flattened weight and may
-    cross rows (bitsandbytes)
+                      a row may be short
+    row_blocks=False  nibbles and blocks run over the flattened weight and may cross rows
+                      (bitsandbytes)
+
 They coincide when K is a multiple of the blocksize. Element 2i is the high nibble of byte i.
 """
 

@@ -4,14 +4,16 @@ back in.
 A weight stored under the key `weight` is these tensors (what follows `weight` is appended to that
 key):
 
-    weight                                  uint8 [bytes, 1]      packed codes, element 2i in the
-    high nibble of byte i weight.absmax                           fp32 [blocks], or uint8 [blocks]
-    when double-quantized weight.quant_map                        fp32 [16]             the codebook
-    weight.nested_absmax                    fp32 [ceil(blocks / nested_blocksize)]
-    double-quantized only weight.nested_quant_map                 fp32 [256]
-               double-quantized only weight.quant_state.bitsandbytes__nf4    uint8 [n], JSON:
-               quant_type, blocksize, dtype, shape and, double-quantized,
-                                            nested_blocksize, nested_dtype, nested_offset
+    weight                                  uint8 [bytes, 1], packed codes, element 2i in the high
+                                            nibble of byte i
+    weight.absmax                           fp32 [blocks], or uint8 [blocks] when double-quantized
+    weight.quant_map                        fp32 [16], the codebook
+    weight.nested_absmax                    fp32 [ceil(blocks / nested_blocksize)], double-quantized
+                                            only
+    weight.nested_quant_map                 fp32 [256], double-quantized only
+    weight.quant_state.bitsandbytes__nf4    uint8 [n], JSON: quant_type, blocksize, dtype, shape
+                                            and, double-quantized, nested_blocksize, nested_dtype,
+                                            nested_offset
 
 A weight that bitsandbytes has no words for (row-aligned blocks when K is no multiple of the
 blocksize, a codebook other than NF4 and FP4) stores its JSON under

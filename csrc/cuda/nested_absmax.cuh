@@ -106,11 +106,6 @@ struct Extremes {
     }
 };
 
-// Nested blocks of a CTA: `first` + warp * `step` and on in steps of `step` * warps, below `end`.
-struct NestedShare {
-    int64_t first, step, end;
-};
-
 // A warp's nested block under way: its extremes and, of a block of up to 256 scales, the scales.
 struct NestedBlock {
     int64_t begin, end;

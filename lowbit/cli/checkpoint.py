@@ -72,9 +72,7 @@ def folder_at_once(final: Path) -> Iterator[Path]:
     made = [parent for parent in final.absolute().parents if not parent.exists()]
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.new-"))
-    temporary.chmod(
-        0o777 & ~_umask()
-    )  # mkdtemp's 0700 is for secrets; this becomes an ordinary folder
+    temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is for secrets; this is an ordinary folder
     try:
         yield temporary
         replace_folder(temporary, final)

@@ -6,10 +6,8 @@ import torch
 
 from .errors import CliError
 
-CPU_BF16_LEVELS = (
-    "avx512_bf16",
-    "amx",
-)  # instruction sets with which bfloat16 beats float32 on a CPU
+# Instruction sets with which bfloat16 beats float32 on a CPU.
+CPU_BF16_LEVELS = ("avx512_bf16", "amx")
 
 
 def resolve_device(name: str) -> torch.device:

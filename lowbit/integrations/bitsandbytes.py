@@ -1,8 +1,8 @@
 """Weights of bitsandbytes as weights of lowbit and back, without a copy.
 
-Both libraries store the same bytes, so a conversion only hands tensors over: `from_bnb(to_bnb(qw))`
-    has the storage of
-`qw`. bitsandbytes itself is needed for `to_bnb` only, which builds its QuantState.
+Both libraries store the same bytes, so a conversion only hands tensors over:
+`from_bnb(to_bnb(qw))` has the storage of `qw`. bitsandbytes itself is needed for `to_bnb` only,
+which builds its QuantState.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """QLoRALinear: a 4-bit linear layer with a trained low-rank adapter.
 
-y = x W^T + bias + s * drop(x) A^T B^T        A = lora_A [r, K]  B = lora_B [N, r]  s = alpha / r
-(rsLoRA: alpha / sqrt r)
+    y = x W^T + bias + s * drop(x) A^T B^T        A = lora_A [r, K]    B = lora_B [N, r]
+
+with s = alpha / r, or alpha / sqrt r (rsLoRA).
 """
 
 from __future__ import annotations

@@ -74,9 +74,8 @@ class Layout:
     slab_bytes: int
     offsets: list[int] = field(default_factory=list)
     first_chunks: list[int] = field(default_factory=list)
-    slabs: list[tuple[int, int, int, int]] = field(
-        default_factory=list
-    )  # first, last, chunks, elements
+    # (first, last, chunks, elements)
+    slabs: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def __post_init__(self):
         limit = self.slab_bytes // (self.states * (1 if self.coded else 4))
