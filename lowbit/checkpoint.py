@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .materialize import restore_buffers
-from .modules import check_module, own, quantized_layers, replace, train_adapters_only
+from .modules import own, plain, quantized_layers, replace, train_adapters_only
 from .nn import Linear4bit, QLoRALinear
 from .preparation import check_before_loading
 from .state import CheckpointError, entry_keys, from_state_entries
@@ -33,8 +33,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Save a prepared model, bit for bit.
 
     Args:
-        model: model with Linear4bit or QLoRALinear layers, not on the meta device. Adapters merged
-            in place are saved unmerged.
+        model: model with Linear4bit or QLoRALinear layers, not on the meta device; also what
+            torch.compile made of one. Adapters merged in place are saved unmerged.
         folder: directory to write; created if it is not there. Files of the same names are
             replaced, each in one step; an error leaves what was there before.
 
@@ -52,6 +52,7 @@ def save(model: nn.Module, folder: str | os.PathLike) -> Path:
         >>> torch.equal(lowbit.load(fresh, folder)[0].lora_A, model[0].lora_A)
         True
     """
+    model = plain(model)
     if not quantized_layers(model):
         raise ValueError("model has no quantized layer; call lowbit.prepare(model) first")
     tensors, shared = _distinct(model.state_dict())
@@ -116,8 +117,8 @@ def load(
 
     Args:
         model: the model to fill, in place: plain (its linear layers are replaced) or prepared, on
-            any device, usually the meta device. Or the folder alone, for a transformers model: it
-            is built from the config.json there, in eval mode.
+            any device, usually the meta device; compiled or not. Or the folder alone, for a
+            transformers model: it is built from the config.json there, in eval mode.
         folder: directory written by `lowbit.save`.
         device: where the tensors go; default where the model is, the CPU for a meta model.
 
@@ -139,11 +140,13 @@ def load(
     if folder is None:
         if isinstance(model, nn.Module):
             raise ValueError("folder is missing: lowbit.load(model, folder)")
-        model, folder, built = _build(Path(model)), model, True
-    else:
-        check_module(model)
-        built = False
-    folder = Path(folder)
+        return _load(_build(Path(model)), Path(model), device).eval()
+    inner = plain(model)
+    loaded = _load(inner, Path(folder), device)
+    return model if loaded is inner else loaded
+
+
+def _load(model: nn.Module, folder: Path, device: torch.device | str | None) -> nn.Module:
     config = _read_config(folder / CONFIG_NAME)
     source = TensorSource(folder / WEIGHTS_NAME)
     if device is None:
@@ -159,7 +162,7 @@ def load(
     model.to(target)
     train_adapters_only(model)
     check_before_loading(model)
-    return model.eval() if built else model
+    return model
 
 
 def _build(folder: Path) -> nn.Module:

@@ -19,6 +19,12 @@ def check_module(model) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """The model inside of what torch.compile returned, whose names are those of files."""
+    check_module(model)
+    return getattr(model, "_orig_mod", model)
+
+
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
     """All Linear4bit and QLoRALinear layers by name; a shared one under its first name."""
     check_module(model)

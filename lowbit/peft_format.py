@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import adapted_layers, check_module, matches, own, quantized_layers, replace_all
+from .modules import (
+    adapted_layers,
+    matches,
+    own,
+    plain,
+    quantized_layers,
+    replace_all,
+)
 from .nn import Linear4bit, QLoRALinear
 from .state import CheckpointError
 from .tensor_files import TensorSource, atomic_folder, write_tensors
@@ -60,7 +67,7 @@ def save_adapter(
     """Save the adapters in PEFT's format.
 
     Args:
-        model: prepared model.
+        model: prepared model, or what torch.compile made of one.
         folder: directory to write; the two files are replaced, each in one step.
         base_model_name_or_path: goes into the configuration; default what a transformers model
             knows.
@@ -84,6 +91,7 @@ def save_adapter(
         >>> sorted(path.name for path in folder.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    model = plain(model)
     layers = adapted_layers(model)
     tensors = {}
     for name, layer in layers.items():
@@ -175,7 +183,7 @@ def load_adapter(
     storage), and other layers lose theirs.
 
     Args:
-        model: prepared model (r=0 will do).
+        model: prepared model (r=0 will do), compiled or not.
         folder: directory with adapter_config.json and adapter_model.safetensors.
         trainable: whether lora_A and lora_B require gradients.
         dtype: dtype of lora_A and lora_B; default that of the file.
@@ -197,19 +205,18 @@ def load_adapter(
         >>> lowbit.adapters.load_adapter(base, folder)[0].r
         4
     """
-    check_module(model)
-    folder = Path(folder)
+    inner, folder = plain(model), Path(folder)
     config = _read_config(folder / CONFIG_NAME)
     if not (folder / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(
             f"there is no {folder / WEIGHTS_NAME}; lowbit reads safetensors only"
         )
     pairs = _read_pairs(folder / WEIGHTS_NAME)
-    for name, layer in quantized_layers(model).items():
+    for name, layer in quantized_layers(inner).items():
         if isinstance(layer, QLoRALinear) and layer.merged:
             raise ValueError(f"{name} has its adapter merged; call unmerge_adapter(model) first")
     new: dict[nn.Module, nn.Module] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(inner.named_modules(remove_duplicate=False))
     for name, pair in pairs.items():
         layer = modules.get(name)
         if not isinstance(layer, Linear4bit):
@@ -221,10 +228,11 @@ def load_adapter(
     for layer in new.values():
         layer.lora_A.requires_grad_(trainable)
         layer.lora_B.requires_grad_(trainable)
-    for layer in quantized_layers(model).values():
+    for layer in quantized_layers(inner).values():
         if layer not in new and isinstance(layer, QLoRALinear):
             new[layer] = layer.without_adapter()
-    return replace_all(model, new)
+    loaded = replace_all(inner, new)
+    return model if loaded is inner else loaded
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -147,6 +147,20 @@ def test_merged_adapters_are_saved_unmerged(tmp_path):
     assert_same_state(load(Toy(device="meta"), tmp_path), expected)
 
 
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+    model = prepared()
+    compiled = torch.compile(model, backend="eager")
+    loaded = load(Toy(), save(compiled, tmp_path / "saved"))
+    assert_same_state(loaded, model)
+    again = torch.compile(Toy(), backend="eager")
+    assert load(again, tmp_path / "saved") is again
+    assert_same_state(again._orig_mod, model)
+    folder = adapters.save_adapter(compiled, tmp_path / "adapter")
+    for target in (prepare(Toy(), r=0), torch.compile(prepare(Toy(), r=0), backend="eager")):
+        assert adapters.load_adapter(target, folder) is target
+        assert_bitwise_equal(target.first.lora_A, model.first.lora_A, "lora_A")
+
+
 def test_shared_layer_stays_shared(tmp_path):
     def build():
         layer = nn.Linear(64, 64)

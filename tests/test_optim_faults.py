@@ -7,6 +7,7 @@ import torch
 from helpers import assert_bitwise_equal
 from optimizer_cases import CLASSES, give_gradients, make_parameters
 
+import lowbit
 import lowbit.optim as optim
 
 
@@ -190,6 +191,15 @@ def test_groups_and_steps_without_anything_to_do():
     optimizer.step()
     assert optimizer.state_bytes() == {"device": 0, "host": 0}
     assert optim.clip_grad_norm_([p], 1.0) == 0
+
+
+def test_all_parameters_of_a_prepared_model_are_accepted():
+    """As by torch.optim: packed weights are frozen, whatever their dtype."""
+    layer = lowbit.nn.QLoRALinear(64, 64, bias=False, r=2)
+    optimizer = optim.AdamW8bit(layer.parameters())
+    layer(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    assert set(optimizer.state) == {layer.lora_A, layer.lora_B}
 
 
 def test_frozen_parameters_cost_nothing():

@@ -61,7 +61,8 @@ class Linear4bit(StateDict, nn.Linear):
         A fresh layer draws its weight as nn.Linear does and quantizes it; `from_linear` is the
         usual way in. Gradients reach x and bias. `load_state_dict` takes quant_type, blocksize,
         double quantization and layout from the checkpoint and changes nothing if an entry is
-        damaged.
+        damaged. What averages parameters must leave `weight` out: an exponential average
+        (torch.optim.swa_utils) is rounded to whole bytes, which are other codes.
 
     Source: QLoRA (Dettmers et al. 2023), section 3.
 

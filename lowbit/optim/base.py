@@ -73,7 +73,8 @@ class PackedOptimizer(torch.optim.Optimizer):
         try:
             _check_numbers(group)
             for parameter in group["params"]:
-                self._check_parameter(parameter)
+                if parameter.requires_grad:  # a frozen one may be of any kind: packed weights are
+                    self._check_parameter(parameter)
         except Exception:
             self.param_groups.pop()
             raise
