@@ -155,7 +155,8 @@ def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter
             f"{list(lora_A.shape)} and {list(lora_B.shape)}; stack the adapters"
         )
     index = adapter_index.reshape(-1)
-    if index.is_floating_point() or index.numel() != x.shape[0]:
+    integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if not integer or index.numel() != x.shape[0]:
         raise ValueError(
             f"adapter_index must be an integer tensor with one entry per row, [{x.shape[0]}], got "
             f"{adapter_index.dtype} {list(adapter_index.shape)}"

@@ -100,6 +100,15 @@ def test_the_call_is_right_without_a_change():
         ({"dropout_p": None}, TypeError, "dropout_p must be a number .* got NoneType"),
         ({"adapter_index": torch.zeros(5)}, ValueError, "with adapter_index, lora_A must be"),
         (
+            {
+                "lora_A": torch.ones(1, 4, 64),
+                "lora_B": torch.ones(1, 48, 4),
+                "adapter_index": torch.zeros(5, dtype=torch.bool),
+            },
+            ValueError,
+            "adapter_index must be an integer tensor .* got torch.bool",
+        ),
+        (
             {"w": lowbit.quantize(torch.randn(2, 24, 64))},
             ValueError,
             r"w must be a matrix \[N, K\]",
