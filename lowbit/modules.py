@@ -91,6 +91,19 @@ def output_names(model: nn.Module) -> set[str]:
     }
 
 
+def fp32_names(model: nn.Module) -> set[str]:
+    """Names of linear layers that a transformers model keeps in fp32 whatever the rest is in, such
+    as T5's wo, whose module casts what it reads to the weight's dtype.
+    """
+    kinds = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    patterns = [pattern for kind in kinds for pattern in getattr(model, kind, None) or ()]
+    return {
+        name
+        for name in linear_names(model)
+        if any(f".{pattern}." in f".{name}.weight." for pattern in patterns)
+    }
+
+
 def matches(name: str, pattern: str) -> bool:
     """PEFT's rule for one entry of a list: the whole name, or its last parts."""
     return name == pattern or name.endswith(f".{pattern}")
@@ -155,7 +168,21 @@ def replace(model: nn.Module, names: Sequence[str], build: Callable[[nn.Module],
             return new
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
+        _leave_fast_path(model, parent)
     return model
+
+
+def _leave_fast_path(model: nn.Module, name: str) -> None:
+    """torch's encoders have a fast path that reads weights without calling the layers. It is left
+    where the module `name` is part of one, by what it asks first.
+    """
+    parts = name.split(".") if name else []
+    for count in range(len(parts) + 1):
+        module = model.get_submodule(".".join(parts[:count]))
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
 
 
 def replace_all(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -14,7 +14,9 @@ from .materialize import Materializer
 from .modules import (
     check_module,
     forget_quantizer,
+    fp32_names,
     group_shared,
+    is_linear,
     linear_names,
     output_names,
     replace,
@@ -60,7 +62,8 @@ def prepare(
             expression that matches whole names.
         quant_type, blocksize, double_quant, double_quant_type, layout: as in `lowbit.quantize`.
         skip_modules: names or name endings of linear layers to leave alone; default the output
-            embedding (lm_head), unless `target_modules` names it.
+            embedding (lm_head) and what a transformers model keeps in fp32 (T5's wo), unless
+            `target_modules` names it.
         weights: where the weights are, for a model on the meta device: path of a safetensors file
             or folder (Hugging Face shards included), mapping, or iterable of (name, tensor). Each
             tensor is read, cast to the model's dtype, quantized and placed as it comes; weights
@@ -153,13 +156,13 @@ def _plan(model, target_modules, skip_modules) -> dict[str, bool]:
     linear = linear_names(model)
     if not linear:
         raise ValueError(
-            f"model ({type(model).__name__}) has no linear layers{_conv1d_note(model)}"
+            f"model ({type(model).__name__}) has no linear layers{_unsupported_note(model)}"
         )
     tied = tied_names(model)
     every = isinstance(target_modules, str) and target_modules == "all-linear"
     wanted = [] if every else select(linear, target_modules, "target_modules", model)
     if skip_modules is None:
-        skipped = output_names(model) - set(wanted)
+        skipped = (output_names(model) | fp32_names(model)) - set(wanted)
     else:
         if isinstance(skip_modules, str):
             raise TypeError(f"skip_modules must be a list of names, got {skip_modules!r}")
@@ -173,17 +176,24 @@ def _plan(model, target_modules, skip_modules) -> dict[str, bool]:
         name: every or name in wanted for name in linear if name not in tied and name not in skipped
     }
     if not plan:
-        raise ValueError("model has no linear layers to quantize besides the skipped and tied ones")
+        raise ValueError(
+            "model has no linear layers to quantize besides the skipped and tied ones"
+            f"{_unsupported_note(model)}"
+        )
     for name in plan:
         if isinstance(model.get_submodule(name), QLoRALinear):
             raise ValueError(f"{name} has an adapter already; the model was prepared before")
     return plan
 
 
-def _conv1d_note(model: nn.Module) -> str:
-    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
-        return "; transformers' Conv1D, which it has, is not supported"
-    return ""
+def _unsupported_note(model: nn.Module) -> str:
+    """What the model has that only looks like a linear layer to replace."""
+    kinds = {
+        type(m).__name__
+        for m in model.modules()
+        if type(m).__name__ == "Conv1D" or (isinstance(m, nn.Linear) and not is_linear(m))
+    }
+    return f"; layers of type {', '.join(sorted(kinds))} are not supported" if kinds else ""
 
 
 def _convert(model, plan: dict[str, bool], adapter, quantization, device) -> nn.Module:

@@ -142,6 +142,35 @@ def test_layers_that_only_look_linear_are_left_alone():
     assert isinstance(model["plain"], QLoRALinear)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_encoder_layers_of_torch_call_their_layers(merged):
+    """Their fast path, in eval mode without gradients, would read the weight itself."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    model = prepare(nn.TransformerEncoder(layer, 2, enable_nested_tensor=True), r=2).eval()
+    if merged:
+        model = lowbit.adapters.merge(model)
+    x = torch.randn(2, 5, 64)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model(x, src_key_padding_mask=mask).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask), expected)
+
+
+def test_what_transformers_keeps_in_fp32_is_left_alone():
+    """T5 casts activations to the dtype of wo's weight."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    config = transformers.T5Config(**sizes, vocab_size=50, decoder_start_token_id=0)
+    model = prepare(transformers.T5ForConditionalGeneration(config), r=2)
+    kinds = types(model)
+    assert kinds["encoder.block.0.layer.1.DenseReluDense.wi"] == "QLoRALinear"
+    assert kinds["encoder.block.0.layer.1.DenseReluDense.wo"] == "Linear"
+    ids = torch.arange(6).view(1, 6)
+    model(input_ids=ids, labels=ids).loss.backward()
+    named = prepare(transformers.T5ForConditionalGeneration(config), r=2, target_modules=["wo"])
+    assert types(named)["encoder.block.0.layer.1.DenseReluDense.wo"] == "QLoRALinear"
+
+
 def test_adapters_on_a_quantized_model_share_its_weights():
     model = prepare(Toy(), r=0)
     pointer = model.layers[0].q_proj.weight.data_ptr()
@@ -203,8 +232,15 @@ def test_models_without_linear_layers():
     class Conv1D(nn.Module):
         pass
 
-    with pytest.raises(ValueError, match="transformers' Conv1D, which it has, is not supported"):
+    with pytest.raises(ValueError, match="; layers of type Conv1D are not supported"):
         prepare(nn.Sequential(Conv1D()))
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="tied ones; layers of type Scaled are not supported"):
+        prepare(nn.ModuleDict({"first": Scaled(4, 4), "lm_head": nn.Linear(4, 4)}))
 
 
 @pytest.mark.parametrize(
