@@ -116,6 +116,20 @@ def test_scaling(rslora, scaling):
     assert qlora(use_rslora=rslora).scaling == scaling
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alpha_and_scaling_follow_each_other(rslora):
+    """Files hold alpha alone, so that what computes is what is saved."""
+    layer = qlora(use_rslora=rslora)
+    layer.alpha = 10
+    assert layer.scaling == 10 / (math.sqrt(R) if rslora else R)
+    assert layer.alpha == 10
+    layer.scaling = 0.3
+    again = QLoRALinear(K, N, r=R, alpha=layer.alpha, use_rslora=rslora)
+    assert again.scaling == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="alpha must be a finite number"):
+        layer.alpha = math.inf
+
+
 def test_fp32_masters_under_16_bit_weights():
     layer = qlora(torch.bfloat16, lora_dtype=torch.float32)
     x = torch.randn(5, K, dtype=torch.bfloat16)

@@ -56,7 +56,8 @@ class QLoRALinear(Linear4bit):
     Attributes:
         lora_A, lora_B: parameters [r, K] (Kaiming-uniform, as PEFT) and [N, r] (zeros); they follow
             `.to(dtype)`.
-        r, alpha, scaling, dropout, use_rslora: the options; `scaling` is the s of the formula.
+        r, alpha, scaling, dropout, use_rslora: the options; `scaling` is the s of the formula, and
+            follows alpha as alpha follows it.
         adapter_enabled: set False to compute the base layer alone.
         merged: whether the adapter is folded into the weight at present.
         Everything of Linear4bit.
@@ -97,12 +98,11 @@ class QLoRALinear(Linear4bit):
             raise ValueError(
                 f"r must be an integer of at least 1, got {r!r}; without adapter, use Linear4bit"
             )
-        if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
-            raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+        _check_alpha(alpha)
         check_probability(dropout, "dropout")
         super().__init__(in_features, out_features, bias, **options)
-        self.r, self.alpha, self.dropout, self.use_rslora = r, alpha, float(dropout), use_rslora
-        self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
+        self.r, self.dropout, self.use_rslora = r, float(dropout), use_rslora
+        self.alpha = alpha
         self.adapter_enabled = True
         self._unmerged: QuantizedWeight | None = None
         dtype = self.weight_dtype if lora_dtype is None else lora_dtype
@@ -162,6 +162,20 @@ class QLoRALinear(Linear4bit):
         layer.lora_A = nn.Parameter(lora_A.detach().to(qw.device))
         layer.lora_B = nn.Parameter(lora_B.detach().to(qw.device))
         return layer
+
+    @property
+    def alpha(self) -> float:
+        """scaling * r, or scaling * sqrt r for rsLoRA; to set one of the two sets both."""
+        alpha, divisor = self._alpha, self._alpha_divisor()
+        return alpha if self.scaling == alpha / divisor else self.scaling * divisor
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        _check_alpha(alpha)
+        self._alpha, self.scaling = alpha, alpha / self._alpha_divisor()
+
+    def _alpha_divisor(self) -> float:
+        return math.sqrt(self.r) if self.use_rslora else self.r
 
     @property
     def merged(self) -> bool:
@@ -307,6 +321,11 @@ class QLoRALinear(Linear4bit):
         if self.merged:
             problems.append(f"{prefix}weight has its adapter merged; call unmerge() before loading")
         return qw, problems
+
+
+def _check_alpha(alpha) -> None:
+    if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
 
 
 def _requantize(exact: torch.Tensor, like: QuantizedWeight) -> QuantizedWeight:
