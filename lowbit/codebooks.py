@@ -78,12 +78,16 @@ def normal_float(bits: int) -> torch.Tensor:
         fp32 tensor [2^bits], ascending, from -1 to 1.
 
     Raises:
-        ValueError: bits out of range.
+        ValueError: bits is no integer or out of range.
 
     Source: QLoRA (Dettmers et al. 2023), section 3 and appendix E.
+
+    Example:
+        >>> lowbit.normal_float(2)
+        tensor([-1.0000,  0.0000,  0.4358,  1.0000])
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be between 2 and 8, got {bits}")
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"bits must be between 2 and 8, got {bits!r}")
     from scipy.special import ndtri
 
     levels = 2**bits
@@ -133,6 +137,12 @@ def codebook(name: str) -> torch.Tensor:
 
     Raises:
         ValueError: unknown name.
+
+    Source: QLoRA (Dettmers et al. 2023), appendix E, for NF4.
+
+    Example:
+        >>> lowbit.codebook("nf4")[[0, 7, 15]]
+        tensor([-1.,  0.,  1.])
     """
     return _table(name).clone()
 
@@ -201,7 +211,8 @@ def nested_codebook(name: str = "dynamic") -> torch.Tensor:
     Args:
         name: "dynamic" (bitsandbytes' signed dynamic map: a sign, a run of zeros that sets a power
             of ten, and linear fraction bits) or "fp8" (the finite float8 e4m3 values divided by
-            448, as the QLoRA paper words it).
+            448, as the QLoRA paper words it: 253 values, followed by 2, 3 and 4, which nothing is
+            rounded to).
 
     Returns:
         fp32 tensor [256], ascending.
@@ -211,6 +222,10 @@ def nested_codebook(name: str = "dynamic") -> torch.Tensor:
 
     Source: 8-bit Optimizers via Block-wise Quantization (Dettmers et al. 2022), section 2.1; QLoRA
         section 3.
+
+    Example:
+        >>> lowbit.nested_codebook("fp8")[[0, 252]]
+        tensor([-1.,  1.])
     """
     if name == "dynamic":
         return _dynamic_map().clone()

@@ -117,8 +117,14 @@ def fuse(model: nn.Module) -> FusionReport:
 def unfuse(model: nn.Module) -> int:
     """Undo `fuse`: every module computes by its own forward again.
 
+    Args:
+        model: any model.
+
     Returns:
         How many modules were fused.
+
+    Raises:
+        ValueError: another library has made a subclass of a fused module's class (FSDP).
 
     Example:
         >>> lowbit.unfuse(torch.nn.Linear(2, 2))

@@ -60,7 +60,7 @@ def test_normal_float_is_sorted_and_has_an_exact_zero(bits):
     assert values[2 ** (bits - 1) - 1] == 0
 
 
-@pytest.mark.parametrize("bits", [1, 9, 0])
+@pytest.mark.parametrize("bits", [1, 9, 0, 4.0])
 def test_normal_float_refuses_other_widths(bits):
     with pytest.raises(ValueError, match=f"bits must be between 2 and 8, got {bits}"):
         lowbit.normal_float(bits)
