@@ -101,11 +101,13 @@ def test_files_are_pefts(tmp_path):
     assert set(config) <= set(theirs)
 
 
-def test_layers_that_differ_and_names_that_end_alike(tmp_path):
+@pytest.mark.parametrize("first_is_rslora", [False, True])
+def test_layers_that_differ_and_names_that_end_alike(tmp_path, first_is_rslora):
+    """The first one's rule is that of the file."""
     plain = mlp()
     layers = [
-        QLoRALinear.from_linear(plain[0], r=2, alpha=4),
-        QLoRALinear.from_linear(plain[2], r=8, alpha=4, use_rslora=True),
+        QLoRALinear.from_linear(plain[0], r=2, alpha=4, use_rslora=first_is_rslora),
+        QLoRALinear.from_linear(plain[2], r=8, alpha=4, use_rslora=not first_is_rslora),
     ]
     model = nn.Sequential(layers[0], copy.deepcopy(plain[1]), layers[1])
     randomize(model)

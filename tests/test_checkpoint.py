@@ -173,6 +173,28 @@ def test_shared_layer_stays_shared(tmp_path):
     assert_same_state(loaded, model)
 
 
+def test_buffers_that_overlap_are_saved_apart(tmp_path):
+    def with_buffers(model, values):
+        model.register_buffer("low", values[:4])
+        model.register_buffer("high", values[2:])
+        return model
+
+    model = with_buffers(prepared(), torch.arange(6.0))
+    save(model, tmp_path)
+    assert_same_state(load(with_buffers(Toy(), torch.zeros(6)), tmp_path), model)
+
+
+def test_a_loaded_model_refuses_a_state_dict_that_does_not_fit(tmp_path):
+    """Before the layers in front of the damaged one are loaded."""
+    model, state = prepared(), prepared(blocksize=32).state_dict()
+    save(model, tmp_path)
+    loaded = load(Toy(), tmp_path)
+    del state["second.weight.absmax"]
+    with pytest.raises(CheckpointError, match=r"second\.weight\.absmax is missing"):
+        loaded.load_state_dict(state)
+    assert_same_state(loaded, model)
+
+
 def test_a_layer_alone(tmp_path):
     layer = Linear4bit(64, 32)
     save(layer, tmp_path)

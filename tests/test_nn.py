@@ -271,6 +271,15 @@ def test_meta_device_context_and_materialization():
     assert not layer.lora_B.any()
 
 
+def test_a_frozen_adapter_without_data_is_drawn_frozen():
+    layer = QLoRALinear(K, N, r=R, device="meta")
+    layer.lora_A.requires_grad_(False)
+    layer._adopt(lowbit.quantize(torch.randn(N, K)))
+    layer.reset_adapter()
+    assert layer.lora_A.any()
+    assert (layer.lora_A.requires_grad, layer.lora_B.requires_grad) == (False, True)
+
+
 def test_from_linear_keeps_mode_bias_and_source():
     source = linear().eval()
     source.bias.requires_grad_(False)
@@ -642,8 +651,12 @@ def test_merge_reports_its_error_and_unmerge_restores_every_bit():
 
 
 @pytest.mark.parametrize(
-    "options", [{"double_quant_type": "fp8"}, {"codebook": torch.arange(-7, 9) / 8}, {}]
-)
+    "options",
+    [
+        {"double_quant_type": "fp8"}, {"codebook": torch.arange(-7, 9) / 8},
+        {"blocksize": 32, "nested_blocksize": 64}, {},
+    ],
+)  # fmt: skip
 def test_merge_keeps_the_format(options):
     layer = qlora(torch.bfloat16, **options)
     before = layer.quantized_weight
@@ -651,6 +664,8 @@ def test_merge_keeps_the_format(options):
     after = layer.quantized_weight
     assert after.dtype == torch.bfloat16
     assert after.quant_type == before.quant_type
+    assert after.blocksize == before.blocksize
+    assert after.nested_blocksize == before.nested_blocksize
     assert torch.equal(after.codebook, before.codebook)
     assert torch.equal(after.nested_codebook, before.nested_codebook)
 

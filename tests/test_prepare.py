@@ -406,6 +406,28 @@ def test_tied_head_stays_tied_when_streamed():
     assert torch.equal(model.embed.weight, state["embed.weight"])
 
 
+PARTS = [
+    "",
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+]
+
+
+@pytest.mark.parametrize("last", PARTS)
+def test_parts_of_a_quantized_weight_come_in_any_order(last):
+    def layer(device=None):
+        return nn.Sequential(nn.Linear(64, 32, bias=False, device=device))
+
+    expected = prepare(layer(), r=0)
+    stored = list(expected.state_dict().items())
+    assert len(stored) == len(PARTS)
+    stored.sort(key=lambda entry: entry[0].removeprefix("0.weight").removeprefix(".") == last)
+    assert_same_state(prepare(layer("meta"), r=0, weights=iter(stored)), expected)
+
+
 def test_weights_quantized_before_are_taken_as_they_are():
     expected = prepare(Toy(), r=0, blocksize=32)
     model = prepare(Toy(device="meta"), r=4, weights=expected.state_dict())
