@@ -677,6 +677,23 @@ def test_mixed_adapters_equal_one_call_per_adapter(device, scaling):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3, msg=lambda m, n=name: f"d_{n}: {m}")
 
 
+def test_mixed_adapters_drop_what_one_adapter_drops(device):
+    """From the same seed: the mask of a row does not depend on its adapter."""
+    p = _problem((12, 48, 64, 4), torch.float32, device)
+    A, B = torch.randn(3, 4, 64, device=device), torch.randn(3, 48, 4, device=device)
+    index = torch.tensor([0, 1, 2, -1] * 3, device=device)
+
+    def rows_of(adapter):
+        torch.manual_seed(1)
+        return lowbit.lora_matmul(p["x"], p["w"], A[adapter], B[adapter], 2.0, dropout_p=0.25)
+
+    torch.manual_seed(1)
+    y = lowbit.lora_matmul(p["x"], p["w"], A, B, 2.0, dropout_p=0.25, adapter_index=index)
+    rows = [lowbit.matmul(p["x"], p["w"]), *(rows_of(i) for i in range(3))]
+    expected = torch.stack(rows)[index + 1, torch.arange(12, device=device)]
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("index", [[0, 3, -1], [-2, 0, 1]], ids=str)
 def test_an_adapter_that_is_not_there(device, index):
     """An error where looking costs nothing; in a traced graph and on a GPU, the base weight."""

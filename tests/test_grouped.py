@@ -187,6 +187,14 @@ def test_without_gradients_the_values_are_the_same(device, way):
         assert_bitwise_equal(y, with_gradients[f"y{i}"], f"y{i}")
 
 
+def test_an_output_of_what_is_frozen_needs_no_gradient(device, way):
+    x, members, _ = _problem(torch.float32, device)
+    members[0]["lora_A"].requires_grad_()
+    columns, biases = arguments(members)
+    ys = lowbit.lora_matmul_group(x, *columns, biases=biases)
+    assert [y.requires_grad for y in ys] == [True] + [False] * (len(members) - 1)
+
+
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_product_from_a_given_z_on_every_backend(device, backend, dtype):

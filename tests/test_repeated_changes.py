@@ -94,6 +94,8 @@ class _Wrapped(torch.Tensor):
 HOOKS = {
     "another dtype": widened,
     "columns": lambda t: t.t().contiguous().t(),
+    "columns of x": lambda t: t.t().contiguous().t() if t.shape[-1] == K else t,
+    "columns of z": lambda t: t.t().contiguous().t() if t.shape[-1] == R else t,
     "a subclass": lambda t: t.as_subclass(_Wrapped),
 }
 
