@@ -85,7 +85,9 @@ CASES = {
     "M17-tails": ((17, 70, 200, 5), {}),  # tails in M, N, K; the last block of a row is short
     "real": ((64, 192, 576, 16), {}),  # a real layer, whole tiles, more than one chunk of K
     "long-r": ((50, 40, 96, 300), {}),  # r longer than one chunk and one tile of columns
-    "rows": ((150, 64, 128, 8), {}),  # more rows than one block of rows in the cache
+    "r48": ((200, 32, 64, 48), {}),  # with two threads d_bias is a tile of its own
+    "rows": ((150, 64, 128, 8), {}),  # enough rows for wide pieces of the weight
+    "row-blocks": ((1100, 40, 64, 6), {"p": 0.1, "vector": True}),  # x packed in two blocks
     "wide": ((9, 600, 64, 12), {}),  # more columns than one tile
     "bs32": ((7, 48, 96, 12), {"blocksize": 32}),  # a new scale with every vector
     "bs1024": ((7, 48, 1100, 12), {"blocksize": 1024}),  # one block spans chunks
@@ -93,7 +95,7 @@ CASES = {
     "flat": ((6, 40, 100, 12), {"layout": "flat"}),  # blocks cross rows
     "flat-odd": ((6, 31, 33, 12), {"layout": "flat", "blocksize": 32}),  # rows start mid-byte
     "dropout": ((33, 70, 130, 6), {"p": 0.3}),  # mask both ways, not on a multiple of 4
-    "dropout-rows": ((150, 40, 64, 6), {"p": 0.1, "vector": True}),  # mask in row blocks
+    "dropout-rows": ((150, 40, 64, 6), {"p": 0.1, "vector": True}),  # mask in tasks by rows
     "master": ((20, 48, 96, 8), {"master": torch.float32, "p": 0.2}),  # fp32 adapters
     "dense": ((20, 70, 130, 8), {"dense": True, "vector": True}),  # plain LoRA
 }
@@ -267,6 +269,20 @@ def test_only_the_wanted_gradients(only):
         else:
             assert g.numel() == 0, label
             assert g.dtype == everything[i].dtype, label
+
+
+@pytest.mark.parametrize("M", [2, 20])  # products in fp32, and in bf16 where there are such
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=("bf16", "fp16"))
+def test_fp32_adapters_are_rounded_before_the_products(dtype, M):
+    case = Case(M, 48, 96, 8, dtype, master=torch.float32)
+    y, z = case.forward()
+    dx, d_lora_A, d_lora_B, *_ = case.backward(z)
+    A, B, *rest = case.adapter
+    case.adapter = (A.to(dtype), B.to(dtype), *rest)
+    actual = (y, z, dx, d_lora_A.to(dtype), d_lora_B.to(dtype))
+    expected = (*case.forward(), *case.backward(z)[:3])
+    for name, a, e in zip(("y", "z", *GRADIENTS[:3]), actual, expected, strict=True):
+        assert_bitwise_equal(a, e, name)
 
 
 def test_no_tokens():

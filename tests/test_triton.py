@@ -223,9 +223,9 @@ def test_philox_words_of_large_counters():
     assert_bitwise_equal(out, expected, "words")
 
 
-# K odd: four neighbours do not share a Philox block. K = 136: they do; several tiles, the last part
-# empty.
-@pytest.mark.parametrize("K", [101, 136])
+# K odd, and even: four neighbours do not share a Philox block. K = 136: they do; several tiles, the
+# last part empty.
+@pytest.mark.parametrize("K", [101, 102, 136])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_every_kernel_draws_the_same_mask(K, dtype):
     """With identities around it each kernel hands out drop(x) itself, bit for bit."""
