@@ -28,10 +28,16 @@ def _name(value):
     return getattr(value, "__name__", str(value).removeprefix("torch."))
 
 
-def _train(cls, parameters, steps=5, **options):
+def _train(cls, parameters, steps=5, *, wide=False, grad_scale=None, **options):
     optimizer = cls(parameters, lr=1e-2, seed=5, **options)
+    if grad_scale is not None:  # as a GradScaler leaves it
+        optimizer.grad_scale = torch.tensor(grad_scale, device=parameters[0].device)
     for step in range(steps):
         give_gradients(parameters, step)
+        if wide:
+            for p in parameters:
+                sizes = 10.0 ** torch.linspace(-38, 18, p.numel()).roll(step * 7001)
+                p.grad = (p.grad * sizes.view(p.shape).to(p.device)).to(p.dtype)
         if step == 3:
             parameters[1].grad = None  # sits one step out: its count falls behind
         optimizer.step()
@@ -59,6 +65,22 @@ def _assert_same(a, b, optimizer_a, optimizer_b):
 def test_kernels_equal_the_reference(cls, dtype, stochastic, device, monkeypatch):
     a, b = make_parameters(dtype=dtype, device=device), make_parameters(dtype=dtype)
     options = {"stochastic_rounding": stochastic, "maximize": stochastic}
+    compiled = _train(cls, a, **options)
+    _use_reference(monkeypatch)
+    _assert_same(a, b, compiled, _train(cls, b, **options))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("cls", CLASSES, ids=_name)
+def test_gradients_of_any_size_equal_the_reference(cls, steps, device, monkeypatch):
+    """Roots and quotients near both ends of fp32 and beyond, by a scale that is no power of two. A
+    single step starts at zero, where no update is too small to be seen.
+    """
+    a, b = make_parameters(device=device), make_parameters()
+    if steps == 1:
+        for p in (*a, *b):
+            p.detach().zero_()
+    options = {"steps": steps, "wide": True, "grad_scale": 3.0}
     compiled = _train(cls, a, **options)
     _use_reference(monkeypatch)
     _assert_same(a, b, compiled, _train(cls, b, **options))
@@ -106,8 +128,9 @@ def test_no_two_thresholds_share_a_cell(state, mantissa_bits):
 
 
 @needs_cpu_library
+@pytest.mark.parametrize("wide", [False, True], ids=["usual", "any-size"])
 @pytest.mark.parametrize("cls", CLASSES, ids=_name)
-def test_every_instruction_set_gives_the_same_bits(cls):
+def test_every_instruction_set_gives_the_same_bits(cls, wide):
     before, results = torch.ops.lowbit_cpu.isa(), []
     try:
         for level in ("generic", "avx2", "avx512"):
@@ -116,7 +139,9 @@ def test_every_instruction_set_gives_the_same_bits(cls):
             except RuntimeError:
                 break
             parameters = make_parameters(dtype=torch.bfloat16)
-            results.append((parameters, _train(cls, parameters, stochastic_rounding=True)))
+            options = {"wide": True, "grad_scale": 3.0} if wide else {}
+            optimizer = _train(cls, parameters, stochastic_rounding=True, **options)
+            results.append((parameters, optimizer))
     finally:
         torch.ops.lowbit_cpu.set_isa(before)
     for parameters, optimizer in results[1:]:
@@ -392,7 +417,13 @@ def test_a_small_square_never_becomes_zero():
     assert tables.quantize_state(torch.zeros(256), 1)[0].eq(tables.zero_code(1)).all()
 
 
-def test_random_rounding_keeps_special_values():
+def test_random_rounding_keeps_special_values(device):
     x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 1.0, -0.0])
     out = reference.round_randomly(x, seed=3, step=1, position=0)
     torch.testing.assert_close(out.float(), x, rtol=0, atol=0, equal_nan=True)
+    special = x[:3].repeat(100).bfloat16().to(device)
+    for cls in CLASSES:
+        p = torch.nn.Parameter(special.clone())
+        p.grad = torch.randn(300, device=device).bfloat16()
+        cls([p], stochastic_rounding=True).step()
+        torch.testing.assert_close(p.detach(), special, rtol=0, atol=0, equal_nan=True)

@@ -118,6 +118,17 @@ def test_a_refused_step_changes_nothing(device, spoil, message):
         assert_bitwise_equal(value, state[key], key)
 
 
+def test_a_refused_first_step_makes_no_state(device):
+    parameters = make_parameters(device=device)
+    optimizer = optim.PagedAdamW(parameters)
+    give_gradients(parameters, 0)
+    _sparse(parameters[1])
+    with pytest.raises(RuntimeError, match=r"the gradient of parameter 1 of group 0 is sparse"):
+        optimizer.step()
+    assert not optimizer.state
+    assert optimizer.state_bytes() == {"device": 0, "host": 0}
+
+
 @pytest.mark.skipif(
     not hasattr(torch.nn.Parameter(torch.zeros(1)), "grad_dtype"),
     reason="this torch refuses a gradient of another dtype itself",

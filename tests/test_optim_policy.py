@@ -136,8 +136,20 @@ def test_evicted_state_comes_back_slab_by_slab(card):
     _step(optimizer, parameters, generator)
     moved = [entry for entry in card.log if entry[1] == "moves to"]
     assert [entry[0] for entry in moved] == ["copies"] * slabs
+    first_move = card.log.index(moved[0])
+    for other in ("main", "write-backs"):  # which may be moving it out
+        assert card.log.index(("copies", "waits for", other)) < first_move
     assert card.log.count(("main", "waits for", "copies")) == slabs
     assert optimizer.state_bytes()["host"] == 0
+
+
+def test_what_passes_through_moves_back_behind_its_update(card):
+    parameters, optimizer, generator = _train(policy="prefetch")
+    card.log.clear()
+    _step(optimizer, parameters, generator)
+    back = [entry[1:] for entry in card.log if entry[0] == "write-backs"]
+    slabs = len(optimizer._packs[0].slabs)
+    assert back == [("waits for", "main"), ("moves to", str(memory.HOST))] * slabs
 
 
 def test_a_full_card_has_its_state_on_the_host(card):
@@ -168,6 +180,9 @@ def test_released_state_is_new_memory_with_the_same_values(card):
     optimizer.evict(release=True)
     assert optimizer.state_bytes()["device"] == 0
     assert optimizer.state[parameters[0]]["state1"].data_ptr() != old
+    card.fraction = 0.5
+    (pager,) = optimizer._pagers.values()
+    assert pager._available() == 40 * GIB  # none of it is the card's
     for p, entry in zip(parameters, before, strict=True):
         for key, value in optimizer.state[p].items():
             assert_bitwise_equal(value, entry[key], key)

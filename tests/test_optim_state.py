@@ -214,6 +214,22 @@ def test_to_torch_and_back(fused, device):
             assert_bitwise_equal(c.state[p][key].cpu(), b.state[q][key].cpu(), key)
 
 
+def test_a_cycle_of_learning_rates_goes_on():
+    """What the scheduler keeps in the groups is loaded, too."""
+
+    def rates(optimizer, steps, last=-1):
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10, last_epoch=last)
+        for _ in range(steps):
+            yield optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            scheduler.step()
+
+    whole, first, second = (optim.PagedAdamW(_parameters()) for _ in range(3))
+    begun = list(rates(first, 4))
+    second.load_state_dict(_saved(first.state_dict()))
+    assert begun + list(rates(second, 5, last=3)) == list(rates(whole, 9))
+
+
 def test_8bit_state_for_torch():
     ours, theirs = _parameters(), _parameters()
     a, b = optim.AdamW8bit(ours, lr=1e-2), torch.optim.AdamW(theirs)
