@@ -117,6 +117,16 @@ def test_one_token_of_columns_of_any_size(exponent):
         assert not multiply(x).isfinite().any()
 
 
+def test_one_token_of_more_nested_scales_than_threads():
+    """A CTA keeps those of its rows in shared memory: 640 or 704 on a card of 132 SMs."""
+    q = lowbit.quantize(torch.randn(5440, 32768, device="cuda"), nested_blocksize=32)
+    x = torch.randn(1, 32768, device="cuda", dtype=torch.bfloat16)
+    y = torch.ops.lowbit_cuda.nf4_lora_gemv(x, *q.args(), None, None, None, 1.0, None, None, None)
+    weight = lowbit.dequantize(q)
+    exact = x.double() @ weight.double().t()
+    assert_close_to_float64("y", y, exact, x @ weight.to(x.dtype).t())
+
+
 def _capture(call, memory=()):
     """(graph, (y, z)): a call, and behind it copies of `memory` to what it leaves free."""
     call.run()
@@ -155,17 +165,33 @@ def test_a_graph_replays_over_memory_that_holds_anything(kernel, M, r):
     ("kernel", "M", "r"), [(ONE, 1, 17), (FEW, 2, 64), (FEW, 16, 16), (FEW, 64, 16)]
 )
 def test_a_graph_replays_without_a_pause(kernel, M, r):
-    """Runs that all have one mark, one behind the other, for other x each time."""
+    """Runs that all have one mark, one behind the other. The first one for another x finds the sums
+    of the run before where it waits for its own."""
     call = _Call(kernel, M, 4096, 4096, r)
     graph, results = _capture(call)
     for _ in range(20):
         call.x.copy_(torch.randn_like(call.x))
-        y, z = call.run()
-        for t in results:
-            t.fill_(torch.nan)
-        for _ in range(50):
-            graph.replay()
-        for name, actual, expected in zip("yz", results, (y, z), strict=True):
+        expected = call.run()
+        for runs in (1, 50):
+            for t in results:
+                t.fill_(torch.nan)
+            for _ in range(runs):
+                graph.replay()
+            for name, actual, exact in zip("yz", results, expected, strict=True):
+                assert_bitwise_equal(actual, exact, name)
+
+
+@pytest.mark.parametrize(("M", "r"), [(2, 1), (16, 16), (64, 16)])
+def test_z_of_which_one_slice_comes_late(M, r):
+    """K is one step, which the last of those that project takes, from beyond L2; the others have
+    nothing to do. What lies in the place of a slice is that of another x."""
+    call = _Call(FEW, M, 4096, 128, r)
+    others = torch.empty(96 << 20, dtype=torch.uint8, device="cuda")
+    for _ in range(20):
+        call.x.copy_(torch.randn_like(call.x))
+        others.zero_()
+        results, again = call.run(), call.run()
+        for name, actual, expected in zip("yz", results, again, strict=True):
             assert_bitwise_equal(actual, expected, name)
 
 
