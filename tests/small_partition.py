@@ -51,6 +51,15 @@ def refuses_what_needs_all_sms(weight):
     return False
 
 
+def record(arguments):
+    """The product, run by a graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = multiply(*arguments)
+    graph.replay()
+    return y
+
+
 def main():
     from torch.cuda.green_contexts import GreenContext
 
@@ -68,9 +77,10 @@ def main():
     context = GreenContext.create(num_sms=SMS, device_id=0)
     context.set_context()
     for product, (arguments, y) in zip(PRODUCTS, cases, strict=True):
-        first, again = (multiply(*arguments) for _ in range(2))
+        first, again, recorded = multiply(*arguments), multiply(*arguments), record(arguments)
         torch.cuda.synchronize()
         assert torch.equal(first, again), product
+        assert torch.equal(first, recorded), product
         print(*product, ((first.float() - y.float()).norm() / y.float().norm()).item(), flush=True)
         assert refuses_what_needs_all_sms(weight), product
     context.pop_context()
