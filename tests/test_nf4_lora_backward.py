@@ -116,6 +116,17 @@ def test_ranks_against_float64(M, r, masters, kernel):
     _check(_case(M, 328, 768, r, masters=masters, vector=r > 8), kernel)
 
 
+@pytest.mark.parametrize("r", [16, 20])
+@pytest.mark.parametrize("M", [64, 600])
+def test_fp32_adapters_are_rounded_before_the_products(M, r, kernel):
+    case = _case(M, 328, 768, r, masters=True)
+    z = _z(case)
+    actual = case.backward(z, kernel=kernel)
+    case.lora_A, case.lora_B = case.lora_A.to(BF16), case.lora_B.to(BF16)
+    expected = case.backward(z, kernel=kernel)
+    _same([a.to(e.dtype) for a, e in zip(actual, expected, strict=True)], expected)
+
+
 OPTIONS = {
     "fp16": {"dtype": torch.float16},
     "fp16-fp32-absmax": {"dtype": torch.float16, "double_quant": False},
@@ -218,6 +229,15 @@ def test_gradients_beside_dx_of_several_groups(M, N, K, options):
     _check_other_memory(case, LARGE, BESIDE_DX, 3)
 
 
+# More parts of u, or of sums over the tokens, than the workspace holds at a time: two passes over
+# dy that leave parts of u, and four.
+@pytest.mark.parametrize(("M", "N"), [(33000, 520), (115000, 64)])
+def test_gradients_in_several_passes(M, N):
+    case = _case(M, N, 64, 33, vector=True)
+    _check(case, KERNEL)
+    _check_other_memory(case, KERNEL, ALL, 5)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"masters": True, "double_quant": False}, {"dtype": torch.float16}],
@@ -287,12 +307,14 @@ def test_a_weight_of_more_than_two_to_the_29_elements(kernel):
     assert_bitwise_equal(dx, cuda.dequantize_4bit(*q.args(), BF16)[n], "dx")
 
 
-@pytest.mark.parametrize("M", [40, 300, 1030])
+@pytest.mark.parametrize(
+    ("M", "dtype"), [(40, BF16), (300, BF16), (300, torch.float16), (1030, BF16)]
+)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @both_ways
-def test_dx_is_added_to_a_sum(needs, M, dropout_p, kernel):
+def test_dx_is_added_to_a_sum(needs, M, dtype, dropout_p, kernel):
     """As another pass would: the product rounded, then the sum."""
-    case = _case(M, 1096, 9216, dropout_p=dropout_p)
+    case = _case(M, 1096, 9216, dtype=dtype, dropout_p=dropout_p)
     z, start = _z(case), torch.randn_like(case.x)
     dx, *others = case.backward(z, needs, kernel=kernel)
     total = start.clone()
