@@ -146,10 +146,9 @@ __device__ __forceinline__ uint32_t ones(__half) {
     return 0x3c003c00;
 }
 
-// What a stage adds to the sums of a warp's columns. Returns bits of what was loaded last, for
-// barrier_arrive_behind; wgmma is waited for.
+// What a stage adds to the sums of a warp's columns.
 template <typename T, class P>
-__device__ __forceinline__ uint32_t add_stage(
+__device__ __forceinline__ void add_stage(
     ColumnSums<P>& d,
     float (&column_sums)[P::kTiles][4],
     uint32_t stage,
@@ -175,9 +174,8 @@ __device__ __forceinline__ uint32_t add_stage(
             wgmma_wait<0>();
         }
         if (!wants_column_sums)
-            return 0;
+            return;
     }
-    uint32_t loaded = 0;
 #pragma unroll
     for (int k16 = 0; k16 < kStageTokens / 16; k16++) {
         uint32_t a[P::kTiles][4];
@@ -188,14 +186,12 @@ __device__ __forceinline__ uint32_t add_stage(
             load_matrices_transposed(
                 a[i], stage + column / kBoxColumns * kBoxBytes +
                           swizzled<128>(token, column % kBoxColumns / 8 + lane / 8 % 2));
-            loaded |= a[i][3];
         }
         if (!P::kByWarpgroups && wants_sums) {
 #pragma unroll
             for (int t = 0; t < P::kRank / 16; t++) {
                 uint32_t b[4];
                 load_factor<P>(b, stage + P::kGBytes, k16 * 16, t, lane);
-                loaded |= b[3];
 #pragma unroll
                 for (int i = 0; i < P::kTiles; i++) {
                     mma_16x8x16(d[i][2 * t], a[i], b[0], b[1], T{});
@@ -209,7 +205,6 @@ __device__ __forceinline__ uint32_t add_stage(
                 mma_16x8x16(column_sums[i], a[i], ones(T{}), ones(T{}), T{});
         }
     }
-    return loaded;
 }
 
 }  // namespace
