@@ -214,13 +214,16 @@ def found_members(
     """What `checked_members` returns, but for x [..., K] as it is, if calls of all members are
     remembered; else None.
     """
-    count = len(weights)
-    none = (None,) * count
-    scalings, ps = _for_each(scalings, count), _for_each(dropout_p, count)
-    biases = none if biases is None else biases
-    widths = none if widths is None else widths
-    columns = (weights, lora_As, lora_Bs, scalings, biases, ps, widths)
-    if count == 0 or {*map(len, columns)} != {count}:
+    try:
+        count = len(weights)
+        none = (None,) * count
+        scalings, ps = _for_each(scalings, count), _for_each(dropout_p, count)
+        biases = none if biases is None else biases
+        widths = none if widths is None else widths
+        columns = (weights, lora_As, lora_Bs, scalings, biases, ps, widths)
+        if count == 0 or {*map(len, columns)} != {count}:
+            return None
+    except TypeError:  # something is no list; the checks say what
         return None
     records = calls.records((x, *lora_As, *lora_Bs, *biases))
     members = []

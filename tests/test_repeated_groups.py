@@ -200,6 +200,8 @@ ERRORS = {
     "biases": (lambda case: {"biases": [None]}, ValueError, "biases must have one"),
     "no biases": (lambda case: {"biases": []}, ValueError, "biases must have one"),
     "lora_As": (lambda case: {"lora_As": [None] * 3}, ValueError, "must both be given"),
+    "no lora_As": (lambda case: {"lora_As": None}, TypeError, "lora_As must be a list"),
+    "a weight alone": (lambda case: {"weights": case.weights[0]}, TypeError, "weights must be a"),
 }
 
 
@@ -314,4 +316,5 @@ def test_batched_gradients_go_by_the_operators(case):
     ys, stacked = case.ys(), [torch.stack([dy, dy]) for dy in case.dys]
     with contextlib.suppress(RuntimeError):  # an operator without a rule for it
         torch.autograd.grad(ys, [case.x], stacked, is_grads_batched=True)
+    assert case.backward
     assert not any(case.backward)
