@@ -130,6 +130,16 @@ def test_alpha_and_scaling_follow_each_other(rslora):
         layer.alpha = math.inf
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alpha_of_a_layer_pickled_when_it_was_an_attribute(rslora):
+    layer = qlora(use_rslora=rslora)
+    vars(layer)["alpha"] = vars(layer).pop("_alpha")
+    layer = pickle.loads(pickle.dumps(layer))
+    assert layer.alpha == pytest.approx(8)
+    layer.alpha = 4
+    assert copy.deepcopy(layer).alpha == 4
+
+
 def test_fp32_masters_under_16_bit_weights():
     layer = qlora(torch.bfloat16, lora_dtype=torch.float32)
     x = torch.randn(5, K, dtype=torch.bfloat16)

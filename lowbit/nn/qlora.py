@@ -163,6 +163,8 @@ class QLoRALinear(Linear4bit):
         layer.lora_B = nn.Parameter(lora_B.detach().to(qw.device))
         return layer
 
+    _alpha = 0.0  # of layers pickled when alpha was an attribute: theirs follows from scaling
+
     @property
     def alpha(self) -> float:
         """scaling * r, or scaling * sqrt r for rsLoRA; to set one of the two sets both."""
