@@ -68,7 +68,9 @@ def accesses_before_wait(instructions: dict[int, str]) -> list[str]:
 
 def loads_under_way(listing: str) -> dict[str, list[str]]:
     """{name: arrivals at mbarriers in front of which loads from shared memory were not waited for},
-    of what `cuobjdump -sass` printed, in the order of the listing.
+    of what `cuobjdump -sass` printed. In the order of the listing: a wait counts where a branch
+    passes over it, too, and nothing is under way behind a jump. Along all branches there would be
+    ways among them that no condition takes.
 
     An instruction's upper 64 bits have, from bit 46 on, the scoreboard that it sets until its
     result is there (3 bits, 7 for none), and from bit 52 on those that it waits for (6 bits).
