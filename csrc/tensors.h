@@ -44,6 +44,9 @@ inline Dtype to_dtype(ScalarType type, const char* argument) {
 inline void check_cpu_contiguous(const Tensor& tensor, const char* argument) {
     STD_TORCH_CHECK(tensor.is_cpu(), argument, " must be a CPU tensor");
     STD_TORCH_CHECK(tensor.is_contiguous(), argument, " must be contiguous");
+    STD_TORCH_CHECK(
+        tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, argument,
+        " has no memory: its storage was freed");
 }
 
 // Data of a contiguous tensor of the given type with exactly `numel` elements, wherever it lies.

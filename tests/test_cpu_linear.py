@@ -319,3 +319,14 @@ def test_bad_arguments_are_refused():
     A, B, s, scaling = case.adapter
     with pytest.raises(RuntimeError, match="lora_B must be"):
         cpu.lora_linear(case.x, *case.weight, A, B[:39], s, scaling, None, 0.0, None)
+
+
+@pytest.mark.parametrize("freed", ["x", "lora_A", "lora_B", "lora_scaling", "bias"])
+def test_what_has_no_memory_is_an_error(freed):
+    """Not a layer without it: its storage was freed, as sharded parameters' is between uses."""
+    case = Case(3, 64, 128, 4, torch.float32, vector=True)
+    names = ("lora_A", "lora_B", "lora_scaling")
+    tensors = {"x": case.x, "bias": case.bias, **dict(zip(names, case.adapter, strict=False))}
+    tensors[freed].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{freed} has no memory"):
+        case.forward()
