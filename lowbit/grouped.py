@@ -239,14 +239,17 @@ def found_members(
 
 
 def remember(x, members: list[Member], lora_As, lora_Bs, widths=None) -> None:
-    """Find members like these from now on, which were checked and have run."""
+    """Find members like these from now on, which were checked and have run. All are found or none,
+    so none is remembered beside one that `found_members` refuses.
+    """
     if not x.is_contiguous():
         return
+    for m, lora_A, lora_B in zip(members, lora_As, lora_Bs, strict=True):
+        plain = m.lora_A is not None and m.lora_scaling is None and m.dropout_p == 0.0
+        if not plain or m.lora_A is not lora_A or m.lora_B is not lora_B:
+            return
     recorded = records(x, members)
     for i, m in enumerate(members):
-        plain = m.lora_A is not None and m.lora_scaling is None and m.dropout_p == 0.0
-        if not plain or m.lora_A is not lora_As[i] or m.lora_B is not lora_Bs[i]:
-            continue
         shape = _shape_of_read(x, None if widths is None else widths[i])
         repeated.remember(shape, x, m.weight, m.lora_A, m.lora_B, m.scaling, m.bias, recorded)
 

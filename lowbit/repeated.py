@@ -52,7 +52,7 @@ class Call:
     backward: tuple[tuple, Callable] | None = None
 
 
-_calls: dict[tuple, Call] = {}
+_calls: dict[tuple, Call | None] = {}  # None: the library does not serve them
 
 
 def _layout(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple:
@@ -143,14 +143,15 @@ def remember(
     args = (rows, *weight, lora_A, lora_B, None, scaling, bias, 0.0, None)
     if not calls.nothing_intercepts(args):  # or there are no tokens
         return
-    function = dispatch.select("lora_linear", args, for_backward=records, checked=True)
-    if not hasattr(function, "direct"):
-        return
     key = _forward_key(shape, x, weight, lora_A, lora_B, bias, records)
     if key in _calls:
         return
     if len(_calls) >= _MOST_CALLS:
         _calls.clear()
+    function = dispatch.select("lora_linear", args, for_backward=records, checked=True)
+    if not hasattr(function, "direct"):
+        _calls[key] = None
+        return
     _calls[key] = Call(
         function.direct,
         _layout(tuple(shape), x.dtype),

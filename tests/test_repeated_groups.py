@@ -3,6 +3,7 @@ of the checked call, and where members are checked after all.
 """
 
 import contextlib
+import types
 
 import pytest
 import torch
@@ -158,13 +159,21 @@ def test_outputs_that_nobody_used(any_case):
     assert_same(*zip(*pairs, strict=True))
 
 
-def test_members_beside_one_that_the_library_does_not_serve_are_checked(case):
-    case = case()
+def test_members_beside_one_that_the_library_does_not_serve_are_checked(case, monkeypatch):
+    """And nobody chooses a function to remember for them in every call."""
+    case, chosen = case(), []
+    select = repeated.dispatch.select
+    spy = types.SimpleNamespace(**vars(repeated.dispatch))
+    spy.select = lambda *args, **options: chosen.append(args[0]) or select(*args, **options)
+    monkeypatch.setattr(repeated, "dispatch", spy)
     n, k = case.weights[1].shape
     case.weights[1] = lowbit.quantize(torch.randn(n, k, device=case.x.device), blocksize=32)
     expected = case.step()
+    assert len(chosen) > 0
+    chosen.clear()
     assert_same(case.step(), expected)
     assert case.forward == [False, False]
+    assert not chosen
 
 
 CHANGES = {
