@@ -97,7 +97,6 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 # ---- allocation ----------------------------------------------------------------------------------
 
 
-@functools.cache
 def can_page(device: torch.device | str | int | None = None) -> bool:
     """Tell whether a device can share managed memory with the host while both run.
 
@@ -105,8 +104,13 @@ def can_page(device: torch.device | str | int | None = None) -> bool:
     """
     if not torch.cuda.is_available() or "cuda" in _library.load_errors:
         return False
+    return _can_page(_device(device).index)
+
+
+@functools.cache
+def _can_page(device: int) -> bool:
     yes = ctypes.c_int()
-    _check(_functions().lowbit_pages(_device(device).index, ctypes.byref(yes)), "can_page")
+    _check(_functions().lowbit_pages(device, ctypes.byref(yes)), "can_page")
     return bool(yes.value)
 
 
@@ -114,7 +118,8 @@ def _new_bytes(count: int, device: torch.device, managed: bool) -> torch.Tensor:
     """uint8 [count] outside of torch's allocator."""
     library, capsule = _functions(), ctypes.c_void_p()
     kind = "paged" if managed else "pinned"
-    error = library.lowbit_new_tensor(managed, count, device.index, ctypes.byref(capsule))
+    with torch.cuda.device(device):
+        error = library.lowbit_new_tensor(managed, count, device.index, ctypes.byref(capsule))
     _check(error, f"{count / 2**20:.0f} MiB of {kind} memory cannot be had for {device}")
     new_capsule = ctypes.pythonapi.PyCapsule_New
     new_capsule.restype = ctypes.py_object
@@ -257,7 +262,9 @@ def prefetch(
     if count == 0:
         return
     stream = torch.cuda.current_stream(tensor.device) if stream is None else stream
-    error = _functions().lowbit_prefetch(data, count, _location(to), stream.cuda_stream)
+    where = _location(to)
+    with torch.cuda.device(tensor.device):  # every device's default stream has the same number
+        error = _functions().lowbit_prefetch(data, count, where, stream.cuda_stream)
     _check(error, f"prefetch of {count / 2**20:.1f} MiB to {to}")
 
 
@@ -305,11 +312,13 @@ def residency(tensor: torch.Tensor) -> torch.device | None:
 def copy_async(to: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
     """Queue a copy between two contiguous tensors of equal size, wherever their memory lies.
 
-    Tensor.copy_ takes a tensor's word for its memory being on the card.
+    Tensor.copy_ takes a tensor's word for its memory being on the card. The stream is one of the
+    tensors' device.
     """
     if to.nbytes != source.nbytes or not (to.is_contiguous() and source.is_contiguous()):
         raise ValueError("copy_async needs contiguous tensors of equal size")
-    error = _functions().lowbit_copy(
-        to.data_ptr(), source.data_ptr(), source.nbytes, stream.cuda_stream
-    )
+    with torch.cuda.device(stream.device):
+        error = _functions().lowbit_copy(
+            to.data_ptr(), source.data_ptr(), source.nbytes, stream.cuda_stream
+        )
     _check(error, f"copy of {source.nbytes / 2**20:.1f} MiB")

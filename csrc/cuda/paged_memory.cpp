@@ -5,30 +5,13 @@
 #include "paged_memory.h"
 
 #include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <memory>
 
 namespace lowbit::cuda {
 namespace {
-
-class DeviceGuard {
-public:
-    explicit DeviceGuard(int device) {
-        status_ = cudaGetDevice(&previous_);
-        if (status_ == cudaSuccess && previous_ != device)
-            status_ = cudaSetDevice(device);
-    }
-    ~DeviceGuard() {
-        cudaSetDevice(previous_);
-    }
-    cudaError_t status() const {
-        return status_;
-    }
-
-private:
-    int previous_ = 0;
-    cudaError_t status_;
-};
 
 // DLPack's managed tensor, version 0, whose layout is fixed. torch's header of it is closed to code
 // that uses the stable ABI.
@@ -53,14 +36,19 @@ struct Block {
 };
 
 // cudaFree waits for the kernels that still use the memory. An error means that the context is gone
-// with everything in it.
+// with everything in it. On the memory's device: any thread may come here, and the runtime would
+// make a context on the one that is current there.
 void release(DLManagedTensor* tensor) {
     std::unique_ptr<Block> block(static_cast<Block*>(tensor->manager_ctx));
     void* data = block->tensor.data;
-    if (block->managed)
-        cudaFree(data);
-    else
-        cudaFreeHost(data);
+    try {
+        const torch::stable::accelerator::DeviceGuard guard(block->tensor.device_id);
+        if (block->managed)
+            cudaFree(data);
+        else
+            cudaFreeHost(data);
+    } catch (...) {
+    }
 }
 
 #if CUDART_VERSION >= 13000
@@ -101,9 +89,6 @@ cudaMemoryAdvise to_advice(int advice, bool set) {
 using namespace lowbit::cuda;
 
 int lowbit_new_tensor(int managed, size_t bytes, int device, void** dl_managed_tensor) {
-    const DeviceGuard guard(device);
-    if (guard.status() != cudaSuccess)
-        return reported(guard.status());
     void* data = nullptr;
     const cudaError_t error = managed ? cudaMallocManaged(&data, bytes, cudaMemAttachGlobal)
                                       : cudaHostAlloc(&data, bytes, cudaHostAllocPortable);

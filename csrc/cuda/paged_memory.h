@@ -1,7 +1,8 @@
 // Managed and pinned memory for tensors that the GPU reads but that need not lie on it.
 //
 // A plain C interface, called from lowbit/memory.py through ctypes: none of it has to do with
-// operators. Every function returns a cudaError_t as an int. A new tensor comes as a
+// operators. The caller has made the memory's device the current one: a stream that is null is that
+// one's default stream. Every function returns a cudaError_t as an int. A new tensor comes as a
 // DLManagedTensor, so that torch calls its deleter, and the memory goes back to the system, with
 // the last reference. torch's memory pools could not do that: the caching allocator keeps freed
 // blocks, and counts what it hands out against the memory of the card.
