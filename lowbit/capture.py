@@ -46,7 +46,8 @@ class CapturedBackward:
     Args:
         loss: function of tensors that returns the loss, a scalar. It must not read values back from
             the GPU, and its shapes must follow from those of the inputs.
-        parameters: those that get gradients, all on one CUDA device.
+        parameters: those that get gradients, all on one CUDA device, which need not be the current
+            one; with several devices everything runs eagerly.
         limit: the most shapes to record; further ones run eagerly.
 
     Notes:
@@ -79,6 +80,9 @@ class CapturedBackward:
         self._warm_up_stream = self._recording_stream = None
         self._zeroed = False  # nothing was added to the gradients since zero()
         self.failure: str | None = None
+        devices = dict.fromkeys(str(p.device) for p in self._parameters)
+        if len(devices) > 1:
+            self.failure = f"the parameters are on {' and '.join(devices)}"
 
     @property
     def shapes(self) -> int:
@@ -131,7 +135,15 @@ class CapturedBackward:
         return loss.detach()
 
     def _record(self, key: tuple, inputs: Sequence[torch.Tensor]) -> _Recorded | None:
-        """Record a shape and replay it once; the gradients were zero and are its own then."""
+        """Record a shape and replay it once; the gradients were zero and are its own then.
+
+        With the parameters' device current: streams are made on the current device, and a graph
+        recorded on another one's would be empty, without an error.
+        """
+        with torch.cuda.device(self._parameters[0].device):
+            return self._record_here(key, inputs)
+
+    def _record_here(self, key: tuple, inputs: Sequence[torch.Tensor]) -> _Recorded | None:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._warm_up_stream, self._recording_stream = torch.cuda.Stream(), torch.cuda.Stream()
@@ -175,7 +187,7 @@ class CapturedBackward:
         self.failure = why
         self._recorded.clear()
         self.zero()
-        warnings.warn(f"training runs without CUDA graphs: {why}", stacklevel=4)
+        warnings.warn(f"training runs without CUDA graphs: {why}", stacklevel=5)
 
 
 def _first_cause(error: BaseException) -> str:

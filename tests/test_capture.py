@@ -81,6 +81,19 @@ def test_a_shape_that_comes_after_an_eager_batch_is_not_recorded(monkeypatch):
         assert torch.equal(w.grad, 2 + x)
 
 
+def test_parameters_on_several_devices_are_not_recorded(monkeypatch):
+    captured = CapturedBackward(
+        lambda x: (w * x).sum(),
+        [w := torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, device="meta"))],
+    )
+    monkeypatch.setattr(captured, "_record", lambda key, inputs: pytest.fail("recorded"))
+    for step in range(3):
+        captured.zero()
+        captured(torch.arange(3.0))
+        assert torch.equal(w.grad, torch.arange(3.0)), step
+    assert captured.failure == "the parameters are on cpu and meta"
+
+
 def test_backward_runs_in_the_thread_that_calls_it(device):
     w, threads = torch.ones(3, device=device, requires_grad=True), []
     y = w * 2
