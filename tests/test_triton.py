@@ -471,7 +471,7 @@ def test_repeats_and_streams_give_the_same_bits():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_tensors_on_another_device_than_the_current():
     weight = tuple(
         t.to("cuda:1") if isinstance(t, torch.Tensor) else t for t in make_weight(64, 128)
