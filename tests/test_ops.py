@@ -174,6 +174,17 @@ def test_one_token_of_a_layer_beyond_its_kernel_takes_the_next(another_card, N, 
     assert row.kernel == f"nf4_lora_{kernel}"
 
 
+def test_a_device_without_index_is_the_current_one_of_each_call(another_card):
+    cards = {0: ((9, 0), 132), 1: ((8, 0), 108)}
+    another_card.setattr(dispatch, "_card", cards.__getitem__)
+    another_card.setattr(dispatch, "obstacle", lambda backend, device: None)
+    layer = dispatch.Layer(4096, 4096, 64, True, 16)
+    for current, kernel in ((0, "nf4_lora_gemv"), (1, "nf4_lora_matmul_portable")):
+        another_card.setattr(torch.cuda, "current_device", lambda current=current: current)
+        row = dispatch.choose("lora_linear", torch.device("cuda"), torch.bfloat16, 1, layer)
+        assert row.kernel == kernel
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
 def test_cards_without_kernels_of_their_own_have_a_fused_forward(another_card, capability):
     another_card.setattr(dispatch, "_card", lambda index: (capability, 132))
