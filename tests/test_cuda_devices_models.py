@@ -1,9 +1,10 @@
-"""A model on a device that is not current, and one that is spread over two devices."""
+"""Fused layers and models on a device that is not current, and models on two devices."""
 
 import pytest
 import torch
 from helpers import assert_bitwise_equal
 from test_capture import VOCABULARY, eager_step, mean_loss, tiny, trained
+from test_cuda_devices import _operands
 
 import lowbit
 from lowbit.capture import CapturedBackward
@@ -28,6 +29,44 @@ def _ids(device, *, seed=0, shape=(2, 80)):
 
 
 # ---- one device, which is not current
+
+
+def _group(operands, device):
+    """(ys, gradients of x, lora_As, lora_Bs) of three layers that read one x."""
+    W, x, A, B, dy = (t.to(device) for t in operands.values())
+    q = lowbit.quantize(W)
+    As, Bs = ([t * s for s in (1.0, -0.5, 2.0)] for t in (A, B))
+    leaves = [t.requires_grad_() for t in (x, *As, *Bs)]
+    for _ in range(3):
+        ys = lowbit.lora_matmul_group(x, [q] * 3, As, Bs, 0.5)
+        gradients = torch.autograd.grad(ys, leaves, [dy] * 3)
+    return *ys, *gradients
+
+
+def _mlp(operands, device):
+    """(y, gradients of x, lora_As, lora_Bs) of a gated MLP: K to 512, and 512 to K."""
+    W, x, A, B, _ = (t.to(device) for t in operands.values())
+    W, B = W[:512].contiguous(), B[:512].contiguous()
+    up, down = lowbit.quantize(W), lowbit.quantize(W.t().contiguous())
+    As = [A, A.flip(0), B.t().contiguous()]
+    Bs = [B, B.flip(0), A.t().contiguous()]
+    leaves = [t.clone().requires_grad_() for t in (x, *As, *Bs)]
+    x, As, Bs = leaves[0], leaves[1:4], leaves[4:]
+    for _ in range(3):
+        y = lowbit.lora_gated_mlp(x, [up, up, down], As, Bs, 0.5)
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    return y, *gradients
+
+
+@pytest.mark.parametrize("M", [8, 100, 1100])  # with products of their own, and shared ones
+@pytest.mark.parametrize("fused", [_group, _mlp])
+def test_fused_layers_on_a_device_that_is_not_current(fused, M):
+    operands = _operands(M)
+    with torch.cuda.device(0):
+        results, expected = fused(operands, "cuda:1"), fused(operands, "cuda:0")
+    for i, (result, other) in enumerate(zip(results, expected, strict=True)):
+        assert result.device == torch.device("cuda:1")
+        assert_bitwise_equal(result, other, f"result {i}")
 
 
 def test_graphs_are_recorded_on_the_device_of_the_parameters():
