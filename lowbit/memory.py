@@ -262,9 +262,9 @@ def prefetch(
     if count == 0:
         return
     stream = torch.cuda.current_stream(tensor.device) if stream is None else stream
-    where = _location(to)
+    location = _location(to)
     with torch.cuda.device(tensor.device):  # every device's default stream has the same number
-        error = _functions().lowbit_prefetch(data, count, where, stream.cuda_stream)
+        error = _functions().lowbit_prefetch(data, count, location, stream.cuda_stream)
     _check(error, f"prefetch of {count / 2**20:.1f} MiB to {to}")
 
 
@@ -289,7 +289,9 @@ def advise(
         raise ValueError(f"advice must be one of {', '.join(_ADVICE)}, got {advice!r}")
     data, count = _span(tensor)
     if count:
-        error = _functions().lowbit_advise(data, count, _ADVICE[advice], set, _location(where))
+        location = _location(where)
+        with torch.cuda.device(tensor.device):
+            error = _functions().lowbit_advise(data, count, _ADVICE[advice], set, location)
         _check(error, f"advice {advice} for {count / 2**20:.1f} MiB")
 
 
@@ -302,7 +304,8 @@ def residency(tensor: torch.Tensor) -> torch.device | None:
     if count == 0:
         return None
     location = ctypes.c_int()
-    error = _functions().lowbit_last_location(data, count, ctypes.byref(location))
+    with torch.cuda.device(tensor.device):
+        error = _functions().lowbit_last_location(data, count, ctypes.byref(location))
     _check(error, "residency")
     if location.value == _UNKNOWN:
         return None
