@@ -146,6 +146,46 @@ __device__ __forceinline__ uint32_t ones(__half) {
     return 0x3c003c00;
 }
 
+// By mma; kSums false leaves column_sums alone.
+template <typename T, class P, bool kSums>
+__device__ __forceinline__ void add_stage_by_warps(
+    ColumnSums<P>& d,
+    float (&column_sums)[P::kTiles][4],
+    uint32_t stage,
+    int warp,
+    bool wants_column_sums) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int k16 = 0; k16 < kStageTokens / 16; k16++) {
+        uint32_t a[P::kTiles][4];
+#pragma unroll
+        for (int i = 0; i < P::kTiles; i++) {
+            const int column = warp * 16 + tile_column<P>(2 * i);
+            const int token = k16 * 16 + lane / 16 * 8 + lane % 8;
+            load_matrices_transposed(
+                a[i], stage + column / kBoxColumns * kBoxBytes +
+                          swizzled<128>(token, column % kBoxColumns / 8 + lane / 8 % 2));
+        }
+        if constexpr (!P::kByWarpgroups && kSums) {
+#pragma unroll
+            for (int t = 0; t < P::kRank / 16; t++) {
+                uint32_t b[4];
+                load_factor<P>(b, stage + P::kGBytes, k16 * 16, t, lane);
+#pragma unroll
+                for (int i = 0; i < P::kTiles; i++) {
+                    mma_16x8x16(d[i][2 * t], a[i], b[0], b[1], T{});
+                    mma_16x8x16(d[i][2 * t + 1], a[i], b[2], b[3], T{});
+                }
+            }
+        }
+        if (wants_column_sums) {
+#pragma unroll
+            for (int i = 0; i < P::kTiles; i++)
+                mma_16x8x16(column_sums[i], a[i], ones(T{}), ones(T{}), T{});
+        }
+    }
+}
+
 // What a stage adds to the sums of a warp's columns.
 template <typename T, class P>
 __device__ __forceinline__ void add_stage(
@@ -156,7 +196,6 @@ __device__ __forceinline__ void add_stage(
     bool first,
     bool wants_sums,
     bool wants_column_sums) {
-    const int lane = threadIdx.x % kWarpSize;
     if constexpr (P::kByWarpgroups) {
         if (wants_sums) {
             const uint64_t t = transposed_operand_descriptor(stage + P::kGBytes);
@@ -176,35 +215,10 @@ __device__ __forceinline__ void add_stage(
         if (!wants_column_sums)
             return;
     }
-#pragma unroll
-    for (int k16 = 0; k16 < kStageTokens / 16; k16++) {
-        uint32_t a[P::kTiles][4];
-#pragma unroll
-        for (int i = 0; i < P::kTiles; i++) {
-            const int column = warp * 16 + tile_column<P>(2 * i);
-            const int token = k16 * 16 + lane / 16 * 8 + lane % 8;
-            load_matrices_transposed(
-                a[i], stage + column / kBoxColumns * kBoxBytes +
-                          swizzled<128>(token, column % kBoxColumns / 8 + lane / 8 % 2));
-        }
-        if (!P::kByWarpgroups && wants_sums) {
-#pragma unroll
-            for (int t = 0; t < P::kRank / 16; t++) {
-                uint32_t b[4];
-                load_factor<P>(b, stage + P::kGBytes, k16 * 16, t, lane);
-#pragma unroll
-                for (int i = 0; i < P::kTiles; i++) {
-                    mma_16x8x16(d[i][2 * t], a[i], b[0], b[1], T{});
-                    mma_16x8x16(d[i][2 * t + 1], a[i], b[2], b[3], T{});
-                }
-            }
-        }
-        if (wants_column_sums) {
-#pragma unroll
-            for (int i = 0; i < P::kTiles; i++)
-                mma_16x8x16(column_sums[i], a[i], ones(T{}), ones(T{}), T{});
-        }
-    }
+    if (!P::kByWarpgroups && wants_sums)
+        add_stage_by_warps<T, P, true>(d, column_sums, stage, warp, wants_column_sums);
+    else
+        add_stage_by_warps<T, P, false>(d, column_sums, stage, warp, wants_column_sums);
 }
 
 }  // namespace

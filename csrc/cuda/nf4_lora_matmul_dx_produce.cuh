@@ -209,15 +209,13 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
                     (step - group + i / 2 * P::kStride) * P::kPackedStep +
                     ((chunk ^ packed_swizzle) << 4));
             }
-            const auto free_packed = [&] {
+            if (step >= tile.weight_steps) {  // no step of this group is the warp's
                 __syncwarp();
                 if (lane == 0)
                     barrier_arrive_behind(
                         packed_empty,
                         packed[0][0].w | packed[0][1].w | packed[1][0].w | packed[1][1].w);
-            };
-            if (step >= tile.weight_steps)
-                free_packed();
+            }
             if (group + P::kGroupSteps >= tile.weight_steps)  // this warp's first step of the next
                 scales.begin(next, (step ^ tile.steps) & (P::kStride - 1));
 #pragma unroll
@@ -226,8 +224,6 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
                     const uint32_t full = smem + P::kFull + at.slot * 8;
                     const uint32_t stage = smem + at.slot * P::kStageBytes;
                     barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
-                    if (turn == 0)
-                        free_packed();  // by now the words are there
                     if (loading_warp && elect_lane()) {
                         barrier_arrive_expect(full, P::kArrivingBytes);
                         load_dy<P>(maps, tile, step, stage, full);
@@ -242,6 +238,8 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
                     if (turn == 0)  // while the stores drain
                         table = table_of<T>(smem + P::kCodebook, second_scale);
                     publish<P>(peer, piece, full);
+                    if (turn == 0 && lane == 0)  // the fence has waited for all words, too
+                        barrier_arrive(packed_empty);
                     step += P::kStride;
                     at.advance(P::kStride);
                 }

@@ -245,7 +245,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
                 packed[i / 2][i % 2] = load_shared(
                     packed_row + buffer * P::kPackedBytes + ((chunk ^ packed_swizzle) << 4));
             }
-            const auto free_packed = [&] {
+            if (step >= tile.weight_steps) {  // no step of this group is the warp's
                 uint32_t loaded = 0;
 #pragma unroll
                 for (int i = 0; i < 2 * P::kTurns; i++)
@@ -253,17 +253,13 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
                 __syncwarp();
                 if (lane == 0)
                     barrier_arrive_behind(packed_empty, loaded);
-            };
-            if (step >= tile.weight_steps)
-                free_packed();
+            }
 #pragma unroll
             for (int turn = 0; turn < P::kTurns; turn++) {
                 if (step < tile.weight_steps) {
                     const uint32_t full = smem + P::kFull + at.slot * 8;
                     const uint32_t stage = smem + at.slot * P::kStageBytes;
                     barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
-                    if (turn == 0)
-                        free_packed();  // by now the words are there
                     if (loads_x) {
                         barrier_arrive_expect(full, P::kArrivingBytes);
                         load_x<P>(maps, tile, step, stage, full);
@@ -278,6 +274,8 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
                     if (turn + 1 < P::kTurns)  // while the stores drain
                         table = table_of<T>(smem + P::kTables, scales, step + P::kStride);
                     publish<P>(peer, piece, full);
+                    if (turn == 0 && lane == 0)  // the fence has waited for all words, too
+                        barrier_arrive(packed_empty);
                     step += P::kStride;
                     at.advance(P::kStride);
                 }
