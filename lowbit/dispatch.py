@@ -170,7 +170,7 @@ def choose(
         RuntimeError: a forced backend is not there, or its kernel does not serve the layer.
         TypeError: no row serves the dtype.
     """
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())  # answers are kept by device
     return _choose(operation, device, dtype, tokens, layer, forced())
 

@@ -178,11 +178,20 @@ def test_a_device_without_index_is_the_current_one_of_each_call(another_card):
     cards = {0: ((9, 0), 132), 1: ((8, 0), 108)}
     another_card.setattr(dispatch, "_card", cards.__getitem__)
     another_card.setattr(dispatch, "obstacle", lambda backend, device: None)
+    another_card.setattr(torch.cuda, "is_available", lambda: True)
     layer = dispatch.Layer(4096, 4096, 64, True, 16)
     for current, kernel in ((0, "nf4_lora_gemv"), (1, "nf4_lora_matmul_portable")):
         another_card.setattr(torch.cuda, "current_device", lambda current=current: current)
         row = dispatch.choose("lora_linear", torch.device("cuda"), torch.bfloat16, 1, layer)
         assert row.kernel == kernel
+
+
+def test_a_forced_backend_that_is_not_there_is_an_error_without_a_gpu(another_card):
+    another_card.setattr(torch.cuda, "is_available", lambda: False)
+    another_card.setattr(torch.cuda, "current_device", lambda: pytest.fail("there is none"))
+    another_card.setattr(dispatch, "unavailable", lambda backend: "no GPU")
+    with dispatch.force("cuda"), pytest.raises(RuntimeError, match="cannot run here: no GPU"):
+        dispatch.choose("lora_linear", torch.device("cuda"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
