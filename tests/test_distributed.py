@@ -4,6 +4,7 @@ A mean of two ranks' fp32 gradients is exact but for the rounding of one sum, in
 the gradients must have the bits of the mean of those that one process computes.
 """
 
+import datetime
 import gc
 import warnings
 
@@ -84,7 +85,8 @@ def _process(rank, function, store, device_type):
     warnings.simplefilter("ignore")
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
-        store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS, **options,
+        store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS,
+        timeout=datetime.timedelta(minutes=3), **options,
     )  # fmt: skip
     function(rank, device)
     gc.collect()  # models hold the group; ended with the interpreter, its threads abort the process
