@@ -49,12 +49,11 @@ constexpr const DxKernel* kDxKernels[] = {&kDxInLoop, &kDxLarge};
 class OnDevice {
 public:
     explicit OnDevice(int64_t device) {
-        // torch leaves the runtime's device where it is, and remembers its own, while the one that
-        // it would go back to is unused; its allocator goes by torch's.
+        // torch's current device, which its allocator goes by, need not be the runtime's: going
+        // back to a device that is not in use yet, torch only remembers it.
         int current = 0;
-        int32_t torch_current = 0;
         check_launch(cudaGetDevice(&current), "direct call");
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&torch_current));
+        const int32_t torch_current = torch::stable::accelerator::getCurrentDeviceIndex();
         // A guard that changes nothing costs the host as much.
         if (current != device || torch_current != device)
             guard_.emplace(static_cast<int32_t>(device));

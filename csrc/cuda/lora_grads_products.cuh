@@ -28,6 +28,7 @@ struct GradPlan {
     static constexpr bool kProjects = kProjects_;
     static constexpr int kColumns = kRank == 64 ? 128 : 256;
     static constexpr int kStages = 4;
+    static_assert(kStages >= 2, "a stage is freed behind the next");
     static constexpr int kSumWarps = kProjects ? kComputeWarps / 2 : kComputeWarps;
     static constexpr int kTiles = kColumns / 16 / kSumWarps;  // of 16 columns, per warp
     static constexpr bool kByWarpgroups = kRank == 64;
@@ -146,7 +147,7 @@ __device__ __forceinline__ uint32_t ones(__half) {
     return 0x3c003c00;
 }
 
-// By mma; kSums false leaves column_sums alone.
+// By mma. Without kSums only column_sums, d stays as it is.
 template <typename T, class P, bool kSums>
 __device__ __forceinline__ void add_stage_by_warps(
     ColumnSums<P>& d,

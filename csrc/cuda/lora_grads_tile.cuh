@@ -99,8 +99,9 @@ load_part(const GradMaps& maps, const GradParams& p, uint32_t smem) {
     }
 }
 
-// A stage is freed behind the next one's products: its own have had all that was loaded by then,
-// which an arrival does not wait for. Nobody waits for the last to be free.
+// Frees a stage behind the products of the next: an arrival does not wait for loads under way, but
+// those of the stage before have gone into products by then. So at least two stages. The last one
+// is never freed, and nobody waits for it.
 struct StageBefore {
     uint32_t empty = 0;
 
