@@ -614,8 +614,10 @@ def test_every_implementation_on_a_gpu(name):
             x = torch.randn(M, 1024, device="cuda", dtype=torch.bfloat16)
             error, plain = checks.errors(implementation, ready, weights, x)
             assert error <= (2 * plain if name.startswith("lowbit") else 0.02), (name, M)
+            # Equal weights. cuBLAS, which the others use, may round the result elsewhere.
+            differ = 0.0 if name == "lowbit" else 2.0**-8
             for i in range(weights.copies):
-                assert relative_rms(ready.call(x, i), ready.call(x, 0)) < 1e-3, (name, i)
+                assert relative_rms(ready.call(x, i), ready.call(x, 0)) <= differ, (name, i)
 
 
 @pytest.mark.gpu

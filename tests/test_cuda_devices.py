@@ -224,20 +224,6 @@ def test_an_optimizer_on_a_device_that_is_not_current(name):
         assert torch.cuda.current_device() == 0
 
 
-def test_a_copy_waits_for_what_its_device_was_given_before():
-    """Both devices' default streams have the same number: the copy must not go to the other's."""
-    source = torch.zeros(1000, device="cuda:1")
-    to = torch.full_like(source, 2.0)
-    torch.cuda.synchronize("cuda:1")
-    with torch.cuda.device(1):
-        torch.cuda._sleep(int(1e9))  # about half a second
-    source.fill_(1.0)
-    with torch.cuda.device(0):
-        memory.copy_async(to, source, torch.cuda.current_stream("cuda:1"))
-    torch.cuda.synchronize("cuda:1")
-    assert_bitwise_equal(to, torch.ones_like(to), "copy")
-
-
 @pytest.mark.parametrize("name", ["PagedAdamW", "PagedAdamW8bit"])
 def test_state_is_moved_behind_the_work_of_its_device(name):
     if not memory.can_page("cuda:1"):
