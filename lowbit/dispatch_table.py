@@ -137,18 +137,18 @@ def full_waves(tokens: int, layer: Layer, sms: int) -> bool:
 # Of lora_linear_backward; linear_dx is the product in them.
 BACKWARD_KERNELS = ("nf4_lora_backward", "nf4_lora_backward_large")
 
-# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 4.26 TB/s and 670 TFLOP/s that the same
+# Rates of the fused rows: 28672 x 8192, r 16, bf16, of the 4.25 TB/s and 671 TFLOP/s that the same
 # H200 keeps up (bench/results/linear_h200.json, 2026-11-30; linear_h100.json has an H100). By ncu,
 # cold, same layer, busy of the peak and in brackets cuBLAS with a 16-bit weight
-# (counters_h200.json): gemv, M = 1: DRAM 70 % (88), issue slots 56; small, M = 8: DRAM 57 (88),
-# issue slots 57; M = 64: L1 and shared memory 70, tensor pipes 45 (28), DRAM 36 (84); mid, M = 256:
-# tensor pipes 68 (78), L1 78; M = 1024: 90 (94) and 76; large, M = 4096: tensor pipes 93 (96),
+# (counters_h200.json): gemv, M = 1: DRAM 71 % (80), issue slots 57; small, M = 8: DRAM 57 (80),
+# issue slots 56; M = 64: L1 and shared memory 70, tensor pipes 45 (26), DRAM 37 (79); mid, M = 256:
+# tensor pipes 68 (78), L1 78; M = 1024: 89 (94) and 75; large, M = 4096: tensor pipes 93 (96),
 # M = 16384: 96 (98). Backward: tensor pipes 71 (83) at 4096 x 4096, M = 1024, 93 (95) at
 # 14336 x 4096, M = 4096.
 TABLE = (
     Row(_QUANTIZE, "cuda", "cuda", "one launch at copy bandwidth", capability=(8, 0)),
     _fused("nf4_lora_gemv", (1, 1), "one launch; 88 % of copy bandwidth", Layer.one_token, 78),
-    _fused("nf4_lora_matmul_small", (1, 64), "equal shares of W; 69 % of copy bandwidth at 8"),
+    _fused("nf4_lora_matmul_small", (1, 64), "equal shares of W; 70 % of copy bandwidth at 8"),
     # Beyond their last M, s z may not fit the workspace.
     _fused(
         "nf4_lora_matmul_large",
@@ -158,7 +158,7 @@ TABLE = (
         _LARGE_SMS,
         full_waves,
     ),
-    _fused("nf4_lora_matmul_mid", (65, 1 << 16), "two CTAs share a decode; 98 % of peak at 1024"),
+    _fused("nf4_lora_matmul_mid", (65, 1 << 16), "two CTAs share a decode; 97 % of peak at 1024"),
     # Up to 64 tokens, where an H200 has it 1.5 to 6.7 times as fast as panels; at 128 it is 1.2 to
     # 1.5 times. It is bound by issue slots and shared memory, panels by bandwidth, launches and
     # tensor cores, of which other cards have more or less beside their SMs: further on it is not
@@ -178,7 +178,7 @@ TABLE = (
         "nf4_lora_backward_large",
         2048,
         Layer.narrow_lines,
-        "W decoded once; forward + backward 1.06 to 1.10 x dense at 4096",
+        "W decoded once; forward + backward 1.05 to 1.08 x dense at 4096",
         _LARGE_SMS,
     ),
     _backward(
