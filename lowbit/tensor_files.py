@@ -161,15 +161,23 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
         for file in scratch.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        if target.is_dir():
-            for file in sorted(scratch.iterdir()):
-                file.replace(target / file.name)
-            scratch.rmdir()
-        else:
-            scratch.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
-            scratch.rename(target)
+        _put_in_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(scratch: Path, target: Path) -> None:
+    if not target.is_dir():
+        scratch.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
+        try:
+            scratch.rename(target)
+            return
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
+    for file in sorted(scratch.iterdir()):
+        file.replace(target / file.name)
+    scratch.rmdir()
 
 
 def _umask() -> int:
