@@ -39,3 +39,14 @@ def device(request) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path / ".store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -427,3 +427,36 @@ def test_random_rounding_keeps_special_values(device):
         p.grad = torch.randn(300, device=device).bfloat16()
         cls([p], stochastic_rounding=True).step()
         torch.testing.assert_close(p.detach(), special, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW8bit, optim.PagedAdamW])
+def test_shards_are_refused(kind, process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Linear(8, 8)
+    early = kind(model.parameters())
+    fully_shard(model)
+    with pytest.raises(TypeError, match=r"weight .* must be an ordinary tensor, got a DTensor"):
+        kind(model.named_parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    with pytest.raises(TypeError, match="clip_grad_norm_ needs ordinary tensors, got a DTensor"):
+        optim.clip_grad_norm_(model.parameters(), 1.0)
+    early.param_groups[0]["params"] = list(model.parameters())  # as accelerate does
+    with pytest.raises(TypeError, match="parameter 0 of group 0 must be an ordinary tensor"):
+        early.step()
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_parameters_that_were_exchanged_are_refused(stepped):
+    """They have no state; a step would leave them as they are."""
+    old, new = (torch.nn.Parameter(torch.ones(8)) for _ in range(2))
+    optimizer = optim.AdamW8bit([old])
+    optimizer.step()  # nothing has a gradient
+    if stepped:
+        old.grad = torch.ones(8)
+        optimizer.step()
+        old.grad = None
+    new.grad = torch.ones(8)
+    optimizer.param_groups[0]["params"] = [new]
+    with pytest.raises(ValueError, match="parameter 0 of group 0 was put into the group after"):
+        optimizer.step()

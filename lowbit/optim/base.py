@@ -18,6 +18,7 @@ from .packing import (
     StepInputs,
     block_starts,
     group_numbers,
+    is_wrapper,
     operators,
     write_moment,
 )
@@ -81,6 +82,11 @@ class PackedOptimizer(torch.optim.Optimizer):
         self._waiting += group["params"]
 
     def _check_parameter(self, parameter: torch.Tensor) -> None:
+        if is_wrapper(parameter):
+            raise TypeError(
+                f"{self._name(parameter)} must be an ordinary tensor, got a "
+                f"{type(parameter).__name__}; FSDP2's are stepped by torch.optim's optimizers"
+            )
         if parameter.dtype not in DTYPES:
             raise TypeError(
                 f"{self._name(parameter)} must be float32, bfloat16 or float16, "
@@ -168,7 +174,22 @@ class PackedOptimizer(torch.optim.Optimizer):
             planned += self._planned(self._adopt(new))
         if planned:
             self._step_packs(planned)
+        else:
+            self._check_nothing_to_do()
         return loss
+
+    def _check_nothing_to_do(self) -> None:
+        """Without a gradient a step does nothing, unless somebody has put other parameters into the
+        groups (accelerate does, for FSDP2): they have no state here and would stay as they are.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._check_parameter(parameter)
+                    raise ValueError(
+                        f"{self._name(parameter)} was put into the group after the optimizer was "
+                        "made; make the optimizer anew, or use add_param_group"
+                    )
 
     def _planned(self, packs: list[Pack]) -> list[tuple]:
         """(pack, slots, parameters, gradients, table) of the packs that have something to do."""

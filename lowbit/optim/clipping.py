@@ -8,7 +8,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from . import reference
-from .packing import host_table, operators
+from .packing import host_table, is_wrapper, operators
 
 GRADIENT_ROW = 4  # int64 numbers of the kernels' GradientRow
 
@@ -33,6 +33,7 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the norm is not finite and error_if_nonfinite is set, or a gradient is sparse.
+        TypeError: a gradient is a DTensor (FSDP2).
 
     Notes:
         torch.nn.utils.clip_grad_norm_ with the 2-norm, in two launches for the norm and one for the
@@ -45,6 +46,11 @@ def clip_grad_norm_(
     for gradient in gradients:
         if gradient.layout is not torch.strided:
             raise RuntimeError(f"clip_grad_norm_ needs dense gradients, got {gradient.layout}")
+        if is_wrapper(gradient):
+            raise TypeError(
+                f"clip_grad_norm_ needs ordinary tensors, got a {type(gradient).__name__}; "
+                "torch.nn.utils.clip_grad_norm_ clips those of FSDP2"
+            )
     if not gradients:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     tables = {device: _table(group) for device, group in _by_device(gradients).items()}

@@ -93,6 +93,11 @@ class Layout:
             self.slabs.append((first, len(self.counts), chunks, elements))
 
 
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is made of others (DTensor), so that it has no memory for kernels."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
 def operators(device: torch.device):
     """The compiled operators for a device, None where the plain reference has to do."""
     if device.type not in _library.LIBRARIES or dispatch.obstacle(device.type, device) is not None:
