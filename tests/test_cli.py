@@ -443,6 +443,16 @@ def test_weight_with_nan_is_refused(start, tmp_path):
     assert "model.layers.1.mlp.up_proj" in fails(*start, "--model", folder)
 
 
+def test_processes_of_torchrun_are_refused(start, tmp_path, monkeypatch):
+    """Each would train the whole and write to the same folder."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "finetune trains in one process, and this is one of 2 (WORLD_SIZE)" in fails(*start)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "data file none.jsonl does not exist" in fails(*start, "--data", "none.jsonl")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
 def test_cuda_that_is_not_there(start):
     assert "--device cuda: " in fails(*start, "--device", "cuda")

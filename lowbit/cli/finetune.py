@@ -1,11 +1,12 @@
 """`lowbit finetune`: the options, their help, and how they become Settings."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import guard
+from .errors import CliError, guard
 from .options import (
     MAX_SEED,
     Blocksize,
@@ -211,6 +212,7 @@ def run(given: dict[str, Any]) -> None:
     """Run with the given options; others come from the checkpoint, the demo or the defaults."""
     from . import checkpoint
 
+    _check_alone()
     given = dict(given)
     resume = given.pop("resume", None)
     base: dict[str, Any] = {}
@@ -220,6 +222,19 @@ def run(given: dict[str, Any]) -> None:
     if given.get("demo"):
         base |= DEMO_SETTINGS | _demo_places(given)
     _start(Settings.from_dict(base | given), resume)
+
+
+def _check_alone() -> None:
+    """Refuse the processes of torchrun and accelerate: each would train the whole, and all would
+    write to the same folder.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and count.isdecimal() and int(count) > 1:
+        raise CliError(
+            f"finetune trains in one process, and this is one of {count} (WORLD_SIZE); start it "
+            "without torchrun or accelerate launch, or write a loop with lowbit.prepare "
+            "(docs/processes.md)"
+        )
 
 
 def _demo_places(given: dict[str, Any]) -> dict[str, Any]:
