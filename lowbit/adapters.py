@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .modules import adapted_layers, quantized_layers, replace_all
+from .modules import adapted_layers, check_whole, quantized_layers, replace_all
 from .nn import MergeError, QLoRALinear
 from .peft_format import load_adapter, save_adapter
 
@@ -36,7 +36,7 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         The model, an ordinary 16-bit one.
 
     Raises:
-        ValueError: the model has no quantized layer.
+        ValueError: the model has no quantized layer, or is sharded (FSDP2).
 
     Notes:
         The sum is formed in fp32 and rounded once. The base stays what quantization made of it.
@@ -49,6 +49,7 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("model has no quantized layer; there is nothing to merge")
+    check_whole(model.named_parameters())
     while layers:  # one by one, and without keeping the old ones alive
         _, layer = layers.popitem()
         model = replace_all(model, {layer: layer.to_linear(dtype)})
@@ -65,8 +66,8 @@ def merge_adapter(model: nn.Module) -> dict[str, MergeError]:
         {layer: MergeError}: the relative error of requantizing and the relative size of the update.
 
     Raises:
-        ValueError: the model has no adapter, one is merged already, or a merged weight is not
-            finite; nothing is merged then.
+        ValueError: the model has no adapter or is sharded (FSDP2), one is merged already, or a
+            merged weight is not finite; nothing is merged then.
 
     Example:
         >>> model = lowbit.prepare(torch.nn.Sequential(torch.nn.Linear(64, 64)), r=4)
@@ -75,6 +76,7 @@ def merge_adapter(model: nn.Module) -> dict[str, MergeError]:
         0.0
     """
     layers = adapted_layers(model)
+    check_whole(model.named_parameters())
     merged: dict[str, MergeError] = {}
     try:
         for name, layer in layers.items():

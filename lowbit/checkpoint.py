@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from .materialize import restore_buffers
-from .modules import own, plain, quantized_layers, replace, train_adapters_only
+from .modules import (
+    check_replaceable,
+    check_whole,
+    own,
+    plain,
+    quantized_layers,
+    replace,
+    train_adapters_only,
+)
 from .nn import Linear4bit, QLoRALinear
 from .preparation import check_before_loading
 from .state import CheckpointError, entry_keys, from_state_entries
@@ -34,7 +42,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> Path:
 
     Args:
         model: model with Linear4bit or QLoRALinear layers, not on the meta device; also what
-            torch.compile made of one. Adapters merged in place are saved unmerged.
+            torch.compile or DistributedDataParallel made of one. Adapters merged in place are saved
+            unmerged.
         folder: directory to write; created if it is not there. Files of the same names are
             replaced, each in one step; an error leaves what was there before.
 
@@ -42,8 +51,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model has no quantized layer or is on the meta device, or `folder` is a
-            file.
+        ValueError: the model has no quantized layer, is on the meta device or sharded (FSDP2), or
+            `folder` is a file.
 
     Example:
         >>> model = lowbit.prepare(torch.nn.Sequential(torch.nn.Linear(64, 64)), r=4)
@@ -55,7 +64,9 @@ def save(model: nn.Module, folder: str | os.PathLike) -> Path:
     model = plain(model)
     if not quantized_layers(model):
         raise ValueError("model has no quantized layer; call lowbit.prepare(model) first")
-    tensors, shared = _distinct(model.state_dict())
+    state = model.state_dict()
+    check_whole(state.items())
+    tensors, shared = _distinct(state)
     config = {
         "format": "lowbit",
         "version": FORMAT_VERSION,
@@ -129,7 +140,8 @@ def load(
         FileNotFoundError: the folder or a file in it is not there.
         CheckpointError: the checkpoint is damaged, cut off or does not fit the model. The message
             names the tensor. The model is unchanged: everything is checked first.
-        ValueError: the model must be given but was not.
+        ValueError: the model must be given but was not, or it is in DistributedDataParallel or
+            sharded already.
 
     Example:
         >>> model = lowbit.prepare(torch.nn.Sequential(torch.nn.Linear(64, 64)), r=0)
@@ -141,6 +153,7 @@ def load(
         if isinstance(model, nn.Module):
             raise ValueError("folder is missing: lowbit.load(model, folder)")
         return _load(_build(Path(model)), Path(model), device).eval()
+    check_replaceable(model)
     inner = plain(model)
     loaded = _load(inner, Path(folder), device)
     return model if loaded is inner else loaded

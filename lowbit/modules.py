@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .nn import Linear4bit, QLoRALinear
 
@@ -20,9 +21,61 @@ def check_module(model) -> None:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model inside of what torch.compile returned, whose names are those of files."""
+    """The model inside of what torch.compile, DistributedDataParallel or DataParallel made of it,
+    whose names are those of files.
+    """
+    *_, model = _wrappers(model)
+    return model
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it came, what is inside, and so on to the model without wrappers."""
     check_module(model)
-    return getattr(model, "_orig_mod", model)
+    while model is not None:
+        yield model
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        else:
+            model = getattr(model, "_orig_mod", None)
+
+
+def check_replaceable(model: nn.Module) -> None:
+    """Refuse a model of which DDP or FSDP2 keeps the parameters of all processes in step: it would
+    go on with the old ones, and each process would train new ones for itself.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if any(isinstance(m, DistributedDataParallel) for m in _wrappers(model)):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which would not see that layers are "
+            "replaced; do this to the model itself and wrap it afterwards"
+        )
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(
+                f"{name} is sharded (FSDP2), and layers that replace others would not be; do this "
+                "before fully_shard"
+            )
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, of which this process may hold a part only."""
+    return hasattr(tensor, "full_tensor")
+
+
+def check_whole(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse tensors of which this process may hold a part only.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, tensor in tensors:
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{name} is sharded (FSDP2); gather the state dict on all ranks and load it into a "
+                "whole model first, see docs/processes.md"
+            )
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:

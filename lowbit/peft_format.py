@@ -23,6 +23,8 @@ from torch import nn
 
 from .modules import (
     adapted_layers,
+    check_replaceable,
+    check_whole,
     matches,
     own,
     plain,
@@ -67,7 +69,7 @@ def save_adapter(
     """Save the adapters in PEFT's format.
 
     Args:
-        model: prepared model, or what torch.compile made of one.
+        model: prepared model, or what torch.compile or DistributedDataParallel made of one.
         folder: directory to write; the two files are replaced, each in one step.
         base_model_name_or_path: goes into the configuration; default what a transformers model
             knows.
@@ -78,7 +80,7 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: the model has no adapter, or `folder` is a file.
+        ValueError: the model has no adapter or is sharded (FSDP2), or `folder` is a file.
 
     Notes:
         `peft.PeftModel.from_pretrained(base, folder)` computes what the lowbit model computes, up
@@ -100,6 +102,7 @@ def save_adapter(
                 raise ValueError(
                     f"{name}.{part} is on the meta device and has no data; load it first"
                 )
+            check_whole([(f"{name}.{part}", param)])
             tensors[f"{_PREFIX}{name}.{part}.weight"] = param.detach().contiguous()
     if base_model_name_or_path is None:
         base_model_name_or_path = (
@@ -189,12 +192,13 @@ def load_adapter(
         dtype: dtype of lora_A and lora_B; default that of the file.
 
     Returns:
-        The model. Layers are replaced, so make the optimizer afterwards.
+        The model. Layers are replaced, so make the optimizer and DistributedDataParallel or FSDP2
+        afterwards.
 
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: the adapter is of a kind that lowbit does not compute (DoRA, trained biases,
-            ...).
+            ...), or the model is in DistributedDataParallel or sharded already.
         CheckpointError: a file is damaged, or does not fit the model; the message names the tensor.
             In every case the model is unchanged.
 
@@ -205,6 +209,7 @@ def load_adapter(
         >>> lowbit.adapters.load_adapter(base, folder)[0].r
         4
     """
+    check_replaceable(model)
     inner, folder = plain(model), Path(folder)
     config = _read_config(folder / CONFIG_NAME)
     if not (folder / WEIGHTS_NAME).is_file():
@@ -274,8 +279,10 @@ def _read_pairs(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     for key, tensor in TensorSource(path):
         match = _KEY.fullmatch(key)
         if match is None:
+            wrapped = key.startswith("module.")
+            hint = "; save it from DistributedDataParallel's .module" if wrapped else ""
             raise ValueError(
-                f"{key} is no LoRA matrix of a linear layer, which is all lowbit reads"
+                f"{key} is no LoRA matrix of a linear layer, which is all lowbit reads{hint}"
             )
         if tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise CheckpointError(

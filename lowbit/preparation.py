@@ -13,6 +13,7 @@ from . import fusing
 from .materialize import Materializer
 from .modules import (
     check_module,
+    check_replaceable,
     forget_quantizer,
     fp32_names,
     group_shared,
@@ -79,8 +80,8 @@ def prepare(
 
     Raises:
         ValueError: an option is out of range, a name matches no linear layer (the message lists
-            close names), the model has no linear layer or has adapters already, or a weight has NaN
-            or Inf.
+            close names), the model has no linear layer, has adapters already or is in
+            DistributedDataParallel or sharded, or a weight has NaN or Inf.
         CheckpointError, FileNotFoundError: `weights` is damaged, incomplete or does not fit.
 
     Notes:
@@ -139,6 +140,7 @@ def prepare(
 def _check_options(model, r, adapter: dict[str, Any], quantization: dict[str, Any]) -> None:
     """Check by building a tiny layer with the options, so that no rule is written twice."""
     check_module(model)
+    check_replaceable(model)
     if hasattr(model, "peft_config"):
         raise ValueError("model has PEFT adapters already; merge them, or prepare the plain model")
     if not isinstance(r, int) or r < 0:

@@ -237,6 +237,7 @@ KEY = "base_model.model.1.0.lora_"
         (KEY + "A.weight", lambda t: t.T, r"1\.0\.lora_A\.weight must be \[2, 64\]"),
         (KEY + "A.weight", lambda t: t * float("nan"), "must be a finite floating matrix"),
         (KEY + "magnitude_vector", torch.ones(3), "is no LoRA matrix"),
+        ("module." + KEY + "A.weight", torch.ones(2, 64), r"DistributedDataParallel's \.module"),
         ("base_model.model.9.lora_A.weight", torch.ones(2, 64), "9.lora_B.weight is missing"),
     ],
 )

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +162,69 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
         assert_bitwise_equal(target.first.lora_A, model.first.lora_A, "lora_A")
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "compiled ddp", "ddp of compiled", "data parallel"])
+def test_a_parallel_model_is_saved_under_its_own_names(tmp_path, process_group, wrapper):
+    def wrap(model):
+        model = torch.compile(model, backend="eager") if wrapper == "ddp of compiled" else model
+        if wrapper == "data parallel":
+            return nn.DataParallel(model)
+        model = nn.parallel.DistributedDataParallel(model)
+        return torch.compile(model, backend="eager") if wrapper == "compiled ddp" else model
+
+    model = prepared()
+    wrapped = wrap(model)
+    assert_same_state(load(Toy(), save(wrapped, tmp_path / "saved")), model)
+    folder = adapters.save_adapter(wrapped, tmp_path / "adapter")
+    loaded = adapters.load_adapter(prepare(Toy(), r=0), folder)
+    assert_bitwise_equal(loaded.first.lora_A, model.first.lora_A, "lora_A")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ddp_must_not_be_filled(tmp_path, process_group, compiled):
+    """It would not synchronize the new adapters: every process would train its own."""
+    model = prepared()
+    save(model, tmp_path / "saved")
+    adapters.save_adapter(model, tmp_path / "adapter")
+    before = dict(model.named_parameters())
+    ddp = nn.parallel.DistributedDataParallel(model)
+    plain = nn.parallel.DistributedDataParallel(Toy())
+    if compiled:
+        ddp, plain = (torch.compile(m, backend="eager") for m in (ddp, plain))
+    for change in (
+        lambda: load(ddp, tmp_path / "saved"),
+        lambda: adapters.load_adapter(ddp, tmp_path / "adapter"),
+        lambda: prepare(plain),
+    ):
+        with pytest.raises(ValueError, match="is wrapped in DistributedDataParallel"):
+            change()
+    assert all(p is before[name] for name, p in model.named_parameters())
+    adapters.load_adapter(model, tmp_path / "adapter")
+
+
+def test_sharded_models_are_refused(tmp_path, process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    model, plain = prepared(), Toy()
+    adapters.save_adapter(model, tmp_path / "adapter")
+    for sharded in (model, plain):
+        packed = {p for p in sharded.parameters() if not p.is_floating_point()}
+        fully_shard(sharded, ignored_params=packed)
+    before = dict(model.named_parameters())
+    for function in (
+        lambda: save(model, tmp_path / "saved"),
+        lambda: load(model, tmp_path / "saved"),
+        lambda: adapters.save_adapter(model, tmp_path / "saved"),
+        lambda: adapters.load_adapter(model, tmp_path / "adapter"),
+        lambda: adapters.merge(model),
+        lambda: adapters.merge_adapter(model),
+        lambda: prepare(plain),
+    ):
+        with pytest.raises(ValueError, match=r"(weight|lora_A) is sharded \(FSDP2\)"):
+            function()
+    assert not (tmp_path / "saved").exists()
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+
 def test_shared_layer_stays_shared(tmp_path):
     def build():
         layer = nn.Linear(64, 64)
@@ -214,6 +278,22 @@ def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
             save(prepared(), target)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]  # no temporary folder, no new one
+
+
+def test_two_processes_save_to_one_new_folder(tmp_path, monkeypatch):
+    """The other one's folder appears just before this one's gets its name."""
+    model, target = prepared(), tmp_path / "saved"
+    rename = Path.rename
+
+    def late(scratch, to):
+        to.mkdir()
+        (to / "model.safetensors").write_text("the other's")
+        return rename(scratch, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    save(model, target)
+    assert_same_state(load(Toy(), target), model)
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
 
 def test_save_replaces_its_files_and_keeps_others(tmp_path):

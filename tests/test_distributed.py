@@ -128,6 +128,7 @@ def _ddp(rank, device):
 def _fsdp2(rank, device):
     """Sharded by layers; the packed weights as well where torch can, else whole on every rank."""
     import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
     plain, ids = _model(device), _ids(rank, device)
@@ -149,6 +150,15 @@ def _fsdp2(rank, device):
         _backward(model, ids)
         grads = {name: p.grad.full_tensor() for name, p in _trained(model).items()}
         _assert_gradients(grads, expected, f"rank {rank}, packed weights sharded: {shards_packed}")
+        torch.optim.AdamW(_trained(model).values(), lr=1e-2).step()
+        trained = {name: p.full_tensor() for name, p in _trained(model).items()}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)  # on rank 0; empty elsewhere
+        if rank == 0:
+            whole = _model(device)
+            whole.load_state_dict(state)
+            for name, p in _trained(whole).items():
+                assert_bitwise_equal(p, trained[name], f"gathered {name}")
 
 
 @pytest.mark.parametrize("place", PLACES)
