@@ -460,3 +460,15 @@ def test_parameters_that_were_exchanged_are_refused(stepped):
     optimizer.param_groups[0]["params"] = [new]
     with pytest.raises(ValueError, match="parameter 0 of group 0 was put into the group after"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_processes_round_alike(kind, process_group, monkeypatch):
+    """Copies of a parameter that DDP does not synchronize again must not drift apart."""
+    parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    kind([parameter], stochastic_rounding=True)  # alone in its group
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    kind([parameter])
+    kind([parameter], stochastic_rounding=True, seed=3)
+    with pytest.raises(ValueError, match="seed must be given, the same on all ranks"):
+        kind([parameter], stochastic_rounding=True)

@@ -58,6 +58,11 @@ class PackedOptimizer(torch.optim.Optimizer):
         _check_numbers(defaults)
         self.stochastic_rounding, self.skip_nonfinite = stochastic_rounding, skip_nonfinite
         if seed is None:
+            if stochastic_rounding and _processes() > 1:
+                raise ValueError(
+                    "seed must be given, the same on all ranks, for stochastic_rounding in a group "
+                    "of processes: each would round its copy of the parameters in another way"
+                )
             seed = int.from_bytes(os.urandom(7), "little")
         defaults["seed"] = int(seed)  # in the groups, so that a state dict carries it
         self._paging, self._policy = paging, policy
@@ -386,6 +391,12 @@ class PackedOptimizer(torch.optim.Optimizer):
             f"{type(self).__name__} cannot be pickled or copied; save its state_dict() and load it "
             "into a new optimizer"
         )
+
+
+def _processes() -> int:
+    """Processes of the default group of torch.distributed."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _check_numbers(group: dict) -> None:
