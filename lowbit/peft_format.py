@@ -39,6 +39,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_(A|B)\.weight")
+# Parts of names that compiled or checkpointed blocks add; files are without them.
+_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
 # Options of PEFT that change what a layer computes, and what is wrong with them here.
 _UNSUPPORTED = {
     "use_dora": "DoRA",
@@ -94,7 +96,7 @@ def save_adapter(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     model = plain(model)
-    layers = adapted_layers(model)
+    layers = {_WRAPPED.sub("", name): layer for name, layer in adapted_layers(model).items()}
     tensors = {}
     for name, layer in layers.items():
         for part, param in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
@@ -167,7 +169,7 @@ def _alpha(layer: QLoRALinear, use_rslora: bool) -> float:
 def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
     """Full names; as one regular expression if a name is also the ending of another module's."""
     adapted = set(names)
-    others = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    others = [_WRAPPED.sub("", name) for name, _ in model.named_modules(remove_duplicate=False)]
     if any(matches(o, n) for n in names for o in others if o not in adapted and o.endswith(n)):
         return "|".join(re.escape(name) for name in names)
     return sorted(names)
@@ -221,7 +223,8 @@ def load_adapter(
         if isinstance(layer, QLoRALinear) and layer.merged:
             raise ValueError(f"{name} has its adapter merged; call unmerge_adapter(model) first")
     new: dict[nn.Module, nn.Module] = {}
-    modules = dict(inner.named_modules(remove_duplicate=False))
+    named = inner.named_modules(remove_duplicate=False)
+    modules = {_WRAPPED.sub("", name): module for name, module in named}
     for name, pair in pairs.items():
         layer = modules.get(name)
         if not isinstance(layer, Linear4bit):

@@ -279,6 +279,35 @@ def test_save_needs_an_adapter_with_data(tmp_path):
         adapters.save_adapter(prepare(mlp().to("meta"), r=2), tmp_path)
 
 
+def _compiled(block):
+    return torch.compile(block, backend="eager")
+
+
+def _checkpointed(block):
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    return checkpoint_wrapper.checkpoint_wrapper(block)
+
+
+@pytest.mark.parametrize("wrap", [_compiled, _checkpointed])
+def test_wrapped_blocks_are_saved_under_their_own_names(tmp_path, wrap):
+    plain = randomize(prepare(llama(), r=4))
+    adapters.save_adapter(plain, tmp_path / "plain")
+    wrapped = copy.deepcopy(plain)
+    wrapped.model.layers[1] = wrap(wrapped.model.layers[1])
+    adapters.save_adapter(wrapped, tmp_path / "wrapped")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        first, second = ((tmp_path / f / name).read_bytes() for f in ("plain", "wrapped"))
+        assert first == second, name
+    before = [p.detach().clone() for p in wrapped.parameters()]
+    for name, p in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.zeros_(p)
+    adapters.load_adapter(wrapped, tmp_path / "plain")
+    for p, expected in zip(wrapped.parameters(), before, strict=True):
+        assert_bitwise_equal(p, expected)
+
+
 # ---- merging and switching -----------------------------------------------------------------------
 
 
