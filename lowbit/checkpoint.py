@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,12 @@ def save(model: nn.Module, folder: str | os.PathLike) -> Path:
 
 
 def _every_name(model: nn.Module) -> dict[str, Linear4bit]:
-    """Quantized layers under all their names."""
+    """Quantized layers under all their names, which torch's checkpoint_wrapper is not part of: its
+    state dict leaves that out as well.
+    """
     modules = model.named_modules(remove_duplicate=False)
-    return {name: m for name, m in modules if isinstance(m, Linear4bit)}
+    wrapper = re.compile(r"(?<![^.])_checkpoint_wrapped_module\.|\._checkpoint_wrapped_module$")
+    return {wrapper.sub("", name): m for name, m in modules if isinstance(m, Linear4bit)}
 
 
 def _layer_config(layer: Linear4bit) -> dict[str, Any]:

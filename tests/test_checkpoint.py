@@ -162,6 +162,16 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
         assert_bitwise_equal(target.first.lora_A, model.first.lora_A, "lora_A")
 
 
+def test_a_checkpointed_layer_is_saved_under_its_own_name(tmp_path):
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    model = prepared()
+    expected = copy.deepcopy(model)
+    model.first = checkpoint_wrapper.checkpoint_wrapper(model.first)
+    model = checkpoint_wrapper.checkpoint_wrapper(model)
+    assert_same_state(load(Toy(), save(model, tmp_path / "saved")), expected)
+
+
 @pytest.mark.parametrize("wrapper", ["ddp", "compiled ddp", "ddp of compiled", "data parallel"])
 def test_a_parallel_model_is_saved_under_its_own_names(tmp_path, process_group, wrapper):
     def wrap(model):
