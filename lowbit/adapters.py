@@ -115,7 +115,7 @@ def drop_adapter(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter or is sharded (FSDP2).
 
     Example:
         >>> model = lowbit.prepare(torch.nn.Sequential(torch.nn.Linear(64, 64)), r=4)
@@ -123,6 +123,7 @@ def drop_adapter(model: nn.Module) -> nn.Module:
         'Linear4bit'
     """
     layers = adapted_layers(model).values()
+    check_whole(model.named_parameters())
     return replace_all(model, {layer: layer.without_adapter() for layer in layers})
 
 

@@ -227,6 +227,7 @@ def test_sharded_models_are_refused(tmp_path, process_group):
         lambda: adapters.load_adapter(model, tmp_path / "adapter"),
         lambda: adapters.merge(model),
         lambda: adapters.merge_adapter(model),
+        lambda: adapters.drop_adapter(model),
         lambda: prepare(plain),
     ):
         with pytest.raises(ValueError, match=r"(weight|lora_A) is sharded \(FSDP2\)"):
