@@ -56,8 +56,8 @@ class AdamW8bit(_AdamW):
             updates below half a unit in the last place are not lost.
         skip_nonfinite: leave out a step whose gradients hold a NaN or an Inf. By default they go
             into parameters and state, as in torch.optim.
-        seed: of the random rounding; drawn from the system if not given, which several processes
-            must not do, as their parameters would drift apart.
+        seed: of the random rounding; drawn from the system if not given. Several processes must be
+            given the same one, or their parameters would drift apart.
 
     Raises:
         ValueError, TypeError: bad numbers, dtypes or layouts; the message names the parameter.
