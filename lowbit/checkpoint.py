@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ from torch import nn
 
 from .materialize import restore_buffers
 from .modules import (
+    CHECKPOINTED,
     check_replaceable,
     check_whole,
     own,
+    own_name,
     plain,
     quantized_layers,
     replace,
@@ -89,8 +90,7 @@ def _every_name(model: nn.Module) -> dict[str, Linear4bit]:
     state dict leaves that out as well.
     """
     modules = model.named_modules(remove_duplicate=False)
-    wrapper = re.compile(r"(?<![^.])_checkpoint_wrapped_module\.|\._checkpoint_wrapped_module$")
-    return {wrapper.sub("", name): m for name, m in modules if isinstance(m, Linear4bit)}
+    return {own_name(name, CHECKPOINTED): m for name, m in modules if isinstance(m, Linear4bit)}
 
 
 def _layer_config(layer: Linear4bit) -> dict[str, Any]:

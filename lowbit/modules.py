@@ -13,6 +13,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .nn import Linear4bit, QLoRALinear
 
+# What torch.compile and torch's checkpoint_wrapper add to the names of what is inside.
+COMPILED, CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
+
 
 def check_module(model) -> None:
     """The first check of every function that takes a model."""
@@ -36,7 +39,12 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
         else:
-            model = getattr(model, "_orig_mod", None)
+            model = getattr(model, COMPILED, None)
+
+
+def own_name(name: str, *wrappers: str) -> str:
+    """A name without the parts that wrapped blocks add to it."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def check_replaceable(model: nn.Module) -> None:

@@ -22,11 +22,14 @@ import torch
 from torch import nn
 
 from .modules import (
+    CHECKPOINTED,
+    COMPILED,
     adapted_layers,
     check_replaceable,
     check_whole,
     matches,
     own,
+    own_name,
     plain,
     quantized_layers,
     replace_all,
@@ -39,8 +42,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_(A|B)\.weight")
-# Parts of names that compiled or checkpointed blocks add; files are without them.
-_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
+_WRAPPERS = (COMPILED, CHECKPOINTED)  # names in files are without them
 # Options of PEFT that change what a layer computes, and what is wrong with them here.
 _UNSUPPORTED = {
     "use_dora": "DoRA",
@@ -96,7 +98,7 @@ def save_adapter(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     model = plain(model)
-    layers = {_WRAPPED.sub("", name): layer for name, layer in adapted_layers(model).items()}
+    layers = {own_name(name, *_WRAPPERS): layer for name, layer in adapted_layers(model).items()}
     tensors = {}
     for name, layer in layers.items():
         for part, param in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
@@ -169,7 +171,7 @@ def _alpha(layer: QLoRALinear, use_rslora: bool) -> float:
 def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
     """Full names; as one regular expression if a name is also the ending of another module's."""
     adapted = set(names)
-    others = [_WRAPPED.sub("", name) for name, _ in model.named_modules(remove_duplicate=False)]
+    others = [own_name(name, *_WRAPPERS) for name, _ in model.named_modules(remove_duplicate=False)]
     if any(matches(o, n) for n in names for o in others if o not in adapted and o.endswith(n)):
         return "|".join(re.escape(name) for name in names)
     return sorted(names)
@@ -224,7 +226,7 @@ def load_adapter(
             raise ValueError(f"{name} has its adapter merged; call unmerge_adapter(model) first")
     new: dict[nn.Module, nn.Module] = {}
     named = inner.named_modules(remove_duplicate=False)
-    modules = {_WRAPPED.sub("", name): module for name, module in named}
+    modules = {own_name(name, *_WRAPPERS): module for name, module in named}
     for name, pair in pairs.items():
         layer = modules.get(name)
         if not isinstance(layer, Linear4bit):
@@ -291,7 +293,7 @@ def _read_pairs(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             raise CheckpointError(
                 f"{key} must be a finite floating matrix, got {tensor.dtype} {list(tensor.shape)}"
             )
-        found.setdefault(match[1], {})[match[2]] = own(tensor)
+        found.setdefault(own_name(match[1], *_WRAPPERS), {})[match[2]] = own(tensor)
     for name, pair in found.items():
         for part in "AB":
             if part not in pair:

@@ -294,6 +294,8 @@ def test_wrapped_blocks_are_saved_under_their_own_names(tmp_path, wrap):
     plain = randomize(prepare(llama(), r=4))
     adapters.save_adapter(plain, tmp_path / "plain")
     wrapped = copy.deepcopy(plain)
+    attention = wrapped.model.layers[0].self_attn
+    attention.q_proj = wrap(attention.q_proj)  # a block that is a layer itself
     wrapped.model.layers[1] = wrap(wrapped.model.layers[1])
     adapters.save_adapter(wrapped, tmp_path / "wrapped")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -306,6 +308,16 @@ def test_wrapped_blocks_are_saved_under_their_own_names(tmp_path, wrap):
     adapters.load_adapter(wrapped, tmp_path / "plain")
     for p, expected in zip(wrapped.parameters(), before, strict=True):
         assert_bitwise_equal(p, expected)
+
+
+def test_files_with_names_of_compiled_blocks_are_read(tmp_path):
+    saved = saved_adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    names = {key: key.replace(".1.0.", ".1._orig_mod.0.") for key in load_file(path)}
+    assert any(key != name for key, name in names.items())
+    save_file({names[key]: tensor for key, tensor in load_file(path).items()}, path)
+    loaded = adapters.load_adapter(prepare(mlp(), r=0), tmp_path)
+    assert_bitwise_equal(loaded[1][0].lora_A, saved[1][0].lora_A)
 
 
 # ---- merging and switching -----------------------------------------------------------------------
