@@ -228,7 +228,10 @@ def replace(model: nn.Module, names: Sequence[str], build: Callable[[nn.Module],
         if name == "":
             return new
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        owner = model.get_submodule(parent)
+        setattr(owner, child, new)
+        if child == COMPILED and hasattr(owner, "dynamo_ctx"):
+            owner._initialize()  # its forward was bound to the old layer
         _leave_fast_path(model, parent)
     return model
 

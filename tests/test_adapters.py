@@ -320,6 +320,17 @@ def test_files_with_names_of_compiled_blocks_are_read(tmp_path):
     assert_bitwise_equal(loaded[1][0].lora_A, saved[1][0].lora_A)
 
 
+def test_a_compiled_layer_computes_with_its_replacement(tmp_path):
+    """torch.compile binds the forward of the layer it was given."""
+    saved_adapter(tmp_path)
+    model, x = mlp(), torch.randn(3, 64)
+    model[1][0] = _compiled(model[1][0])
+    model = adapters.load_adapter(prepare(model, r=0), tmp_path)
+    layer = model[1][0]
+    assert isinstance(layer._orig_mod, QLoRALinear)
+    assert_bitwise_equal(layer(x), layer._orig_mod(x))
+
+
 # ---- merging and switching -----------------------------------------------------------------------
 
 
