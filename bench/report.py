@@ -283,13 +283,13 @@ def optimizer(name: str, record: dict) -> str:
     return f"{what} ({caption}; {rates} at once; `{name}`):\n\n{table(head, body)}"
 
 
-def optimizer_headline(record: dict) -> str:
+def optimizer_headline(name: str, record: dict) -> str:
     """The README's figures of paged AdamW, with fp32 and with 8-bit state."""
     ms = {(row["parameters"], row["optimizer"]): row["ms"] for row in record["rows"]}
 
     def cell(parameters: str, library: str, bits32: str, where: str) -> str:
-        names = (f"{library} {name}{where}" for name in (bits32, "PagedAdamW8bit"))
-        times = [ms.get((parameters, name)) for name in names]
+        optimizers = (f"{library} {bits}{where}" for bits in (bits32, "PagedAdamW8bit"))
+        times = [ms.get((parameters, optimizer)) for optimizer in optimizers]
         return " / ".join(f"{t:.1f}" for t in times) if all(times) else "-"
 
     body = []
@@ -315,7 +315,7 @@ def optimizer_headline(record: dict) -> str:
         "One step of paged AdamW over all LoRA parameters, by where the state is and its precision "
         "(bitsandbytes had most of its paged state on the host in every row)"
     )
-    return f"{what} ({caption}; `optimizer_h100.json`):\n\n{table(head, body)}"
+    return f"{what} ({caption}; `{name}`):\n\n{table(head, body)}"
 
 
 def optimizer_curves(name: str, record: dict) -> str:
@@ -469,6 +469,7 @@ HEADLINES = {
     "model_h200.json": lambda row: True,
     "linear_h200.json": lambda row: (row["N"], row["K"]) == (14336, 4096),
 }
+OPTIMIZER_HEADLINE = "optimizer_h200.json"
 
 
 def report(*, headlines: bool) -> str:
@@ -488,9 +489,9 @@ def report(*, headlines: bool) -> str:
 
 def readme(text: str) -> str:
     """The README with what stands between its markers replaced."""
-    optimizer_record = json.loads((RESULTS / "optimizer_h100.json").read_text())
+    steps = json.loads((RESULTS / OPTIMIZER_HEADLINE).read_text())
     for name, content in {
-        "optimizer": optimizer_headline(optimizer_record) + "\n",
+        "optimizer": optimizer_headline(OPTIMIZER_HEADLINE, steps) + "\n",
         "results": report(headlines=True),
     }.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
