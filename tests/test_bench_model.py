@@ -15,13 +15,13 @@ from lowbit.cli.app import app
 pytest.importorskip("transformers", reason="needs transformers")
 
 from lowbit.benchmarks import model as bench
-from lowbit.benchmarks import model_build, model_contenders, model_profile
+from lowbit.benchmarks import model_build, model_contenders, model_inputs, model_profile
 from lowbit.benchmarks.model_configs import CONFIGS
 from lowbit.fusing import unfuse
 from lowbit.nn import QLoRALinear
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = CONFIGS["tiny"]
+TINY, TINY_VL = CONFIGS["tiny"], CONFIGS["tiny-vl"]
 NEEDS_PEFT = pytest.mark.skipif(
     model_build.why_no_peft() is not None, reason="needs bitsandbytes and peft"
 )
@@ -41,6 +41,9 @@ def run(*arguments):
         (["--optimizer", "sgd"], "--optimizer must be one of adamw, paged-adamw"),
         (["--compare", "unsloth"], "--compare must be one of peft-bnb, got unsloth"),
         (["--json", "."], "--json . is a folder; name a file"),
+        (["--image", "448"], "--image is for models that see, not for llama-8b"),
+        (["--config", "qwen2.5-vl-7b", "--image", "450"], "must be a multiple of 28 pixels, got"),
+        (["--config", "qwen2.5-vl-7b", "--seq", "200"], "448 x 448 pixels is 256 tokens; --seq mu"),
     ],
 )
 def test_wrong_input_is_one_sentence(arguments, sentence):
@@ -74,7 +77,13 @@ def test_help_names_every_choice(monkeypatch):
 
 def test_sizes_of_the_models():
     """Parameters as published, to the percent that norms and rounding take."""
-    published = {"llama-8b": 8.03e9, "llama-65b": 65.2e9, "qwen2.5-7b": 7.62e9}
+    published = {
+        "llama-8b": 8.03e9,
+        "llama-65b": 65.2e9,
+        "qwen2.5-7b": 7.62e9,
+        "qwen2.5-vl-7b": 8.29e9,
+        "qwen2.5-vl-72b": 73.4e9,
+    }
     for name, count in published.items():
         assert CONFIGS[name].parameters == pytest.approx(count, rel=0.01)
     assert CONFIGS["llama-65b"].full_bytes == pytest.approx(780e9, rel=0.01)  # the paper's figure
@@ -88,8 +97,21 @@ def test_flops_by_hand():
     assert TINY.linear_parameters == linear
     adapters = 2 * 4 * (2 * 128 + 2 * 96 + 3 * 192)
     head = 2 * 512 * 64
-    assert TINY.step_flops(10, 4, True) == 20.0 * (3 * linear + 4 * adapters + head)
-    assert TINY.step_flops(10, 4, False) == 20.0 * (2 * linear + 3 * adapters + head)
+    assert TINY.step_flops(5, 2, 4, True) == 20.0 * (3 * linear + 4 * adapters + head)
+    assert TINY.step_flops(5, 2, 4, False) == 20.0 * (2 * linear + 3 * adapters + head)
+
+
+def test_flops_of_an_image_by_hand():
+    """Two images of 84 x 84 pixels are 72 patches and 18 tokens. A block has qkv, proj, gate, up
+    and down of 96 x 32, 32 x 32, 2 of 44 x 32, 32 x 44; the merger 128 x 128 and 64 x 128.
+    """
+    block, adapters = 96 * 32 + 32 * 32 + 3 * 44 * 32, 4 * (128 + 64 + 3 * 76)
+    merger, merger_adapters = 128 * 128 + 64 * 128, 4 * (256 + 192)
+    seen = 72 * (2 * (3 * block + 4 * adapters) + 32 * 1176)
+    seen += 18 * (2 * merger + 3 * merger_adapters)
+    text = TINY_VL.step_flops(2, 30, 4, True)
+    assert text == TINY.step_flops(2, 30, 4, True)
+    assert TINY_VL.step_flops(2, 30, 4, True, image=84) == text + 2.0 * seen
 
 
 def test_kernel_classes():
@@ -160,6 +182,26 @@ def options(**changes) -> bench.Options:
     return bench.Options(TINY, **{"rank": 4, "batch": 2, "seq": 16, "seconds": 0.0} | changes)
 
 
+def test_a_model_that_sees_trains_all_its_adapters(on_the_cpu, capsys):
+    """Behind the first token stands the image, and only what follows it is predicted."""
+    o = options(seq=20, image=84)
+    o.config = TINY_VL
+    (row,) = bench.run(o)
+    assert row.image == 84
+    assert "2 x 20 tokens of which 9 are an image of 84 x 84 pixels" in capsys.readouterr().out
+    batch = model_inputs.draw(TINY_VL, 2, 20, 84, "cpu")
+    assert batch.prefix == 10
+    assert batch.ids.eq(511).sum(1).tolist() == [9, 9]
+    assert batch.more["pixel_values"].shape == (2 * 36, 1176)
+    contender = model_contenders.build_lowbit(o, batch)
+    contender.loss(batch.ids).backward()
+    layers = {n: m for n, m in contender.model.named_modules() if isinstance(m, QLoRALinear)}
+    assert sum("visual" in name for name in layers) == 2 * 5 + 2
+    assert len(layers) == 2 * 5 + 2 + 2 * 7
+    for name, layer in layers.items():
+        assert layer.lora_B.grad.abs().max() > 0, name
+
+
 def test_run_writes_rows_and_record(on_the_cpu, tmp_path, capsys):
     rows = bench.run(options(json=tmp_path / "deep/out.json"))
     (row,) = rows
@@ -179,14 +221,14 @@ def test_run_writes_rows_and_record(on_the_cpu, tmp_path, capsys):
 @pytest.mark.parametrize(("tokens", "graph"), [(16, False), (16, True), (4096, False)])
 def test_few_tokens_are_checkpointed_by_the_reentrant_kind(on_the_cpu, tokens, graph):
     """But not where a graph takes the host's time; without, no block is."""
-    ids = torch.zeros(1, tokens, dtype=torch.int64)
-    contender = model_contenders.build_lowbit(options(), ids)
+    batch = model_inputs.Batch(torch.zeros(1, tokens, dtype=torch.int64))
+    contender = model_contenders.build_lowbit(options(), batch)
     contender.checkpoint(graph=graph)
     for block in contender.model.model.layers:
         assert block.gradient_checkpointing
         kind = block._gradient_checkpointing_func.keywords
         assert kind == {"use_reentrant": tokens == 16 and not graph, "preserve_rng_state": False}
-    contender = model_contenders.build_lowbit(options(checkpointing=False), ids)
+    contender = model_contenders.build_lowbit(options(checkpointing=False), batch)
     assert not any(block.gradient_checkpointing for block in contender.model.model.layers)
 
 
@@ -211,7 +253,8 @@ def test_a_model_that_does_not_train_is_not_timed(on_the_cpu, monkeypatch):
 
 
 def test_memory_adds_up(on_the_cpu):
-    contender = model_contenders.build_lowbit(options(), torch.zeros(2, 16, dtype=torch.int64))
+    batch = model_inputs.Batch(torch.zeros(2, 16, dtype=torch.int64))
+    contender = model_contenders.build_lowbit(options(), batch)
     parts = bench.memory(contender, peak=10_000_000, in_use=20_000_000)
     assert sum(parts.values()) == 20_000_000
     assert parts["base, 16-bit"] == 2 * (2 * 512 * 64 + 5 * 64)  # embeddings, head, norms
@@ -256,6 +299,15 @@ def test_command_on_a_gpu(tmp_path):
         assert sum(row["memory"].values()) == row["in_use_bytes"] > row["peak_bytes"] > 0
         assert row["profile"]["classes"]["lowbit"] > 0
     assert rows[1]["last_loss"] < rows[0]["first_loss"]
+
+
+@pytest.mark.gpu
+@NEEDS_PEFT
+def test_a_model_that_sees_on_a_gpu():
+    o = options(seq=64, image=84, compare=["peft-bnb"], seconds=0.1)
+    o.config = TINY_VL
+    ours, theirs = bench.run(o)
+    assert theirs.first_loss == pytest.approx(ours.first_loss, rel=1e-2)
 
 
 @pytest.mark.gpu

@@ -26,6 +26,7 @@ import torch
 from .checks import CheckError
 from .model_configs import PAPER_FULL_GB, PAPER_QLORA_GB, ModelConfig
 from .model_contenders import DTYPE, Contender, build_lowbit, build_peft
+from .model_inputs import draw
 from .model_profile import Profile, profile_step
 from .records import environment, say, write_json
 from .timing import percentiles
@@ -44,6 +45,7 @@ class Options:
     rank: int = 16
     batch: int = 1
     seq: int = 512
+    image: int | None = None  # pixels of the edge of a square image in each sequence
     optimizer: str = "paged-adamw"
     graph: bool = False
     fuse: bool = True
@@ -64,6 +66,7 @@ class Row:
     r: int
     batch: int
     seq: int
+    image: int | None
     optimizer: str
     graph: bool
     fuse: bool
@@ -191,15 +194,14 @@ def measure(o: Options, contender: Contender, build_s: float, graph: bool, forei
     peak = torch.cuda.max_memory_allocated() if _on_gpu() else 0
     in_use = in_use_bytes() - foreign
     profile = profile_step(contender.step) if o.profile and _on_gpu() else None
-    tokens = o.batch * o.seq
+    flops = o.config.step_flops(o.batch, o.seq, o.rank, o.checkpointing, o.image)
     return Row(
         o.config.name,
         contender.name + (", graph" if graph and failure is None else ""),
-        o.rank, o.batch, o.seq, o.optimizer, graph and failure is None,
+        o.rank, o.batch, o.seq, o.image, o.optimizer, graph and failure is None,
         o.fuse and contender.name == "lowbit", o.checkpointing, *percentiles(times), first, last,
-        o.config.step_flops(tokens, o.rank, o.checkpointing) / 1e12, build_s, o.memory_limit, peak,
-        in_use,
-        contender.state_bytes()["host"], memory(contender, peak, in_use), profile,
+        flops / 1e12, build_s, o.memory_limit, peak, in_use, contender.state_bytes()["host"],
+        memory(contender, peak, in_use), profile,
     )  # fmt: skip
 
 
@@ -263,11 +265,10 @@ def _contender(o: Options, name: str, build: Callable, start: int, rows: list[Ro
 
     What an earlier contender left behind (bitsandbytes keeps paged memory) is not counted.
     """
-    torch.manual_seed(0)
-    ids = torch.randint(0, o.config.vocabulary, (o.batch, o.seq), device=DEVICE)
+    batch = draw(o.config, o.batch, o.seq, o.image, DEVICE)
     foreign = max(0, in_use_bytes() - start)
     begin = time.perf_counter()
-    contender = build(o, ids)
+    contender = build(o, batch)
     _release()  # what building needed besides
     build_s = time.perf_counter() - begin
     rows.append(measure(o, contender, build_s, graph=False, foreign=foreign))
@@ -302,7 +303,11 @@ def _show(row: Row) -> None:
 def _settings(o: Options) -> str:
     kind = "gradient checkpointing" if o.checkpointing else "no checkpointing"
     limit = "" if o.memory_limit is None else f", {o.memory_limit:g} GiB of the card"
-    return f"rank {o.rank}, {o.batch} x {o.seq} tokens, bf16, {o.optimizer}, {kind}{limit}"
+    tokens = f"{o.batch} x {o.seq} tokens"
+    if o.image is not None:
+        count = o.config.vision.tokens(o.image)
+        tokens += f" of which {count} are an image of {o.image} x {o.image} pixels"
+    return f"rank {o.rank}, {tokens}, bf16, {o.optimizer}, {kind}{limit}"
 
 
 def memory_table(o: Options, rows: Sequence[Row]) -> list[str]:

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..materialize import restore_buffers
 from ..preparation import prepare
-from .model_configs import ModelConfig
+from .model_configs import ModelConfig, VisionTower
+from .model_inputs import image_token
 
 BLOCKSIZE = 64
 STD = 0.02  # of the random weights
@@ -24,23 +25,43 @@ SEED = 0
 
 def skeleton(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """transformers' model on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    settings = AutoConfig.for_model(
-        config.family,
-        hidden_size=config.hidden,
-        num_hidden_layers=config.layers,
-        intermediate_size=config.ffn,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        vocab_size=config.vocabulary,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
+    language = {
+        "hidden_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "intermediate_size": config.ffn,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "vocab_size": config.vocabulary,
+        "use_cache": False,
         **config.more,
-    )
+    }
+    if config.vision is None:
+        kind, settings = transformers.AutoModelForCausalLM, language
+    else:
+        kind = transformers.AutoModelForImageTextToText
+        settings = {
+            "text_config": language,
+            "vision_config": _vision(config.vision),
+            "image_token_id": image_token(config),
+        }
+    settings |= {"tie_word_embeddings": False, "attn_implementation": "sdpa"}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        return kind.from_config(
+            transformers.AutoConfig.for_model(config.family, **settings), dtype=dtype
+        )
+
+
+def _vision(tower: VisionTower) -> dict:
+    return {
+        "hidden_size": tower.hidden,
+        "depth": tower.layers,
+        "intermediate_size": tower.ffn,
+        "num_heads": tower.heads,
+        "out_hidden_size": tower.out,
+        "fullatt_block_indexes": list(tower.full_attention),
+    }
 
 
 def random_weights(
@@ -110,8 +131,9 @@ def peft_model(
         model.set_submodule(path, layer)
         del tensor
     restore_buffers(model, device)
-    targets = sorted({name.rpartition(".")[2] for name in layers})
-    lora = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules=sorted(layers), task_type="CAUSAL_LM"
+    )
     torch.manual_seed(SEED)
     wrapped = peft.get_peft_model(model, lora, autocast_adapter_dtype=False).to(device)
     for parameter in wrapped.parameters():

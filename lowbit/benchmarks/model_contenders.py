@@ -15,6 +15,7 @@ from ..causal import is_only_causal, without_mask
 from ..cli.loss import head_loss
 from ..nn import QLoRALinear
 from . import model_build
+from .model_inputs import Batch
 
 if TYPE_CHECKING:
     from .model import Options
@@ -36,8 +37,10 @@ OPTIMIZERS = {
 class Contender:
     """A model with its optimizer; `step()` trains on the one batch and returns the loss."""
 
-    def __init__(self, name: str, model: nn.Module, o: Options, optimizer, loss: Callable, ids):
-        self.name, self.model, self.ids, self.loss = name, model, ids, loss
+    def __init__(
+        self, name: str, model: nn.Module, o: Options, optimizer, loss: Callable, batch: Batch
+    ):
+        self.name, self.model, self.ids, self.loss = name, model, batch.ids, loss
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.make_optimizer, self.optimizer = optimizer, optimizer(self.parameters)
         self.captured: CapturedBackward | None = None
@@ -109,25 +112,28 @@ class PeftContender(Contender):
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
 
 
-def build_lowbit(o: Options, ids: torch.Tensor) -> Contender:
-    model = model_build.lowbit_model(o.config, o.rank, DTYPE, ids.device, o.fuse)
+def build_lowbit(o: Options, batch: Batch) -> Contender:
+    model = model_build.lowbit_model(o.config, o.rank, DTYPE, batch.ids.device, o.fuse)
     maskless = is_only_causal(model)
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
-        """Mean over the tokens that have a next one."""
+        """Mean over the tokens that are predicted."""
         with without_mask(model) if maskless else contextlib.nullcontext():
-            hidden = model.base_model(input_ids=ids, use_cache=False)[0]
-        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        return head_loss(rows, model.lm_head, ids[:, 1:].reshape(-1)) / rows.shape[0]
+            hidden = model.base_model(input_ids=ids, use_cache=False, **batch.more)[0]
+        rows = hidden[:, batch.prefix - 1 : -1].reshape(-1, hidden.shape[-1])
+        targets = ids[:, batch.prefix :].reshape(-1)
+        return head_loss(rows, model.lm_head, targets) / rows.shape[0]
 
     name = "lowbit" if o.fuse else "lowbit, not fused"
-    return Contender(name, model, o, OPTIMIZERS[o.optimizer], loss, ids)
+    return Contender(name, model, o, OPTIMIZERS[o.optimizer], loss, batch)
 
 
-def build_peft(o: Options, ids: torch.Tensor) -> Contender:
+def build_peft(o: Options, batch: Batch) -> Contender:
     import bitsandbytes as bnb
 
-    model = model_build.peft_model(o.config, o.rank, DTYPE, ids.device)
+    model = model_build.peft_model(o.config, o.rank, DTYPE, batch.ids.device)
+    labels = batch.ids.clone()
+    labels[:, : batch.prefix] = -100
     optimizers = {
         "adamw": OPTIMIZERS["adamw"],
         "paged-adamw": lambda p: bnb.optim.PagedAdamW32bit(p, lr=RATE, weight_decay=0.0),
@@ -135,6 +141,6 @@ def build_peft(o: Options, ids: torch.Tensor) -> Contender:
     }
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=ids, labels=ids, use_cache=False).loss
+        return model(input_ids=ids, labels=labels, use_cache=False, **batch.more).loss
 
-    return PeftContender("peft-bnb", model, o, optimizers[o.optimizer], loss, ids)
+    return PeftContender("peft-bnb", model, o, optimizers[o.optimizer], loss, batch)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from ..benchmarks.model_configs import CONFIGS
+from ..benchmarks.model_configs import CONFIGS, ModelConfig
 from .errors import EXIT_INTERNAL, CliError, guard, is_out_of_memory
 from .options import option
 
@@ -24,8 +24,11 @@ EXAMPLES = """Examples:
   lowbit bench model --config llama-8b --seq 512 --graph --profile
 \b
   lowbit bench model --config llama-65b --rank 64 --memory-limit 43
+\b
+  lowbit bench model --config qwen2.5-vl-7b --seq 2048 --image 1008
 """
 
+IMAGE = 448
 OPTIMIZERS = ("adamw", "paged-adamw", "paged-adamw-8bit")
 PEERS = ("peft-bnb",)
 
@@ -33,6 +36,10 @@ Config = Annotated[str, option("--config", help=f"{', '.join(CONFIGS)}.")]
 Rank = Annotated[int, option("--rank", "-r", help="Rank of the adapters.", min=1)]
 BatchSize = Annotated[int, option("--batch", "-b", help="Sequences per step.", min=1)]
 Length = Annotated[int, option("--seq", "-s", help="Tokens per sequence.", min=2)]
+Image = Annotated[
+    int | None,
+    option("--image", help="Of qwen2.5-vl: edge of each sequence's image in pixels, default 448."),
+]
 Optimizer = Annotated[str, option("--optimizer", help=f"{', '.join(OPTIMIZERS)}.")]
 Graph = Annotated[
     bool, option("--graph", help="Also the step with forward and backward as a CUDA graph.")
@@ -64,6 +71,7 @@ def model(
     rank: Rank = 16,
     batch: BatchSize = 1,
     seq: Length = 512,
+    image: Image = None,
     optimizer: Optimizer = "paged-adamw",
     graph: Graph = False,
     fuse: Fuse = True,
@@ -82,6 +90,9 @@ def model(
         chosen = CONFIGS[_one_of("--config", config, tuple(CONFIGS))]
         _one_of("--optimizer", optimizer, OPTIMIZERS)
         peers = [_one_of("--compare", compare, PEERS)] if compare is not None else []
+        image = IMAGE if image is None and chosen.vision is not None else image
+        if image is not None:
+            _check_image(chosen, seq, image)
         _check_outputs(json, None)
         _require_cuda("lowbit bench model")
         from . import source
@@ -94,7 +105,7 @@ def model(
         if missing is not None:
             raise CliError(f"--compare {compare}: {missing}")
         options = bench.Options(
-            chosen, rank, batch, seq, optimizer, graph, fuse, checkpointing, peers, profile,
+            chosen, rank, batch, seq, image, optimizer, graph, fuse, checkpointing, peers, profile,
             memory_limit, seconds, json,
         )  # fmt: skip
         try:
@@ -107,6 +118,13 @@ def model(
                     "the GPU ran out of memory; give a smaller --batch, --seq or --config"
                 ) from error
             raise
+
+
+def _check_image(config: ModelConfig, seq: int, image: int) -> None:
+    try:
+        config.check_image(seq, image)
+    except ValueError as error:
+        raise CliError(str(error)) from error
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
