@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import patterns, pointwise
+from . import packed_attention, patterns, pointwise
 from .gated_mlp import ACTIVATIONS, activate
 from .modules import quantized_layers
 from .nn.fused import (
@@ -45,12 +45,15 @@ class FusionReport:
         attention: names of the attention modules whose q, k and v are now computed together.
         mlp: names of the MLP modules that are now one function.
         norms: names of the RMS norms that are now one launch, on a GPU.
+        pieces: names of the attention modules, of a vision tower, that now attend within all pieces
+            of a packed sequence in one launch, on a GPU.
         skipped: {name: why} of modules that have such layers and stay as they were.
     """
 
     attention: list[str] = field(default_factory=list)
     mlp: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -58,6 +61,8 @@ class FusionReport:
             f"fused {len(self.attention)} attention modules, {len(self.mlp)} MLPs and "
             f"{len(self.norms)} norms"
         )
+        if self.pieces:
+            text += f", and {len(self.pieces)} attention modules of a vision tower"
         reasons: dict[str, list[str]] = {}
         for name, why in self.skipped.items():
             reasons.setdefault(why, []).append(name)
@@ -253,7 +258,26 @@ class _FusedNorm(_Fused):
         return pointwise.rms_norm(x, weight, self.variance_epsilon)
 
 
-_KINDS = (_FusedAttention, _FusedMLP, _FusedNorm)
+class _FusedPieces(_Fused):
+    place = "pieces"
+
+    @staticmethod
+    def candidate(module):
+        return patterns.attends_by_pieces(_forward_of(module)) and not _has(module, QKV)
+
+    @staticmethod
+    def problem(module):
+        return "its forward was replaced" if "forward" in module.__dict__ else None
+
+    def forward(self, hidden_states, *args, **kwargs):
+        forward = self.unfused.forward
+        usual = getattr(self.config, "_attn_implementation", None) == "sdpa"
+        if usual and hidden_states.is_cuda and not torch.compiler.is_compiling():
+            forward = _by_pieces(forward)
+        return forward(self, hidden_states, *args, **kwargs)
+
+
+_KINDS = (_FusedAttention, _FusedMLP, _FusedNorm, _FusedPieces)
 
 
 def _has(module: nn.Module, children: tuple[str, ...]) -> bool:
@@ -266,17 +290,35 @@ def _forward_of(module: nn.Module) -> Callable | None:
 
 
 class _Names(dict):
-    """What a function finds by name, as its module has it now, but lowbit's rotation in place of
-    transformers' own. A compiler, which asks by `in`, does not find it; it gets the original.
+    """What a function finds by name, as its module has it now, but for some of it something else. A
+    compiler, which asks by `in`, does not find that; it gets the original.
     """
 
-    def __init__(self, names: dict[str, Any]) -> None:
+    def __init__(self, names: dict[str, Any], others: dict[str, Any]) -> None:
         super().__init__({n: names[n] for n in ("__builtins__", "__name__") if n in names})
-        self._names, self._own = names, names[patterns.ROTARY]
+        self._names = names
+        self._others = {name: (names[name], other) for name, other in others.items()}
 
     def __missing__(self, name: str) -> Any:
         value = self._names[name]
-        return pointwise.rotary if value is self._own else value
+        own, other = self._others.get(name, (None, None))
+        return other if other is not None and value is own else value
+
+
+def _with_others(forward: Callable, others: dict[str, Any]) -> Callable:
+    """A copy of a forward that finds others by some names."""
+    names, closure = forward.__globals__, forward.__closure__
+    decorated = getattr(forward, "__wrapped__", None)
+    if decorated is None:
+        names = _Names(names, others)
+    else:  # the decorator stays, around a copy of what it decorates
+        copied = types.CellType(_with_others(decorated, others))
+        closure = tuple(copied if cell.cell_contents is decorated else cell for cell in closure)
+    copy = types.FunctionType(
+        forward.__code__, names, forward.__name__, forward.__defaults__, closure
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
 
 
 @functools.cache
@@ -284,18 +326,28 @@ def _with_rotary(forward: Callable) -> Callable:
     """A forward with lowbit's rotation in place of transformers' own."""
     if not patterns.uses_rotary(forward):
         return forward
-    names, closure = forward.__globals__, forward.__closure__
-    decorated = getattr(forward, "__wrapped__", None)
-    if decorated is None:
-        names = _Names(names)
-    else:  # the decorator stays, around a copy of what it decorates
-        copied = types.CellType(_with_rotary(decorated))
-        closure = tuple(copied if cell.cell_contents is decorated else cell for cell in closure)
-    copy = types.FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, closure
-    )
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return copy
+    return _with_others(forward, {patterns.ROTARY: pointwise.rotary})
+
+
+class _Packed:
+    """In place of transformers' attention functions: the one for all pieces at once."""
+
+    @staticmethod
+    def get_interface(*_: object) -> Callable:
+        return packed_attention.attend
+
+
+@functools.cache
+def _by_pieces(forward: Callable) -> Callable:
+    """A forward that takes its way for flash attention, and comes to lowbit's function there."""
+    others = {
+        patterns.FLASH: lambda config: True,
+        patterns.LONGEST: lambda *_, **__: None,
+        patterns.FUNCTIONS: _Packed,
+    }
+    if patterns.uses_vision_rotary(forward):
+        others[patterns.VISION_ROTARY] = pointwise.vision_rotary
+    return _with_others(forward, others)
 
 
 class _StandIn:

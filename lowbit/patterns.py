@@ -3,7 +3,10 @@
 attention   self.q_proj(h), self.k_proj(h) and self.v_proj(h), each once, of the same name h
 MLP         self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), and nothing else
 norm        the root-mean-square norm of transformers, statement by statement
-rotary      the function apply_rotary_pos_emb of transformers, with its rotate_half, likewise
+rotary      the functions apply_rotary_pos_emb and apply_rotary_pos_emb_vision of transformers, with
+            their rotate_half, likewise
+pieces      attention of a vision tower: one call of flash attention for all pieces of a packed
+            sequence, or else a call of another function for each
 """
 
 from __future__ import annotations
@@ -16,6 +19,22 @@ from collections.abc import Callable
 
 QKV = ("q_proj", "k_proj", "v_proj")
 ROTARY = "apply_rotary_pos_emb"
+VISION_ROTARY = "apply_rotary_pos_emb_vision"
+# What attention by pieces finds by name: which of its two ways to take, the longest piece, and who
+# has the attention functions.
+FLASH, LONGEST, FUNCTIONS = (
+    "is_flash_attention_requested",
+    "get_max_seqlen",
+    "ALL_ATTENTION_FUNCTIONS",
+)
+_PIECES_ARGUMENTS = {
+    "attention_mask": "None",
+    "scaling": "self.scaling",
+    "cu_seq_lens_q": "cu_seqlens",
+    "cu_seq_lens_k": "cu_seqlens",
+    "is_causal": "False",
+}
+_PIECES_OTHERS = {"dropout", "max_length_q", "max_length_k", None}  # None: **kwargs
 _NORM = """
 input_dtype = hidden_states.dtype
 hidden_states = hidden_states.to(torch.float32)
@@ -28,6 +47,17 @@ cos = cos.unsqueeze(unsqueeze_dim)
 sin = sin.unsqueeze(unsqueeze_dim)
 q_embed = q * cos + rotate_half(q) * sin
 k_embed = k * cos + rotate_half(k) * sin
+return (q_embed, k_embed)
+"""
+_VISION_ROTARY = """
+orig_q_dtype = q.dtype
+orig_k_dtype = k.dtype
+q, k = q.float(), k.float()
+cos, sin = cos.unsqueeze(-2).float(), sin.unsqueeze(-2).float()
+q_embed = q * cos + rotate_half(q) * sin
+k_embed = k * cos + rotate_half(k) * sin
+q_embed = q_embed.to(orig_q_dtype)
+k_embed = k_embed.to(orig_k_dtype)
 return (q_embed, k_embed)
 """
 _ROTATE_HALF = """
@@ -90,11 +120,21 @@ def uses_rotary(forward: Callable) -> bool:
         cells = forward.__closure__ or ()
         return any(c.cell_contents is decorated for c in cells) and uses_rotary(decorated)
     function = forward.__globals__.get(ROTARY)
+    return _rotates(function, ["q", "k", "cos", "sin", "unsqueeze_dim"], _ROTARY)
+
+
+def uses_vision_rotary(forward: Callable) -> bool:
+    """The same of the rotation that vision towers call."""
+    function = forward.__globals__.get(VISION_ROTARY)
+    return _rotates(function, ["q", "k", "cos", "sin"], _VISION_ROTARY)
+
+
+def _rotates(function: object, names: list[str], statements: str) -> bool:
     rotate_half = getattr(function, "__globals__", {}).get("rotate_half")
     return (
         inspect.isfunction(function)
         and inspect.isfunction(rotate_half)
-        and _does(function, ["q", "k", "cos", "sin", "unsqueeze_dim"], _ROTARY)
+        and _does(function, names, statements)
         and _does(rotate_half, ["x"], _ROTATE_HALF)
     )
 
@@ -154,6 +194,39 @@ def is_attention(forward: Callable) -> bool:
     inputs = [name for names in read.values() for name in names]
     each_once = all(len(names) == 1 for names in read.values())
     return each_once and mentions == len(QKV) and len(set(inputs)) == 1
+
+
+@functools.cache
+def attends_by_pieces(forward: Callable) -> bool:
+    """Whether a forward leaves pieces to flash attention, in one call that says nothing but where
+    they are, or else splits q, k and v.
+    """
+    definition = _source(forward)
+    if definition is None or definition.decorator_list or hasattr(forward, "__wrapped__"):
+        return False
+    globals_ = getattr(forward, "__globals__", {})
+    if not all(_is_of_transformers(globals_.get(name)) for name in (FLASH, LONGEST, FUNCTIONS)):
+        return False
+    choices = [
+        node
+        for node in definition.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == f"{FLASH}(self.config)"
+    ]
+    if len(choices) != 1:
+        return False
+    calls = [n for s in choices[0].body for n in ast.walk(s) if isinstance(n, ast.Call)]
+    packed = [call for call in calls if any(k.arg == "cu_seq_lens_q" for k in call.keywords)]
+    split = "lengths = cu_seqlens[1:] - cu_seqlens[:-1]"
+    if len(packed) != 1 or split not in map(ast.unparse, choices[0].orelse):
+        return False
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in packed[0].keywords}
+    said = {name: given.pop(name, None) for name in _PIECES_ARGUMENTS}
+    return said == _PIECES_ARGUMENTS and set(given) <= _PIECES_OTHERS
+
+
+def _is_of_transformers(value: object) -> bool:
+    kind = value if inspect.isfunction(value) else type(value)
+    return kind.__module__.partition(".")[0] == "transformers"
 
 
 def _is_name(node: ast.expr, name: str) -> bool:

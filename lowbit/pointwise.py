@@ -41,13 +41,15 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _rotate(x, cos, low, high, sign):
-    """(x1 cos1 + sign x2 low, x2 cos2 - sign x1 high)."""
+    """(x1 cos1 + sign x2 low, x2 cos2 - sign x1 high), in the dtype of x; if cos is wider, computed
+    in that and rounded at the end.
+    """
     x1, x2 = _halves(x)
     y = x * cos
     y1, y2 = _halves(y)
     y1.addcmul_(x2, low, value=sign)
     y2.addcmul_(x1, high, value=-sign)
-    return y
+    return y.to(x.dtype)
 
 
 def rotary(
@@ -57,3 +59,10 @@ def rotary(
     gradient.
     """
     return _Rotary.apply(q, k, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
+
+
+def vision_rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of q [tokens, heads, d] and k by cos and sin [tokens, d], rounded once."""
+    return _Rotary.apply(q, k, cos.unsqueeze(-2).float(), sin.unsqueeze(-2).float())

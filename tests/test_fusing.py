@@ -112,7 +112,7 @@ def test_a_fused_model_computes_the_same(device, name, way, monkeypatch):
     assert list(model.state_dict()) == keys
     exact = way == "member by member" and device.type == "cpu"
     assert_same(run(model, device), expected, 0.0 if exact else 1e-4)
-    fused = [*report.attention, *report.mlp, *report.norms]
+    fused = [*report.attention, *report.mlp, *report.norms, *report.pieces]
     assert lowbit.unfuse(model) == len(fused) == len(set(fused))
     assert kinds(model) == before
 
@@ -121,6 +121,7 @@ def test_the_vision_tower_of_qwen2_5_vl_is_fused_where_it_matches():
     model = make_model("qwen2.5-vl")
     report = lowbit.fuse(model)
     assert [name for name in report.mlp if "visual" in name] == ["model.visual.blocks.0.mlp"]
+    assert report.pieces == ["model.visual.blocks.0.attn"]
     assert not any("visual" in name for name in (*report.attention, *report.skipped))
 
 

@@ -116,7 +116,6 @@ def test_what_a_forward_finds_in_its_module_may_change(monkeypatch):
     config = llama.LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
     config._attn_implementation = "eager"
     attention = llama.LlamaAttention(config, 0)
-    forward = fusing._with_rotary(llama.LlamaAttention.forward)
     x, positions = torch.randn(2, 3, 64), (torch.ones(2, 3, 16), torch.zeros(2, 3, 16))
     found = []
 
@@ -126,7 +125,8 @@ def test_what_a_forward_finds_in_its_module_may_change(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pointwise, "rotary", lambda q, k, *_: found.append("ours") or (q, k))
-        forward(attention, x, positions, None)
+        forward = fusing._with_rotary.__wrapped__(llama.LlamaAttention.forward)
+    forward(attention, x, positions, None)
     note("eager_attention_forward")
     note("apply_rotary_pos_emb")
     y, _ = forward(attention, x, positions, None)

@@ -1,0 +1,88 @@
+"""Attention within the pieces of a packed sequence, all of them in one launch.
+
+    y = softmax(s q k^T) v      of each piece by itself: an image, or a window of one
+
+transformers' vision towers take "sdpa" once for every piece: 85 launches for the windows of an
+image of 1008 x 1008 pixels, forward, in each of 28 blocks of Qwen2.5-VL, and the host waits for the
+lengths of the pieces three times in each block. Here lengths stay on the GPU, but for the longest,
+which is asked for once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_HALVES = (torch.float16, torch.bfloat16)
+_longest = WeakTensorKeyDictionary()  # {offsets: (their version, length of the longest piece)}
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    cu_seq_lens_q: torch.Tensor,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers, for pieces that attend to all of themselves.
+
+    Args:
+        module: whose attention it is.
+        query, key, value: [1, heads, tokens, d].
+        scaling: of the scores.
+        dropout: probability.
+        cu_seq_lens_q: int32 [pieces + 1], where pieces begin, and the end of the last.
+
+    Returns:
+        ([1, tokens, heads, d], None)
+    """
+    offsets = cu_seq_lens_q
+    if offsets.shape[0] > 2 and _in_one_launch(query, key, value, scaling, dropout, offsets):
+        packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+        longest = longest_piece(offsets)
+        return varlen_attn(*packed, offsets, offsets, longest, longest).unsqueeze(0), None
+    parts = [(query, key, value)]
+    if offsets.shape[0] > 2:
+        lengths = offsets.diff().tolist()
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    grouped = key.shape[1] != query.shape[1]
+    outputs = [
+        F.scaled_dot_product_attention(
+            *part, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+        ).transpose(1, 2)
+        for part in parts
+    ]
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
+
+
+def _in_one_launch(query, key, value, scaling, dropout, offsets) -> bool:
+    """Whether flash attention takes the call: its scale is the usual one, and it has no dropout."""
+    d = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in _HALVES
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[1] == key.shape[1]
+        and d % 8 == 0
+        and d <= 256
+        and dropout == 0.0
+        and abs(scaling * d**0.5 - 1.0) < 1e-6
+        and offsets.dtype == torch.int32
+        and offsets.device == query.device
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def longest_piece(offsets: torch.Tensor) -> int:
+    """The greatest length; blocks that share the offsets wait for it once."""
+    version, longest = _longest.get(offsets, (None, 0))
+    if version != offsets._version:
+        longest = int(offsets.diff().max())
+        _longest[offsets] = (offsets._version, longest)
+    return longest
