@@ -191,26 +191,32 @@ def test_as_near_to_float64_as_the_module(windows, dtype):
 
 
 @pytest.mark.gpu
-def test_nobody_waits_for_the_gpu_and_one_launch_does_all():
+def test_nobody_waits_for_the_gpu():
     model = prepared("cuda", torch.bfloat16)
     lowbit.fuse(model)
-    x, offsets, positions = make_call((16,) * 64, "cuda", torch.bfloat16)
-
-    def step():
-        with_gradients(type(model[0]).forward, model[0], x, offsets, positions)
-
-    step()
+    call = make_call((16,) * 64, "cuda", torch.bfloat16)
+    with_gradients(type(model[0]).forward, model[0], *call)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        with_gradients(type(model[0]).forward, model[0], *call)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    launches = sum(event.count for event in profile.key_averages())
-    assert launches < 100  # one for each window would be 64 forward and as many backward
+
+
+@pytest.mark.gpu
+def test_as_many_launches_for_64_pieces_as_for_two():
+    model = prepared("cuda", torch.bfloat16)
+    lowbit.fuse(model)
+    launches = []
+    for windows in ((512, 512), (16,) * 64):
+        call = make_call(windows, "cuda", torch.bfloat16)
+        with_gradients(type(model[0]).forward, model[0], *call)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            with_gradients(type(model[0]).forward, model[0], *call)
+            torch.cuda.synchronize()
+        launches.append(sum(event.count for event in profile.key_averages()))
+    assert abs(launches[0] - launches[1]) <= 4, launches
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .. import dispatch
+from .. import dispatch, widening
 from ..gated_mlp import ACTIVATIONS, activate, lora_gated_mlp
 from ..grouped import lora_matmul_group
 from .linear import Linear4bit
@@ -145,7 +145,9 @@ def compute_group(layers: Sequence[nn.Module], x: torch.Tensor) -> tuple[torch.T
 
 def compute_gated_mlp(layers: Sequence[nn.Module], x: torch.Tensor, activation: str):
     """down(act(gate(x)) * up(x)); `why_separate_mlp(layers)` is None."""
-    weights, biases, *adapters, dropout_p = _arguments(layers)
+    mlp = widening.MLP(*_arguments(layers))
+    mlp = widening.for_kernels(x, mlp, [layer.quant_type for layer in layers])
+    weights, biases, *adapters, dropout_p = mlp
     return lora_gated_mlp(
         x, weights, *adapters, activation=activation, biases=biases, dropout_p=dropout_p
     )
