@@ -42,27 +42,32 @@ def attend(
     Returns:
         ([1, tokens, heads, d], None)
     """
-    offsets = cu_seq_lens_q
-    if offsets.shape[0] > 2 and _in_one_launch(query, key, value, scaling, dropout, offsets):
-        packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-        longest = longest_piece(offsets)
-        return varlen_attn(*packed, offsets, offsets, longest, longest).unsqueeze(0), None
-    parts = [(query, key, value)]
-    if offsets.shape[0] > 2:
-        lengths = offsets.diff().tolist()
-        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    grouped = key.shape[1] != query.shape[1]
-    outputs = [
-        F.scaled_dot_product_attention(
-            *part, dropout_p=dropout, scale=scaling, enable_gqa=grouped
-        ).transpose(1, 2)
-        for part in parts
-    ]
-    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
+    offsets, tokens = cu_seq_lens_q, query.shape[2]
+    pieces = offsets.shape[0] - 1
+    longest = tokens if pieces == 1 else longest_piece(offsets)
+    qkv = (query, key, value)
+
+    def attention(q, k, v):
+        grouped = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+        )
+
+    if longest * pieces == tokens:  # equal ones are a batch
+        q, k, v = (x.squeeze(0).unflatten(1, (pieces, longest)).transpose(0, 1) for x in qkv)
+        return attention(q, k, v).transpose(1, 2).reshape(1, tokens, *query.shape[1::2]), None
+    if _varying(query, key, value, scaling, dropout, offsets):
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in qkv)
+        return varlen_attn(q, k, v, offsets, offsets, longest, longest).unsqueeze(0), None
+    lengths = offsets.diff().tolist()
+    parts = zip(*(x.split(lengths, dim=2) for x in qkv), strict=True)
+    return torch.cat([attention(*part).transpose(1, 2) for part in parts], dim=1), None
 
 
-def _in_one_launch(query, key, value, scaling, dropout, offsets) -> bool:
-    """Whether flash attention takes the call: its scale is the usual one, and it has no dropout."""
+def _varying(query, key, value, scaling, dropout, offsets) -> bool:
+    """Whether flash attention takes pieces of several lengths: its scale is the usual one, and it
+    has no dropout.
+    """
     d = query.shape[-1]
     return (
         query.is_cuda

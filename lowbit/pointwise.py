@@ -3,9 +3,9 @@
     rms_norm   y = w * x / sqrt(mean x^2 + eps)
     rotary     y = x * cos + (-x2, x1) * sin          x = (x1, x2), halves of a head
 
-As chains of torch operations these are 8 launches for a norm and 10 for the rotation of q and k,
-twice as many again in backward, each a pass over memory. Here sums are fp32; a norm is rounded
-once and a rotation twice, where the chains round every step.
+As chains of torch operations these are 8 launches for a norm and 10 to 14 for the rotation of q and
+k, twice as many again in backward, each a pass over memory. Here sums are fp32; a norm is rounded
+once, and so is a rotation by Triton's kernel, where the chains round every step.
 """
 
 from __future__ import annotations
@@ -14,24 +14,81 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from . import calls, dispatch
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q [batch, heads, tokens, d] and k by cos and sin [batch, tokens, d], which get no
+    gradient; with unsqueeze_dim 2 q is [batch, tokens, heads, d].
+    """
+    return _Rotary.apply(q, k, cos, sin, unsqueeze_dim)
+
+
+def vision_rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of q [tokens, heads, d] by cos and sin [tokens, d], in fp32 and rounded once."""
+    return _Rotary.apply(q, k, cos.float(), sin.float(), 1)
+
+
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin):
+    def forward(ctx, q, k, cos, sin, heads):
         ctx.save_for_backward(cos, sin)
-        low, high = _halves(sin)
-        return _rotate(q, cos, low, high, -1), _rotate(k, cos, low, high, -1)
+        ctx.heads = heads
+        return _rotate_both(q, k, cos, sin, heads, True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):
-        cos, sin = ctx.saved_tensors
-        low, high = _halves(sin)
-        return _rotate(dq, cos, high, low, 1), _rotate(dk, cos, high, low, 1), None, None
+        return *_rotate_both(dq, dk, *ctx.saved_tensors, ctx.heads, False), None, None, None
+
+
+def _rotate_both(q, k, cos, sin, heads: int, forward: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`heads` is the dimension of the heads."""
+    if _one_launch(q, k, cos, sin, heads):
+        return _rotate_at_once(q, k, cos, sin, heads, forward)
+    cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
+    low, high = _halves(sin)
+    if forward:
+        return _rotate(q, cos, low, high, -1), _rotate(k, cos, low, high, -1)
+    return _rotate(q, cos, high, low, 1), _rotate(k, cos, high, low, 1)
+
+
+def _one_launch(q, k, cos, sin, heads: int) -> bool:
+    """Whether Triton's kernel takes them."""
+    return (
+        q.is_cuda
+        and (q.dim(), heads) in ((4, 1), (4, 2), (3, 1))
+        and k.dim() == q.dim() == cos.dim() + 1
+        and q.dtype == k.dtype
+        and {q.dtype, cos.dtype, sin.dtype} <= {*_FLOATS}
+        and q.shape[-1] == cos.shape[-1]
+        and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
+        and calls.nothing_intercepts((q, k, cos, sin))
+        and dispatch.unavailable("triton") is None
+    )
+
+
+def _rotate_at_once(q, k, cos, sin, heads: int, forward: bool):
+    from . import kernels
+
+    if q.dim() == 3:
+        q, k = (t.transpose(0, 1).unsqueeze(0) for t in (q, k))
+        ys = kernels.rotate(q, k, cos.unsqueeze(0), sin.unsqueeze(0), forward)
+        return tuple(y.squeeze(0).transpose(0, 1) for y in ys)
+    if heads == 1:
+        return kernels.rotate(q, k, cos, sin, forward)
+    ys = kernels.rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin, forward)
+    return tuple(y.transpose(1, 2) for y in ys)
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -50,19 +107,3 @@ def _rotate(x, cos, low, high, sign):
     y1.addcmul_(x2, low, value=sign)
     y2.addcmul_(x1, high, value=-sign)
     return y.to(x.dtype)
-
-
-def rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate q [batch, heads, tokens, d] and k by cos and sin [batch, tokens, d], which get no
-    gradient.
-    """
-    return _Rotary.apply(q, k, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
-
-
-def vision_rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of q [tokens, heads, d] and k by cos and sin [tokens, d], rounded once."""
-    return _Rotary.apply(q, k, cos.unsqueeze(-2).float(), sin.unsqueeze(-2).float())

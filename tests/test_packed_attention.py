@@ -52,7 +52,7 @@ def test_computes_what_the_module_computes(windows):
     for got, true in zip(
         with_gradients(fusing._by_pieces(ATTENTION.forward), module, *call), expected, strict=True
     ):
-        assert relative_rms(got, true) <= 2e-6
+        assert relative_rms(got, true) <= 1e-5  # in another order
 
 
 def test_grouped_keys():

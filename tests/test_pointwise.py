@@ -59,6 +59,40 @@ def test_rotary(device, dtype):
     hold(pointwise.rotary, plain_rotary, [q, k, cos, sin], dys)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 20, 3, 16), (1, 7, 4, 4, 80), (1, 3, 1, 1, 2)], ids=str)
+@pytest.mark.parametrize("forward", [True, False])
+def test_rotary_kernel(device, shape, forward):
+    """Heads beyond a block, halves that are no power of two, one cos for all of a batch."""
+    kernels = pytest.importorskip("lowbit.kernels", reason="needs triton")
+    if device.type == "cpu" and not kernels.INTERPRETED:
+        pytest.skip("triton compiles for the GPU here")
+    B, T, q_heads, k_heads, d = shape
+    q, k = (torch.randn(B, T, h + 1, d, device=device)[:, :, 1:] for h in (q_heads, k_heads))
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    cos, sin = (torch.randn(1, T, d, device=device) for _ in range(2))
+    assert q_heads == 1 or not q.is_contiguous()
+    leaves = [t.double().requires_grad_() for t in (q, k)]
+    rotated = plain_rotary(*leaves, cos.double(), sin.double())
+    expected = (
+        rotated if forward else torch.autograd.grad(rotated, leaves, [q.double(), k.double()])
+    )
+    for got, true in zip(kernels.rotate(q, k, cos, sin, forward), expected, strict=True):
+        assert got.shape == true.shape
+        assert got.transpose(1, 2).is_contiguous()
+        torch.testing.assert_close(got.double(), true, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotary_with_heads_behind_tokens(device, dtype):
+    q, k = (torch.randn(2, 5, h, 16, device=device, dtype=dtype) for h in (4, 2))
+    angles = torch.rand(2, 5, 16, device=device) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    results = pointwise.rotary(q, k, cos, sin, unsqueeze_dim=2)
+    others = pointwise.rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    for got, true in zip(results, others, strict=True):
+        assert torch.equal(got, true.transpose(1, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rms_norm(device, dtype):
     x = torch.randn(3, 7, 64, device=device, dtype=dtype).requires_grad_()

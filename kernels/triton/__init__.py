@@ -11,6 +11,7 @@ from .lora_grads import project, reduce_tokens, scaling_grad
 from .nf4_dequantize import dequantize_fwd
 from .nf4_lora_matmul import matmul_dx, matmul_fwd
 from .nf4_quantize import quantize_absmax_fwd, quantize_fwd
+from .rotary import rotate
 
 __all__ = [
     "INTERPRETED",
@@ -22,6 +23,7 @@ __all__ = [
     "quantize_absmax_fwd",
     "quantize_fwd",
     "reduce_tokens",
+    "rotate",
     "scaling_grad",
     "silu_mul_bwd",
     "silu_mul_fwd",
