@@ -33,6 +33,7 @@ CASES = (
      "memory_limit": MEMORY_LIMIT},
     {"config": "llama-8b", "rank": 16, "batch": 4, "seq": 1024, "checkpointing": False},
     {"config": "qwen2.5-vl-7b", "rank": 16, "batch": 1, "seq": 2048, "image": 1008},
+    {"config": "qwen2.5-vl-7b", "rank": 16, "batch": 4, "seq": 2048, "image": 1008},
     {"config": "qwen2.5-vl-72b", "rank": 16, "batch": 1, "seq": 2048, "image": 1008},
 )  # fmt: skip
 

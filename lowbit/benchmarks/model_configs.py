@@ -143,12 +143,15 @@ def _adapters(linears: list[tuple[int, int]], r: int) -> int:
     return sum(r * (N + K) for N, K in linears)
 
 
-def _multimodal_rope(*sections: int) -> dict:
-    """Rotary embedding with `sections` of a head for time, height and width."""
+def _qwen_vl(
+    name: str, sizes: tuple[int, ...], sections: tuple[int, int, int], tower: VisionTower
+) -> ModelConfig:
+    """A Qwen2.5-VL; its rotary embedding has `sections` of a head for time, height and width."""
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}
-    return {"rope_parameters": rope}
+    return ModelConfig(name, "qwen2_5_vl", *sizes, {"rope_parameters": rope}, tower)
 
 
+_LAST_OF_EIGHT = (7, 15, 23, 31)
 CONFIGS = {
     config.name: config
     for config in (
@@ -156,41 +159,20 @@ CONFIGS = {
         ModelConfig("llama-8b", "llama", 4096, 32, 14336, 32, 8, 128256, {"rope_theta": 500000.0}),
         ModelConfig("llama-65b", "llama", 8192, 80, 22016, 64, 64, 32000),
         ModelConfig("qwen2.5-7b", "qwen2", 3584, 28, 18944, 28, 4, 152064, {"rope_theta": 1e6}),
-        ModelConfig(
-            "tiny-vl",
-            "qwen2_5_vl",
-            64,
-            2,
-            128,
-            4,
-            2,
-            512,
-            _multimodal_rope(2, 3, 3),
-            VisionTower(32, 2, 44, 2, 64, (1,)),
+        _qwen_vl(
+            "tiny-vl", (64, 2, 128, 4, 2, 512), (2, 3, 3), VisionTower(32, 2, 44, 2, 64, (1,))
         ),
-        ModelConfig(
+        _qwen_vl(
             "qwen2.5-vl-7b",
-            "qwen2_5_vl",
-            3584,
-            28,
-            18944,
-            28,
-            4,
-            152064,
-            _multimodal_rope(16, 24, 24),
-            VisionTower(1280, 32, 3420, 16, 3584, (7, 15, 23, 31)),
+            (3584, 28, 18944, 28, 4, 152064),
+            (16, 24, 24),
+            VisionTower(1280, 32, 3420, 16, 3584, _LAST_OF_EIGHT),
         ),
-        ModelConfig(
+        _qwen_vl(
             "qwen2.5-vl-72b",
-            "qwen2_5_vl",
-            8192,
-            80,
-            29568,
-            64,
-            8,
-            152064,
-            _multimodal_rope(16, 24, 24),
-            VisionTower(1280, 32, 3456, 16, 8192, (7, 15, 23, 31)),
+            (8192, 80, 29568, 64, 8, 152064),
+            (16, 24, 24),
+            VisionTower(1280, 32, 3456, 16, 8192, _LAST_OF_EIGHT),
         ),
     )
 }
