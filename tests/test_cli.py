@@ -443,13 +443,39 @@ def test_weight_with_nan_is_refused(start, tmp_path):
     assert "model.layers.1.mlp.up_proj" in fails(*start, "--model", folder)
 
 
-def test_processes_of_torchrun_are_refused(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("rank", "size"),
+    [
+        ("RANK", "WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    ],
+)
+def test_processes_of_launchers_are_refused(start, tmp_path, monkeypatch, rank, size):
     """Each would train the whole and write to the same folder."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "finetune trains in one process, and this is one of 2 (WORLD_SIZE)" in fails(*start)
+    monkeypatch.setenv(rank, "1")
+    monkeypatch.setenv(size, "2")
+    assert f"finetune trains in one process, and this is one of 2 ({size})" in fails(*start)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv(size, "1")
+    assert "data file none.jsonl does not exist" in fails(*start, "--data", "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        # A batch script: the allocation is for four tasks, and this is the only process.
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        # accelerate launch --cpu --num_processes 2 starts one process.
+        {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+    ],
+    ids=["slurm", "accelerate"],
+)
+def test_a_process_alone_is_not_refused(start, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert "data file none.jsonl does not exist" in fails(*start, "--data", "none.jsonl")
 
 

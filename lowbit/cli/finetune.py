@@ -51,6 +51,17 @@ EXAMPLES = """Examples:
   lowbit finetune --resume out/text.unfinished
 """
 
+# By what launchers say how many processes there are: which one this is, and how to start it alone.
+# Of Slurm's counts only the step's is of processes that run; SLURM_NTASKS stands in batch scripts
+# and interactive shells too.
+LAUNCHERS = {
+    "WORLD_SIZE": ("RANK", "without torchrun or accelerate launch"),
+    "SLURM_STEP_NUM_TASKS": ("SLURM_PROCID", "by srun --ntasks=1"),
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK", "without mpirun"),
+    "PMI_SIZE": ("PMI_RANK", "without mpirun"),
+    "MV2_COMM_WORLD_SIZE": ("MV2_COMM_WORLD_RANK", "without mpirun"),
+}
+
 DEMO_FOLDER = Path(__file__).parent / "demo_data"
 
 # The demo must end within three minutes on two CPU cores, slow ones too, hence few epochs of small
@@ -225,16 +236,17 @@ def run(given: dict[str, Any]) -> None:
 
 
 def _check_alone() -> None:
-    """Refuse the processes of torchrun and accelerate: each would train the whole, and all would
-    write to the same folder.
+    """Refuse to be one of several processes: each would train the whole, and all would write to the
+    same folder.
     """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and count.isdecimal() and int(count) > 1:
-        raise CliError(
-            f"finetune trains in one process, and this is one of {count} (WORLD_SIZE); start it "
-            "without torchrun or accelerate launch, or write a loop with lowbit.prepare "
-            "(docs/processes.md)"
-        )
+    for variable, (rank, how) in LAUNCHERS.items():
+        count = os.environ.get(variable, "1")
+        if rank in os.environ and count.isdecimal() and int(count) > 1:
+            raise CliError(
+                f"finetune trains in one process, and this is one of {count} ({variable}); start "
+                f"it {how}, or write a loop with lowbit.prepare (docs/processes.md). If they are "
+                f"runs of their own, with an --output each, unset {variable}"
+            )
 
 
 def _demo_places(given: dict[str, Any]) -> dict[str, Any]:
