@@ -462,6 +462,70 @@ def test_parameters_that_were_exchanged_are_refused(stepped):
         optimizer.step()
 
 
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_parameters_put_into_a_list_by_hand_are_refused(device, named, stepped):
+    """Those beside them have state and would be stepped."""
+    old, new = (torch.nn.Parameter(torch.ones(8, device=device)) for _ in range(2))
+    optimizer = optim.AdamW8bit([("old", old)] if named else [old])
+    for parameter in (old, new):
+        parameter.grad = torch.ones_like(parameter)
+    if stepped:
+        optimizer.step()
+    before = old.detach().clone()
+    optimizer.param_groups[0]["params"].append(new)
+    with pytest.raises(ValueError, match=r"^parameter 1 of group 0 was put into the group after"):
+        optimizer.step()
+    assert_bitwise_equal(old.detach(), before)
+    optimizer.param_groups[0]["params"].pop()
+    optimizer.add_param_group({"params": [("new", new)] if named else [new]})
+    optimizer.step()
+    assert not torch.equal(new.detach(), torch.ones_like(new))
+
+
+def _pop_parameter(groups):
+    groups[0]["params"].pop()
+
+
+def _pop_group(groups):
+    groups.pop()
+
+
+def _move(groups):
+    groups[1]["params"].insert(0, groups[0]["params"].pop())
+
+
+@pytest.mark.parametrize("change", [_pop_parameter, _pop_group, _move])
+def test_parameters_taken_out_by_hand_are_refused(device, change):
+    """They would be stepped all the same, by the numbers of the group they came from."""
+    a, b, c = parameters = [torch.nn.Parameter(torch.ones(8, device=device)) for _ in range(3)]
+    optimizer = optim.PagedAdamW([{"params": [a, b]}, {"params": [c], "lr": 1.0}])
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = [p.detach().clone() for p in parameters]
+    change(optimizer.param_groups)
+    with pytest.raises(ValueError, match="were taken out of the groups or moved in them"):
+        optimizer.step()
+    for p, old in zip(parameters, before, strict=True):
+        assert_bitwise_equal(p.detach(), old)
+
+
+def test_a_loaded_state_dict_settles_what_was_changed_by_hand(device):
+    """Loading makes the state anew for the groups as they are."""
+    old, new = (torch.nn.Parameter(torch.ones(8, device=device)) for _ in range(2))
+    optimizer, other = optim.AdamW8bit([old]), optim.AdamW8bit([old, new])
+    for parameter in (old, new):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    other.step()
+    optimizer.param_groups[0]["params"].append(new)
+    optimizer.load_state_dict(other.state_dict())
+    before = new.detach().clone()
+    optimizer.step()
+    assert not torch.equal(new.detach(), before)
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_processes_round_alike(kind, process_group, monkeypatch):
     """Copies of a parameter that DDP does not synchronize again must not drift apart."""

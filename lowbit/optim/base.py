@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -69,6 +70,7 @@ class PackedOptimizer(torch.optim.Optimizer):
         self._pagers: dict[torch.device, Pager] = {}
         self._packs: list[Pack] = []
         self._waiting: list[torch.Tensor] = []  # parameters that never had a gradient
+        self._members: list[list[torch.Tensor]] = []  # of each group, as this class knows them
         super().__init__(params, defaults)
 
     # ---- parameters ------------------------------------------------------------------------------
@@ -85,6 +87,7 @@ class PackedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._waiting += group["params"]
+        self._members.append(list(group["params"]))
 
     def _check_parameter(self, parameter: torch.Tensor) -> None:
         if is_wrapper(parameter):
@@ -108,7 +111,7 @@ class PackedOptimizer(torch.optim.Optimizer):
                 if other is parameter:
                     names = group.get("param_names")
                     where = f"parameter {i} of group {g}"
-                    return f"{names[i]} ({where})" if names else where
+                    return f"{names[i]} ({where})" if names and i < len(names) else where
         return "a parameter"
 
     def _places(self) -> dict[torch.Tensor, tuple[int, int]]:
@@ -168,6 +171,7 @@ class PackedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_members()
         for group in self.param_groups:
             _check_numbers(group)
         new = [p for p in self._waiting if p.grad is not None]
@@ -179,22 +183,28 @@ class PackedOptimizer(torch.optim.Optimizer):
             planned += self._planned(self._adopt(new))
         if planned:
             self._step_packs(planned)
-        else:
-            self._check_nothing_to_do()
         return loss
 
-    def _check_nothing_to_do(self) -> None:
-        """Without a gradient a step does nothing, unless somebody has put other parameters into the
-        groups (accelerate does, for FSDP2): they have no state here and would stay as they are.
+    def _check_members(self) -> None:
+        """Refuse groups whose lists of parameters somebody has changed (accelerate does, for
+        FSDP2): what was put in has no state here and would stay as it is, what was taken out would
+        still be stepped.
         """
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._check_parameter(parameter)
-                    raise ValueError(
-                        f"{self._name(parameter)} was put into the group after the optimizer was "
-                        "made; make the optimizer anew, or use add_param_group"
-                    )
+        groups = [group["params"] for group in self.param_groups]
+        if len(groups) == len(self._members) and all(map(_same, groups, self._members)):
+            return
+        known = {p for members in self._members for p in members}
+        for parameter in (p for members in groups for p in members if p not in known):
+            if parameter.requires_grad:
+                self._check_parameter(parameter)
+            raise ValueError(
+                f"{self._name(parameter)} was put into the group after the optimizer was made; "
+                "make the optimizer anew, or use add_param_group"
+            )
+        raise ValueError(
+            "parameters were taken out of the groups or moved in them after the optimizer was "
+            "made; make the optimizer anew"
+        )
 
     def _planned(self, packs: list[Pack]) -> list[tuple]:
         """(pack, slots, parameters, gradients, table) of the packs that have something to do."""
@@ -377,7 +387,8 @@ class PackedOptimizer(torch.optim.Optimizer):
         if set(loaded) != {p for pack in self._packs for p in pack.parameters}:
             self.state.clear()
             self._packs = []
-            self._waiting = [p for group in self.param_groups for p in group["params"]]
+            self._members = [list(group["params"]) for group in self.param_groups]
+            self._waiting = [p for members in self._members for p in members]
             self._adopt(list(loaded))
         for pack in self._packs:
             steps = [loaded[p].step for p in pack.parameters]
@@ -391,6 +402,11 @@ class PackedOptimizer(torch.optim.Optimizer):
             f"{type(self).__name__} cannot be pickled or copied; save its state_dict() and load it "
             "into a new optimizer"
         )
+
+
+def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Whether two lists hold the same objects; == would compare their elements."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _processes() -> int:
