@@ -253,7 +253,7 @@ def replace_all(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modu
     """Replace layers by what `new` maps them to, under all their names; return the model."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
-            model = replace(model, [name], lambda old: new[old])
+            model = replace(model, [name], lambda _, by=new[module]: by)
     return model
 
 

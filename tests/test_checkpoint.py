@@ -248,6 +248,23 @@ def test_shared_layer_stays_shared(tmp_path):
     assert_same_state(loaded, model)
 
 
+def test_a_block_in_two_places_is_filled_and_stripped(tmp_path):
+    def build():
+        block = nn.Sequential(nn.Linear(64, 64))
+        return nn.ModuleDict({"a": block, "b": block})
+
+    model = prepare(build(), r=2)
+    loaded = load(build(), save(model, tmp_path / "model"))
+    assert_same_state(loaded, model)
+    adapters.save_adapter(model, tmp_path / "adapter")
+    other = adapters.load_adapter(prepare(build(), r=0), tmp_path / "adapter")
+    assert_bitwise_equal(other["b"][0].lora_A, model["a"][0].lora_A)
+    assert type(adapters.drop_adapter(other)["b"][0]) is Linear4bit
+    assert type(adapters.merge(loaded)["b"][0]) is nn.Linear
+    for each in (loaded, other):
+        assert each["a"] is each["b"]
+
+
 def test_buffers_that_overlap_are_saved_apart(tmp_path):
     def with_buffers(model, values):
         model.register_buffer("low", values[:4])
