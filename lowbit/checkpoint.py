@@ -18,14 +18,14 @@ from torch import nn
 
 from .materialize import restore_buffers
 from .modules import (
-    CHECKPOINTED,
     check_replaceable,
     check_whole,
     own,
     own_name,
+    own_names,
     plain,
     quantized_layers,
-    replace,
+    replace_all,
     train_adapters_only,
 )
 from .nn import Linear4bit, QLoRALinear
@@ -44,8 +44,9 @@ def save(model: nn.Module, folder: str | os.PathLike) -> Path:
 
     Args:
         model: model with Linear4bit or QLoRALinear layers, not on the meta device; also what
-            torch.compile or DistributedDataParallel made of one. Adapters merged in place are saved
-            unmerged.
+            torch.compile, checkpoint_wrapper or DistributedDataParallel made of one or the first
+            two of its blocks: names in the file are those without. Adapters merged in place are
+            saved unmerged.
         folder: directory to write; created if it is not there. Files of the same names are
             replaced, each in one step; an error leaves what was there before.
 
@@ -66,14 +67,15 @@ def save(model: nn.Module, folder: str | os.PathLike) -> Path:
     model = plain(model)
     if not quantized_layers(model):
         raise ValueError("model has no quantized layer; call lowbit.prepare(model) first")
-    state = model.state_dict()
+    state = {own_name(name): tensor for name, tensor in model.state_dict().items()}
     check_whole(state.items())
     tensors, shared = _distinct(state)
+    layers = {name: m for name, m in own_names(model).items() if isinstance(m, Linear4bit)}
     config = {
         "format": "lowbit",
         "version": FORMAT_VERSION,
         "model": type(model).__name__,
-        "layers": {name: _layer_config(m) for name, m in _every_name(model).items()},
+        "layers": {name: _layer_config(layer) for name, layer in layers.items()},
         "shared": shared,
     }
     with atomic_folder(folder) as scratch:
@@ -83,14 +85,6 @@ def save(model: nn.Module, folder: str | os.PathLike) -> Path:
                 part.save_pretrained(scratch)
         (scratch / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
     return Path(folder)
-
-
-def _every_name(model: nn.Module) -> dict[str, Linear4bit]:
-    """Quantized layers under all their names, which torch's checkpoint_wrapper is not part of: its
-    state dict leaves that out as well.
-    """
-    modules = model.named_modules(remove_duplicate=False)
-    return {own_name(name, CHECKPOINTED): m for name, m in modules if isinstance(m, Linear4bit)}
 
 
 def _layer_config(layer: Linear4bit) -> dict[str, Any]:
@@ -132,8 +126,9 @@ def load(
 
     Args:
         model: the model to fill, in place: plain (its linear layers are replaced) or prepared, on
-            any device, usually the meta device; compiled or not. Or the folder alone, for a
-            transformers model: it is built from the config.json there, in eval mode.
+            any device, usually the meta device; it or its blocks may be compiled or in
+            checkpoint_wrapper. Or the folder alone, for a transformers model: it is built from the
+            config.json there, in eval mode.
         folder: directory written by `lowbit.save`.
         device: where the tensors go; default where the model is, the CPU for a meta model.
 
@@ -170,7 +165,7 @@ def _load(model: nn.Module, folder: Path, device: torch.device | str | None) -> 
         device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
     target = torch.device(device)
     # On a CPU the file's tensors are memory maps; a copy does not depend on the file any more.
-    state = {n: own(t) if target.type == "cpu" else t.to(target) for n, t in source}
+    state = {own_name(n): own(t) if target.type == "cpu" else t.to(target) for n, t in source}
     state |= {name: state[kept] for name, kept in config["shared"].items() if kept in state}
     layers = _check_layers(model, config["layers"], state)
     _check_rest(model, layers, state)
@@ -227,12 +222,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version}, this lowbit reads {FORMAT_VERSION}; upgrade it"
         )
-    return config
+    # Older files have the names of compiled blocks.
+    layers = {own_name(name): options for name, options in config["layers"].items()}
+    shared = {own_name(name): own_name(kept) for name, kept in shared.items()}
+    return config | {"layers": layers, "shared": shared}
 
 
 def _check_layers(model, layers: dict[str, Any], state) -> dict[str, Linear4bit]:
     """Build the quantized layers from the checkpoint, without touching the model."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = own_names(model)
     built: dict[str, Linear4bit] = {}
     same: dict[int, Linear4bit] = {}  # a layer used in several places is built once
     for name, options in layers.items():
@@ -299,7 +297,7 @@ def _check_rest(model, layers: dict[str, Linear4bit], state) -> None:
         owned |= set(entry_keys(state, prefix + "weight"))
     expected = {
         key: tensor
-        for key, tensor in model.state_dict().items()
+        for key, tensor in ((own_name(key), t) for key, t in model.state_dict().items())
         if key not in owned and not _inside(key, layers)
     }
     found = {key: tensor for key, tensor in state.items() if key not in owned}
@@ -321,10 +319,11 @@ def _inside(key: str, layers) -> bool:
 
 def _fill(model, layers: dict[str, Linear4bit], state) -> nn.Module:
     """Put the checked layers and tensors in place; one Parameter per distinct tensor."""
-    for name, layer in layers.items():
-        model = replace(model, [name], lambda _, layer=layer: layer)
+    modules = own_names(model)
+    model = replace_all(model, {modules[name]: layer for name, layer in layers.items()})
+    del modules
     parameters: dict[int, nn.Parameter] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in own_names(model).items():
         if isinstance(module, Linear4bit):
             continue
         prefix = f"{path}." if path else ""

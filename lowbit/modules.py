@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .nn import Linear4bit, QLoRALinear
 
-# What torch.compile and torch's checkpoint_wrapper add to the names of what is inside.
+# What torch.compile and torch's checkpoint_wrapper call what is inside.
 COMPILED, CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
 
 
@@ -24,8 +24,8 @@ def check_module(model) -> None:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model inside of what torch.compile, DistributedDataParallel or DataParallel made of it,
-    whose names are those of files.
+    """The model inside of what torch.compile, checkpoint_wrapper, DistributedDataParallel or
+    DataParallel made of it.
     """
     *_, model = _wrappers(model)
     return model
@@ -39,12 +39,20 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
         else:
-            model = getattr(model, COMPILED, None)
+            # Not getattr: wrappers pass on what they have not to the model inside.
+            model = model._modules.get(COMPILED, model._modules.get(CHECKPOINTED))
 
 
-def own_name(name: str, *wrappers: str) -> str:
-    """A name without the parts that wrapped blocks add to it."""
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+def own_name(name: str) -> str:
+    """A name without the parts that compiled and checkpointed blocks add to it: files have those
+    of the model without wrappers.
+    """
+    return ".".join(part for part in name.split(".") if part not in (COMPILED, CHECKPOINTED))
+
+
+def own_names(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules under all their own names; what is inside of wrappers, not those."""
+    return {own_name(name): m for name, m in model.named_modules(remove_duplicate=False)}
 
 
 def check_replaceable(model: nn.Module) -> None:

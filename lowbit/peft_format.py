@@ -22,14 +22,13 @@ import torch
 from torch import nn
 
 from .modules import (
-    CHECKPOINTED,
-    COMPILED,
     adapted_layers,
     check_replaceable,
     check_whole,
     matches,
     own,
     own_name,
+    own_names,
     plain,
     quantized_layers,
     replace_all,
@@ -42,7 +41,6 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_(A|B)\.weight")
-_WRAPPERS = (COMPILED, CHECKPOINTED)  # names in files are without them
 # Options of PEFT that change what a layer computes, and what is wrong with them here.
 _UNSUPPORTED = {
     "use_dora": "DoRA",
@@ -73,7 +71,8 @@ def save_adapter(
     """Save the adapters in PEFT's format.
 
     Args:
-        model: prepared model, or what torch.compile or DistributedDataParallel made of one.
+        model: prepared model, or what torch.compile, checkpoint_wrapper or DistributedDataParallel
+            made of one.
         folder: directory to write; the two files are replaced, each in one step.
         base_model_name_or_path: goes into the configuration; default what a transformers model
             knows.
@@ -98,7 +97,7 @@ def save_adapter(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     model = plain(model)
-    layers = {own_name(name, *_WRAPPERS): layer for name, layer in adapted_layers(model).items()}
+    layers = {own_name(name): layer for name, layer in adapted_layers(model).items()}
     tensors = {}
     for name, layer in layers.items():
         for part, param in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
@@ -170,9 +169,8 @@ def _alpha(layer: QLoRALinear, use_rslora: bool) -> float:
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
     """Full names; as one regular expression if a name is also the ending of another module's."""
-    adapted = set(names)
-    others = [own_name(name, *_WRAPPERS) for name, _ in model.named_modules(remove_duplicate=False)]
-    if any(matches(o, n) for n in names for o in others if o not in adapted and o.endswith(n)):
+    others = own_names(model).keys() - set(names)
+    if any(matches(o, n) for n in names for o in others if o.endswith(n)):
         return "|".join(re.escape(name) for name in names)
     return sorted(names)
 
@@ -225,10 +223,9 @@ def load_adapter(
         if isinstance(layer, QLoRALinear) and layer.merged:
             raise ValueError(f"{name} has its adapter merged; call unmerge_adapter(model) first")
     new: dict[nn.Module, nn.Module] = {}
-    named = inner.named_modules(remove_duplicate=False)
-    modules = {own_name(name, *_WRAPPERS): module for name, module in named}
+    modules = own_names(inner)
     for name, pair in pairs.items():
-        layer = modules.get(name)
+        layer = modules.get(own_name(name))
         if not isinstance(layer, Linear4bit):
             got = "absent" if layer is None else f"a {type(layer).__name__}"
             raise CheckpointError(
@@ -279,7 +276,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_pairs(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{layer: (lora_A, lora_B)}, checked for form."""
+    """{layer: (lora_A, lora_B)}, checked for form. Files of PEFT and older ones may have the names
+    of compiled blocks.
+    """
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in TensorSource(path):
         match = _KEY.fullmatch(key)
@@ -293,7 +292,7 @@ def _read_pairs(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             raise CheckpointError(
                 f"{key} must be a finite floating matrix, got {tensor.dtype} {list(tensor.shape)}"
             )
-        found.setdefault(own_name(match[1], *_WRAPPERS), {})[match[2]] = own(tensor)
+        found.setdefault(match[1], {})[match[2]] = own(tensor)
     for name, pair in found.items():
         for part in "AB":
             if part not in pair:
@@ -329,8 +328,10 @@ def _adapted(name: str, layer: Linear4bit, pair, config, dtype) -> QLoRALinear:
 
 
 def _pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the name or its ending."""
+    """PEFT's rule: the first key that, as a regular expression, matches the name or its ending; the
+    name in the file, for which the key was written, or the model's own.
+    """
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if any(re.match(rf"(.*\.)?({pattern})$", n) for n in (name, own_name(name))):
             return value
     return default

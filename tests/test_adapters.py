@@ -320,6 +320,29 @@ def test_files_with_names_of_compiled_blocks_are_read(tmp_path):
     assert_bitwise_equal(loaded[1][0].lora_A, saved[1][0].lora_A)
 
 
+@pytest.mark.parametrize("key", ["own", "stored"])
+@pytest.mark.parametrize("stored", ["1._orig_mod.0", "1.0._checkpoint_wrapped_module"])
+def test_patterns_hold_for_names_with_wrappers(tmp_path, stored, key):
+    """A key is for the name in the file, as older versions wrote it, or for the model's own."""
+    saved = prepare(mlp(), r=2, alpha=8)
+    odd = prepare(mlp(), r=4, alpha=24)
+    saved[1][0] = odd[1][0]
+    adapters.save_adapter(saved, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k.replace(".1.0.", f".{stored}."): t for k, t in load_file(path).items()}, path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for field in ("rank_pattern", "alpha_pattern"):
+        assert list(config[field]) == [r"^1\.0"]
+        if key == "stored":
+            config[field] = {"^" + stored.replace(".", r"\."): config[field][r"^1\.0"]}
+    path.write_text(json.dumps(config))
+    loaded = adapters.load_adapter(prepare(mlp(), r=0), tmp_path)
+    assert (loaded[0].r, loaded[0].alpha) == (2, 8)
+    assert (loaded[1][0].r, loaded[1][0].alpha) == (4, 24)
+    assert_bitwise_equal(loaded[1][0].lora_A, saved[1][0].lora_A)
+
+
 def test_a_compiled_layer_computes_with_its_replacement(tmp_path):
     """torch.compile binds the forward of the layer it was given."""
     saved_adapter(tmp_path)

@@ -10,9 +10,10 @@ import torch
 from helpers import assert_bitwise_equal
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lowbit
-from lowbit import adapters, prepare
+from lowbit import adapters, modules, prepare
 from lowbit.checkpoint import load, save
 from lowbit.nn import Linear4bit, QLoRALinear
 from lowbit.state import CheckpointError
@@ -162,14 +163,103 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
         assert_bitwise_equal(target.first.lora_A, model.first.lora_A, "lora_A")
 
 
-def test_a_checkpointed_layer_is_saved_under_its_own_name(tmp_path):
-    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+def bare(block):
+    return block
 
+
+def compiled(block):
+    return torch.compile(block, backend="eager")
+
+
+def compiled_in_place(block):
+    block.compile(backend="eager")
+    return block
+
+
+def both(block):
+    return compiled(checkpoint_wrapper(block))
+
+
+def wrap_blocks(model, wrap):
+    """A layer, one in a container that is wrapped too, a tied layer, and what is none."""
+    model.second = wrap(nn.Sequential(wrap(model.second)))
+    for name in ("first", "embed", "norm", "lm_head"):
+        setattr(model, name, wrap(getattr(model, name)))
+    return model
+
+
+WRAPS = [compiled, compiled_in_place, checkpoint_wrapper, both]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_files_of_wrapped_blocks_are_those_of_the_model(tmp_path, wrap):
     model = prepared()
-    expected = copy.deepcopy(model)
-    model.first = checkpoint_wrapper.checkpoint_wrapper(model.first)
-    model = checkpoint_wrapper.checkpoint_wrapper(model)
-    assert_same_state(load(Toy(), save(model, tmp_path / "saved")), expected)
+    save(wrap_blocks(copy.deepcopy(model), bare), tmp_path / "plain")
+    save(wrap(wrap_blocks(model, wrap)), tmp_path / "wrapped")
+    for name in ("lowbit_config.json", "model.safetensors"):
+        first, second = ((tmp_path / f / name).read_bytes() for f in ("plain", "wrapped"))
+        assert first == second, name
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_load_fills_wrapped_blocks(tmp_path, wrap, whole, quantized):
+    model = wrap_blocks(prepared(), bare)
+    save(model, tmp_path)
+    target = wrap_blocks(prepare(Toy(), r=2) if quantized else Toy(), wrap)
+    target = wrap(target) if whole else target
+    assert load(target, tmp_path) is target
+    save(target, tmp_path / "again")
+    assert_same_state(load(wrap_blocks(Toy(), bare), tmp_path / "again"), model)
+    inner = modules.plain(target)
+    assert (
+        type(modules.plain(inner.first))
+        is type(modules.plain(modules.plain(inner.second)[0]))
+        is QLoRALinear
+    )
+    assert modules.plain(inner.lm_head).weight is modules.plain(inner.embed).weight
+    assert torch.equal(target.eval()(TOKENS), model.eval()(TOKENS))
+
+
+def test_files_with_names_of_compiled_blocks_are_read(tmp_path):
+    """Older versions wrote them."""
+    model = prepared()
+    save(model, tmp_path)
+    for old, new in (("first", "first._orig_mod"), ("embed", "embed._orig_mod")):
+        config = tmp_path / "lowbit_config.json"
+        config.write_text(config.read_text().replace(f'"{old}', f'"{new}'))
+        stored = load_file(tmp_path / "model.safetensors")
+        renamed = {key.replace(f"{old}.", f"{new}.", 1): t for key, t in stored.items()}
+        assert renamed.keys() != stored.keys() or f'"{new}.weight"' in config.read_text()
+        save_file(renamed, tmp_path / "model.safetensors")
+    assert_same_state(load(Toy(), tmp_path), model)
+    target = Toy()
+    target.first = compiled(target.first)
+    load(target, tmp_path)
+    assert_bitwise_equal(target.first.lora_A, model.first.lora_A, "lora_A")
+
+
+def test_the_model_in_a_wrapper_is_found():
+    """Wrappers pass on what they have not, and so may a model: what is inside of it is not it."""
+
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = compiled(nn.Linear(2, 2))
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+    for model in (nn.Sequential(), nn.Linear(2, 2)):
+        for wrap in (compiled, checkpoint_wrapper, both, lambda m: checkpoint_wrapper(compiled(m))):
+            assert modules.plain(wrap(model)) is model
+    for model in (nn.Linear(2, 2), Passing()):
+        assert modules.plain(model) is model
+        assert modules.plain(checkpoint_wrapper(model)) is model
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "compiled ddp", "ddp of compiled", "data parallel"])
