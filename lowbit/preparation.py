@@ -20,6 +20,8 @@ from .modules import (
     is_linear,
     linear_names,
     output_names,
+    own_name,
+    own_names,
     replace,
     select,
     tied_names,
@@ -240,11 +242,18 @@ def check_state_dict(
     """
     assign = local_metadata.get("assign_to_params_buffers", False)
     problems: list[str] = []
-    by_layer = _entries_by_layer(model, state_dict, prefix)
+    layers = {name: m for name, m in own_names(model).items() if isinstance(m, Linear4bit)}
+    state_dict = {
+        prefix + own_name(key.removeprefix(prefix)): tensor
+        for key, tensor in state_dict.items()
+        if key.startswith(prefix)
+    }
+    by_layer = _entries_by_layer(layers, state_dict, prefix)
     for path, entries in by_layer.items():
-        layer = model.get_submodule(path)
+        layer = layers[path]
         problems += layer._inspect_state(entries, _join(prefix, path), assign)[1]
     for name, param in model.named_parameters(remove_duplicate=False):
+        name = own_name(name)
         entry = state_dict.get(prefix + name)
         if name.rpartition(".")[0] in by_layer or entry is None:
             continue  # checked above, or left to torch's own report of missing keys
@@ -255,23 +264,19 @@ def check_state_dict(
         raise CheckpointError("state_dict does not fit: " + "; ".join(problems))
 
 
-def _entries_by_layer(model, state_dict, prefix) -> dict[str, dict[str, torch.Tensor]]:
+def _entries_by_layer(layers, state_dict, prefix) -> dict[str, dict[str, torch.Tensor]]:
     """Entries of each quantized layer, found in one pass over the keys."""
-    layers: dict[str, dict[str, torch.Tensor]] = {
-        name: {}
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Linear4bit)
-    }
+    entries: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
     for key, tensor in state_dict.items():
-        path = key[len(prefix) :] if key.startswith(prefix) else ""
+        path = key[len(prefix) :]
         while path:
             path = path.rpartition(".")[0]
-            if path in layers:
-                layers[path][key] = tensor
+            if path in entries:
+                entries[path][key] = tensor
                 break
-    if "" in layers:
-        layers[""] = dict(state_dict)
-    return layers
+    if "" in entries:
+        entries[""] = state_dict
+    return entries
 
 
 def _join(prefix: str, path: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from helpers import assert_bitwise_equal
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lowbit
 from lowbit import prepare
@@ -475,9 +476,12 @@ def test_cut_off_file_names_the_tensor(tmp_path):
         prepare(model, r=4, weights=path)
 
 
-def test_state_dict_with_one_damaged_entry_changes_no_layer():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_state_dict_with_one_damaged_entry_changes_no_layer(wrapped):
     """torch loads layer by layer; the check of the whole model must come first."""
     model, other = prepare(Toy(), r=4), prepare(Toy(), r=4).state_dict()
+    if wrapped:  # its keys in state dicts are those of the plain model
+        model.layers[1] = checkpoint_wrapper(model.layers[1])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for key, change in (
         ("layers.1.down_proj.weight.absmax", lambda t: t[:-1]),
