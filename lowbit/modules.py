@@ -152,11 +152,12 @@ def output_names(model: nn.Module) -> set[str]:
         output = getter() if callable(getter) else None
     except NotImplementedError:
         output = None
+    output = plain(output) if isinstance(output, nn.Module) else None
     return {
         name
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear)
-        and (module is output or name.rpartition(".")[2] == "lm_head")
+        and (module is output or matches(own_name(name), "lm_head"))
     }
 
 
@@ -169,7 +170,7 @@ def fp32_names(model: nn.Module) -> set[str]:
     return {
         name
         for name in linear_names(model)
-        if any(f".{pattern}." in f".{name}.weight." for pattern in patterns)
+        if any(f".{pattern}." in f".{own_name(name)}.weight." for pattern in patterns)
     }
 
 
@@ -179,7 +180,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def select(names: Sequence[str], patterns: str | Iterable[str], argument: str, model) -> list[str]:
-    """Return the names that a user's patterns mean.
+    """Return the names that a user's patterns mean; a layer's own name or the one with wrappers.
 
     Args:
         names: candidates.
@@ -196,7 +197,11 @@ def select(names: Sequence[str], patterns: str | Iterable[str], argument: str, m
             expression = re.compile(patterns)
         except re.error as error:
             raise ValueError(f"{argument} is no valid regular expression: {error}") from None
-        found = [n for n in names if expression.fullmatch(n) or matches(n, patterns)]
+        found = [
+            name
+            for name in names
+            if any(expression.fullmatch(n) or matches(n, patterns) for n in (name, own_name(name)))
+        ]
         if not found:
             raise _no_match(names, patterns, argument, model)
         return found
@@ -204,7 +209,7 @@ def select(names: Sequence[str], patterns: str | Iterable[str], argument: str, m
         raise TypeError(f"{argument} must be a list of names, got {patterns!r}")
     chosen: set[str] = set()
     for pattern in patterns:
-        found = [name for name in names if matches(name, pattern)]
+        found = [n for n in names if matches(n, pattern) or matches(own_name(n), pattern)]
         if not found:
             raise _no_match(names, pattern, argument, model)
         chosen.update(found)
@@ -217,6 +222,7 @@ def _no_match(names: Sequence[str], pattern: str, argument: str, model: nn.Modul
         for name, module in model.named_modules()
         if matches(name, pattern)
     ]
+    names = [own_name(name) for name in names]
     endings = {name.rpartition(".")[2]: None for name in names}
     close = difflib.get_close_matches(pattern, [*endings, *names], n=4, cutoff=0.5)
     hint = others[0] if others else f"close names: {', '.join(close or list(endings)[:8])}"

@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import lowbit
 from lowbit import prepare
+from lowbit.modules import own_name
 from lowbit.nn import Linear4bit, QLoRALinear
 from lowbit.state import CheckpointError
 
@@ -206,6 +207,43 @@ def test_same_seed_gives_the_same_adapters_from_both_ways(tmp_path):
     torch.manual_seed(4)
     actual = prepare(Toy(device="meta"), r=4, weights=dict(reversed(stored.items())))
     assert_same_state(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "all-linear",
+        ["up_proj", "layers.1.down_proj"],
+        r"layers\.\d\.(up|down)_proj",
+        ["layers.1._orig_mod.down_proj", "layers.0.up_proj._orig_mod"],
+    ],
+    ids=str,
+)
+def test_names_mean_compiled_blocks_too(targets):
+    """Layers inside were left without an adapter, and the output embedding was quantized."""
+    model = Toy()
+    model.layers[0].up_proj = torch.compile(model.layers[0].up_proj, backend="eager")
+    model.layers[1] = torch.compile(model.layers[1], backend="eager")
+    model.lm_head = torch.compile(model.lm_head, backend="eager")
+    found = {
+        own_name(name): type(module).__name__
+        for name, module in prepare(model, r=2, target_modules=targets).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    own = targets
+    if isinstance(targets, list):
+        own = [own_name(target) for target in targets]
+    assert found == types(prepare(Toy(), r=2, target_modules=own))
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, lambda m: torch.compile(m, backend="eager")])
+def test_a_wrapped_output_embedding_is_left_alone(wrap):
+    class Reporting(nn.Sequential):
+        def get_output_embeddings(self):
+            return self[1]
+
+    model = prepare(Reporting(nn.Linear(64, 64), wrap(nn.Linear(64, 40))), r=2)
+    assert list(types(model).values()) == ["QLoRALinear", "Linear"]
 
 
 # ---- what is refused -----------------------------------------------------------------------------
