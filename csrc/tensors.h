@@ -1,5 +1,5 @@
 // What the bindings of both libraries share: names for torch's types, checks of host tensors, and
-// the weight arguments of a schema. Only binding files include this (it needs torch).
+// the weight arguments of an operator. Only binding files include this (it needs torch).
 //
 // The Python layer has already raised readable errors for what users can get wrong; these checks
 // keep a direct call of an operator from reading out of bounds.
@@ -14,10 +14,20 @@
 
 #include "dtype.h"
 
+// The 11 weight arguments, in the order every operator has them: in a schema, as parameters, and
+// passed on.
 // clang-format off
 #define LOWBIT_WEIGHT \
     "Tensor qweight, Tensor? absmax, Tensor? codebook, Tensor? nested_absmax, Tensor? nested_codebook, " \
     "Tensor? nested_offset, int N, int K, int blocksize, int nested_blocksize, bool row_blocks"
+#define LOWBIT_WEIGHT_PARAMETERS \
+    const Tensor& qweight, const OptionalTensor& absmax, const OptionalTensor& codebook, \
+    const OptionalTensor& nested_absmax, const OptionalTensor& nested_codebook, \
+    const OptionalTensor& nested_offset, int64_t N, int64_t K, int64_t blocksize, \
+    int64_t nested_blocksize, bool row_blocks
+#define LOWBIT_WEIGHT_ARGUMENTS \
+    qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K, blocksize, \
+    nested_blocksize, row_blocks
 // clang-format on
 
 namespace lowbit {

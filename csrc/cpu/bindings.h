@@ -26,20 +26,8 @@ inline Tensor new_cpu_tensor(std::vector<int64_t> sizes, ScalarType type) {
         torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-// The 11 weight arguments, in the order every operator has them. The view borrows the tensors'
-// memory.
-inline WeightView make_weight_view(
-    const Tensor& qweight,
-    const OptionalTensor& absmax,
-    const OptionalTensor& codebook,
-    const OptionalTensor& nested_absmax,
-    const OptionalTensor& nested_codebook,
-    const OptionalTensor& nested_offset,
-    int64_t N,
-    int64_t K,
-    int64_t blocksize,
-    int64_t nested_blocksize,
-    bool row_blocks) {
+// The view borrows the tensors' memory.
+inline WeightView make_weight_view(LOWBIT_WEIGHT_PARAMETERS) {
     STD_TORCH_CHECK(N >= 0 && K >= 0, "N and K must be non-negative, got ", N, " and ", K);
     WeightView w{};
     w.N = N;

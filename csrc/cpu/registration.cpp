@@ -98,22 +98,8 @@ Quantized quantize_4bit(
         new_cpu_tensor({0}, ScalarType::Float)};
 }
 
-Tensor dequantize_4bit(
-    const Tensor& qweight,
-    const OptionalTensor& absmax,
-    const OptionalTensor& codebook,
-    const OptionalTensor& nested_absmax,
-    const OptionalTensor& nested_codebook,
-    const OptionalTensor& nested_offset,
-    int64_t N,
-    int64_t K,
-    int64_t blocksize,
-    int64_t nested_blocksize,
-    bool row_blocks,
-    ScalarType dtype) {
-    const WeightView weight = make_weight_view(
-        qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K, blocksize,
-        nested_blocksize, row_blocks);
+Tensor dequantize_4bit(LOWBIT_WEIGHT_PARAMETERS, ScalarType dtype) {
+    const WeightView weight = make_weight_view(LOWBIT_WEIGHT_ARGUMENTS);
     STD_TORCH_CHECK(!weight.is_dense(), "qweight must be a 4-bit weight, got a dense one");
     Tensor out = new_cpu_tensor({N, K}, dtype);
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());

@@ -9,15 +9,6 @@
 namespace lowbit::cpu {
 namespace {
 
-#define LOWBIT_WEIGHT_PARAMETERS                                                                   \
-    Tensor qweight, OptionalTensor absmax, OptionalTensor codebook, OptionalTensor nested_absmax,  \
-        OptionalTensor nested_codebook, OptionalTensor nested_offset, int64_t N, int64_t K,        \
-        int64_t blocksize, int64_t nested_blocksize, bool row_blocks
-#define LOWBIT_WEIGHT_VIEW                                                                         \
-    make_weight_view(                                                                              \
-        qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K, blocksize, \
-        nested_blocksize, row_blocks)
-
 // [M, columns] of any float type; returns M.
 int64_t check_activation(const Tensor& tensor, int64_t columns, const char* argument) {
     check_cpu_contiguous(tensor, argument);
@@ -52,7 +43,7 @@ Bias checked_bias(const OptionalTensor& bias, int64_t N) {
 }
 
 Tensor linear_op(Tensor x, LOWBIT_WEIGHT_PARAMETERS, OptionalTensor bias) {
-    const WeightView w = LOWBIT_WEIGHT_VIEW;
+    const WeightView w = make_weight_view(LOWBIT_WEIGHT_ARGUMENTS);
     const int64_t M = check_activation(x, K, "x");
     const Bias b = checked_bias(bias, N);
     Tensor y = new_result({M, N}, x.scalar_type());
@@ -61,7 +52,7 @@ Tensor linear_op(Tensor x, LOWBIT_WEIGHT_PARAMETERS, OptionalTensor bias) {
 }
 
 Tensor linear_dx_op(Tensor dy, LOWBIT_WEIGHT_PARAMETERS) {
-    const WeightView w = LOWBIT_WEIGHT_VIEW;
+    const WeightView w = make_weight_view(LOWBIT_WEIGHT_ARGUMENTS);
     const int64_t M = check_activation(dy, N, "dy");
     Tensor dx = new_result({M, K}, dy.scalar_type());
     linear_dx(dy.const_data_ptr(), dtype_of(dy, "dy"), M, w, dx.mutable_data_ptr());
@@ -122,7 +113,8 @@ std::tuple<Tensor, Tensor> lora_linear_op(
     double dropout_p,
     OptionalTensor seed) {
     const Adapter adapter(
-        LOWBIT_WEIGHT_VIEW, lora_A, lora_B, lora_scaling, scaling, dropout_p, seed);
+        make_weight_view(LOWBIT_WEIGHT_ARGUMENTS), lora_A, lora_B, lora_scaling, scaling, dropout_p,
+        seed);
     const int64_t M = check_activation(x, K, "x");
     const Bias b = checked_bias(bias, N);
     Tensor y = new_result({M, N}, x.scalar_type());
@@ -152,7 +144,8 @@ Gradients lora_linear_backward_op(
     bool need_d_bias,
     bool need_d_lora_scaling) {
     const Adapter adapter(
-        LOWBIT_WEIGHT_VIEW, lora_A, lora_B, lora_scaling, scaling, dropout_p, seed);
+        make_weight_view(LOWBIT_WEIGHT_ARGUMENTS), lora_A, lora_B, lora_scaling, scaling, dropout_p,
+        seed);
     const int64_t M = check_activation(dy, N, "dy"), r = adapter.args.r;
     const ScalarType type = dy.scalar_type();
     check_matrix(x, M, K, "x");

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <initializer_list>
-#include <tuple>
 
 #include "device.h"
 #include "tensors.h"
@@ -142,20 +141,8 @@ struct WeightArguments {
     }
 };
 
-// The same from tensors, in the order every operator has them, which are checked.
-inline WeightView make_weight_view(
-    const Call& call,
-    const Tensor& qweight,
-    const OptionalTensor& absmax,
-    const OptionalTensor& codebook,
-    const OptionalTensor& nested_absmax,
-    const OptionalTensor& nested_codebook,
-    const OptionalTensor& nested_offset,
-    int64_t N,
-    int64_t K,
-    int64_t blocksize,
-    int64_t nested_blocksize,
-    bool row_blocks) {
+// The same from tensors, which are checked.
+inline WeightView make_weight_view(const Call& call, LOWBIT_WEIGHT_PARAMETERS) {
     STD_TORCH_CHECK(N >= 0 && K >= 0, "N and K must be non-negative, got ", N, " and ", K);
     STD_TORCH_CHECK(
         absmax.has_value() && codebook.has_value(),

@@ -1,7 +1,6 @@
 // The compiled operators of the CUDA backend: 4-bit quantization and dequantization. Schemas equal
 // the ones in lowbit/ops.py. The products are in registration_lora.cpp.
 
-#include <optional>
 #include <tuple>
 
 #include "bindings.h"
@@ -67,23 +66,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_4bit(
 
 // ---- dequantize ---------------------------------------------------------------------------------
 
-Tensor dequantize_4bit(
-    Tensor qweight,
-    OptionalTensor absmax,
-    OptionalTensor codebook,
-    OptionalTensor nested_absmax,
-    OptionalTensor nested_codebook,
-    OptionalTensor nested_offset,
-    int64_t N,
-    int64_t K,
-    int64_t blocksize,
-    int64_t nested_blocksize,
-    bool row_blocks,
-    ScalarType dtype) {
+Tensor dequantize_4bit(LOWBIT_WEIGHT_PARAMETERS, ScalarType dtype) {
     const Call call(qweight);
-    const WeightView w = make_weight_view(
-        call, qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K,
-        blocksize, nested_blocksize, row_blocks);
+    const WeightView w = make_weight_view(call, LOWBIT_WEIGHT_ARGUMENTS);
     Tensor out = new_tensor(qweight, {N, K}, dtype);
     check_launch(
         launch_dequantize_4bit(
@@ -94,25 +79,9 @@ Tensor dequantize_4bit(
 
 // The window of the weight whose upper left corner is (row0, column0) and whose size is that of
 // out.
-void dequantize_4bit_out(
-    Tensor qweight,
-    OptionalTensor absmax,
-    OptionalTensor codebook,
-    OptionalTensor nested_absmax,
-    OptionalTensor nested_codebook,
-    OptionalTensor nested_offset,
-    int64_t N,
-    int64_t K,
-    int64_t blocksize,
-    int64_t nested_blocksize,
-    bool row_blocks,
-    int64_t row0,
-    Tensor out,
-    int64_t column0) {
+void dequantize_4bit_out(LOWBIT_WEIGHT_PARAMETERS, int64_t row0, Tensor out, int64_t column0) {
     const Call call(qweight);
-    const WeightView w = make_weight_view(
-        call, qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K,
-        blocksize, nested_blocksize, row_blocks);
+    const WeightView w = make_weight_view(call, LOWBIT_WEIGHT_ARGUMENTS);
     call.check_here(out, "out");
     STD_TORCH_CHECK(out.dim() == 2, "out must be [rows, columns], got ", out.dim(), " dimensions");
     const DequantizeWindow window{row0, out.size(0), column0, out.size(1)};

@@ -3,6 +3,8 @@
 // back as None. Which layers take them is decided in lowbit/dispatch.py; an operator refuses what
 // its kernel does not serve.
 
+#include <tuple>
+
 #include "lora_calls.h"
 
 namespace lowbit::cuda {
@@ -136,27 +138,10 @@ new_dx(LoraDxArgs& a, const Call& call, const Tensor& dy, const OptionalTensor& 
 }
 
 template <const DxKernel& kKernel>
-OptionalTensor nf4_lora_matmul_dx(
-    Tensor dy,
-    Tensor qweight,
-    OptionalTensor absmax,
-    OptionalTensor codebook,
-    OptionalTensor nested_absmax,
-    OptionalTensor nested_codebook,
-    OptionalTensor nested_offset,
-    int64_t N,
-    int64_t K,
-    int64_t blocksize,
-    int64_t nested_blocksize,
-    bool row_blocks,
-    OptionalTensor dx_sum) {
+OptionalTensor nf4_lora_matmul_dx(Tensor dy, LOWBIT_WEIGHT_PARAMETERS, OptionalTensor dx_sum) {
     const Call call(dy);
     align(dy);
-    LoraDxArgs a = dx_args(
-        make_weight_view(
-            call, qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K,
-            blocksize, nested_blocksize, row_blocks),
-        call, dy);
+    LoraDxArgs a = dx_args(make_weight_view(call, LOWBIT_WEIGHT_ARGUMENTS), call, dy);
     OptionalTensor dx = new_dx<kKernel>(a, call, dy, dx_sum);
     const Workspace workspace(kKernel.workspace_bytes(a));
     a.workspace = workspace.data();
@@ -171,17 +156,7 @@ Gradients nf4_lora_backward(
     Tensor dy,
     OptionalTensor x,
     OptionalTensor z,
-    Tensor qweight,
-    OptionalTensor absmax,
-    OptionalTensor codebook,
-    OptionalTensor nested_absmax,
-    OptionalTensor nested_codebook,
-    OptionalTensor nested_offset,
-    int64_t N,
-    int64_t K,
-    int64_t blocksize,
-    int64_t nested_blocksize,
-    bool row_blocks,
+    LOWBIT_WEIGHT_PARAMETERS,
     Tensor lora_A,
     Tensor lora_B,
     OptionalTensor lora_scaling,
@@ -205,11 +180,7 @@ Gradients nf4_lora_backward(
 
     LoraDxArgs b{};
     if (need_dx) {
-        b = dx_args(
-            make_weight_view(
-                call, qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N,
-                K, blocksize, nested_blocksize, row_blocks),
-            call, dy);
+        b = dx_args(make_weight_view(call, LOWBIT_WEIGHT_ARGUMENTS), call, dy);
         b.r = a.r;
         b.lora_A_dtype = a.lora_A_dtype;
         b.lora_A = checked_data(call, lora_A, lora_A.scalar_type(), a.r, K, "lora_A");

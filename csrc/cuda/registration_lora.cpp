@@ -9,17 +9,7 @@ namespace {
 template <const ProductKernel& kKernel>
 Tensor lora_matmul(
     Tensor x,
-    Tensor qweight,
-    OptionalTensor absmax,
-    OptionalTensor codebook,
-    OptionalTensor nested_absmax,
-    OptionalTensor nested_codebook,
-    OptionalTensor nested_offset,
-    int64_t N,
-    int64_t K,
-    int64_t blocksize,
-    int64_t nested_blocksize,
-    bool row_blocks,
+    LOWBIT_WEIGHT_PARAMETERS,
     OptionalTensor lora_A,
     OptionalTensor lora_B,
     OptionalTensor lora_scaling,
@@ -33,9 +23,7 @@ Tensor lora_matmul(
     for (OptionalTensor* tensor : {&lora_A, &lora_B, &bias, &z_in})
         align(*tensor);
     LoraMatmulArgs a{};
-    a.w = make_weight_view(
-        call, qweight, absmax, codebook, nested_absmax, nested_codebook, nested_offset, N, K,
-        blocksize, nested_blocksize, row_blocks);
+    a.w = make_weight_view(call, LOWBIT_WEIGHT_ARGUMENTS);
     a.dtype = to_dtype(type, "x");
     STD_TORCH_CHECK(x.dim() == 2, "x must be [M, K], got ", x.dim(), " dimensions");
     a.M = x.size(0);
