@@ -12,37 +12,13 @@ namespace lowbit::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Pairs of 16-bit elements travel as one 32-bit word, the first element in the low half.
-__device__ __forceinline__ uint32_t pack_pair(float first, float second, __nv_bfloat16) {
-    return cvt_bf16x2(first, second);
-}
-
-__device__ __forceinline__ uint32_t pack_pair(float first, float second, __half) {
-    return cvt_f16x2(first, second);
-}
-
+// What pack_pair makes, as fp32 again.
 __device__ __forceinline__ float2 unpack_pair(uint32_t pair, __nv_bfloat16) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
 __device__ __forceinline__ float2 unpack_pair(uint32_t pair, __half) {
     return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-
-__device__ __forceinline__ uint32_t abs_pair(uint32_t pair, __nv_bfloat16) {
-    return abs_bf16x2(pair);
-}
-
-__device__ __forceinline__ uint32_t abs_pair(uint32_t pair, __half) {
-    return abs_f16x2(pair);
-}
-
-__device__ __forceinline__ uint32_t max_nan_pair(uint32_t a, uint32_t b, __nv_bfloat16) {
-    return max_nan_bf16x2(a, b);
-}
-
-__device__ __forceinline__ uint32_t max_nan_pair(uint32_t a, uint32_t b, __half) {
-    return max_nan_f16x2(a, b);
 }
 
 __device__ __forceinline__ float to_float(float x) {

@@ -120,7 +120,7 @@ __device__ __forceinline__ uint4 scale_to_f16(const uint4& v, float scale) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const float2 pair = unpack_pair(in[j], T{});
-        out[j] = cvt_f16x2(pair.x * scale, pair.y * scale);
+        out[j] = pack_pair(pair.x * scale, pair.y * scale, __half{});
     }
     return make_uint4(out[0], out[1], out[2], out[3]);
 }
@@ -175,7 +175,8 @@ __device__ __forceinline__ float store_operands(
     const int value_exponent =
         exponent_of(__uint_as_float(__reduce_max_sync(kFullWarp, magnitude)));
     const float value_scale = power_of_two(-value_exponent);
-    const uint32_t pair = cvt_f16x2(o.first_value * value_scale, o.second_value * value_scale);
+    const uint32_t pair =
+        pack_pair(o.first_value * value_scale, o.second_value * value_scale, __half{});
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int copy = (tid / 256 * 4 + i + tid) % 8;

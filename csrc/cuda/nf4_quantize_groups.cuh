@@ -73,7 +73,7 @@ struct Ring {
 #pragma unroll
             for (int i = 0; i < kWords / 4; i++)
                 copy_async_16(
-                    &slot[stage][u * kWords / 4 + i][threadIdx.x],
+                    shared_address(&slot[stage][u * kWords / 4 + i][threadIdx.x]),
                     reinterpret_cast<const uint4*>(source + u * kThreads * 8) + i);
         }
     }

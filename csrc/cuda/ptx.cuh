@@ -25,49 +25,34 @@ __device__ __forceinline__ int opaque(int number) {
     return number;
 }
 
-// Two fp32 values rounded to nearest even, `low` in bits 0..15.
-__device__ __forceinline__ uint32_t cvt_bf16x2(float low, float high) {
-    uint32_t d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-
-__device__ __forceinline__ uint32_t cvt_f16x2(float low, float high) {
-    uint32_t d;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-
-// Maxima that a NaN wins: the C functions fmaxf and __hmax2 drop it.
+// A maximum that a NaN wins: the C functions fmaxf and __hmax2 drop it.
 __device__ __forceinline__ float max_nan(float a, float b) {
     float d;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
     return d;
 }
 
-__device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-__device__ __forceinline__ uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-__device__ __forceinline__ uint32_t abs_bf16x2(uint32_t a) {
-    uint32_t d;
-    asm("abs.bf16x2 %0, %1;" : "=r"(d) : "r"(a));
-    return d;
-}
-
-__device__ __forceinline__ uint32_t abs_f16x2(uint32_t a) {
-    uint32_t d;
-    asm("abs.f16x2 %0, %1;" : "=r"(d) : "r"(a));
-    return d;
-}
+// Pairs of 16-bit elements travel as one 32-bit word, the first element in the low half. fp32
+// values are rounded to nearest even; maxima as above.
+#define LOWBIT_PAIRS(TYPE, NAME)                                                                   \
+    __device__ __forceinline__ uint32_t pack_pair(float first, float second, TYPE) {               \
+        uint32_t d;                                                                                \
+        asm("cvt.rn." NAME ".f32 %0, %1, %2;" : "=r"(d) : "f"(second), "f"(first));                \
+        return d;                                                                                  \
+    }                                                                                              \
+    __device__ __forceinline__ uint32_t max_nan_pair(uint32_t a, uint32_t b, TYPE) {               \
+        uint32_t d;                                                                                \
+        asm("max.NaN." NAME " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));                            \
+        return d;                                                                                  \
+    }                                                                                              \
+    __device__ __forceinline__ uint32_t abs_pair(uint32_t a, TYPE) {                               \
+        uint32_t d;                                                                                \
+        asm("abs." NAME " %0, %1;" : "=r"(d) : "r"(a));                                            \
+        return d;                                                                                  \
+    }
+LOWBIT_PAIRS(__nv_bfloat16, "bf16x2")
+LOWBIT_PAIRS(__half, "f16x2")
+#undef LOWBIT_PAIRS
 
 // value + (x > limit) as one predicated addition, where C++ gives a sum and a move.
 __device__ __forceinline__ uint32_t add_if_above(uint32_t value, float x, float limit) {
@@ -169,23 +154,20 @@ __device__ __forceinline__ void store_relaxed(MarkedPair* p, const MarkedPair& v
                  : "memory");
 }
 
-// 16 bytes from global to shared memory in the background, past L1. Groups complete in order;
-// wait_async<n> leaves the n youngest under way.
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-                 "l"(global)
-                 : "memory");
+// Addresses in shared memory are 32-bit.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// 16 bytes from global to shared memory in the background, past L1. Groups complete in order;
+// wait_async<n> leaves the n youngest under way.
 __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
 // The same through L1: what all SMs read at the same time comes faster so, though none has it yet.
 __device__ __forceinline__ void copy_shared_async_16(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                  "l"(global)
                  : "memory");
 }
@@ -208,12 +190,6 @@ __device__ __forceinline__ void wait_async() {
 }
 
 // ---- shared memory ------------------------------------------------------------------------------
-//
-// Addresses are 32-bit.
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
     uint4 v;
