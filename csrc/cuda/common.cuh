@@ -1,4 +1,5 @@
-// Device helpers shared by the kernels: 16-bit element types, scales, reductions within a warp.
+// Device helpers shared by the kernels: 16-bit element types, scales, sums to a workspace,
+// reductions within a warp.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -71,6 +72,16 @@ constexpr float kAbsmaxFloor = 1e-38f;
 // IEEE reciprocal of an absmax; a NaN passes through the floor.
 __device__ __forceinline__ float reciprocal(float absmax) {
     return __frcp_rn(absmax < kAbsmaxFloor ? kAbsmaxFloor : absmax);
+}
+
+// A thread's sums to a workspace, in vectors that lie `stride` apart.
+template <int kSums>
+__device__ __forceinline__ void store_sums(const float* d, float4* to, int stride) {
+#pragma unroll
+    for (int i = 0; i < kSums / 4; i++) {
+        const float* v = d + 4 * i;
+        __stcg(to + i * stride, make_float4(v[0], v[1], v[2], v[3]));
+    }
 }
 
 // Maximum over groups of `lanes` neighbouring lanes (a power of two), in every lane; NaN wins.

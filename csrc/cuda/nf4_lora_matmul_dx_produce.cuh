@@ -90,32 +90,6 @@ __device__ __forceinline__ float scale_of(const StoredScale& s, uint32_t smem, f
     return __fadd_rn(__fmul_rn(__uint_as_float(of_code), __uint_as_float(s.value)), offset);
 }
 
-// The tokens of a tile from dy or u, for this CTA alone.
-template <class P>
-__device__ __forceinline__ void
-load_tokens(uint32_t stage, const CUtensorMap& map, int column, int token0, uint32_t full) {
-#pragma unroll 1
-    for (int part = 0; part < P::kColumnTiles; part++) {
-        const uint32_t destination = stage + part * P::kDyBoxBytes;
-        load_tile(destination, map, column, token0 + part * P::kDyBoxTokens, full);
-    }
-}
-
-// The same of dy, each CTA a half for both where they share it.
-template <class P>
-__device__ __forceinline__ void
-load_dy(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t full) {
-    const int column = (tile.first_step + step) * kStepN;
-    if (P::kSharesW || tile.split) {
-        load_tokens<P>(stage, maps.dy, column, tile.token0, full);
-    } else {
-        const int part = blockIdx.x % kCluster;
-        load_tile_multicast(
-            stage + part * P::kDyBoxBytes, maps.dy, column, tile.token0 + part * P::kDyBoxTokens,
-            full, 0b11);
-    }
-}
-
 // Waiting here for the kernel that makes u keeps nobody from an SM: this one could not begin before
 // every CTA in front was running, or had ended (let_next_kernel_start). Where that kernel sets
 // marks, each CTA has a word of its own. Two warps may wait for it at a time, for different tiles,
@@ -138,7 +112,7 @@ template <class P>
 __device__ __forceinline__ void
 load_low_rank(const Maps& maps, const Tile& tile, uint32_t stage, uint32_t full) {
     barrier_arrive_expect(full, P::kDyBytes + P::kWBytes);
-    load_tokens<P>(stage, maps.u, 0, tile.token0, full);
+    load_tokens<P>(true, stage, maps.u, 0, tile.token0, full);
     const uint32_t lines = stage + P::kDyBytes;
     load_tile(lines, maps.lora_A, tile.column0, 0, full);
     load_tile(lines + P::kWBytes / 2, maps.lora_A, tile.column0 + 64, 0, full);
@@ -226,7 +200,9 @@ produce(const Maps& maps, const Params& p, uint32_t smem, uint8_t* smem_generic)
                     barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
                     if (loading_warp && elect_lane()) {
                         barrier_arrive_expect(full, P::kArrivingBytes);
-                        load_dy<P>(maps, tile, step, stage, full);
+                        load_tokens<P>(
+                            P::kSharesW || tile.split, stage, maps.dy,
+                            (tile.first_step + step) * kStepN, tile.token0, full);
                     }
                     __syncwarp();
                     const uint32_t piece = stage + piece_offset;

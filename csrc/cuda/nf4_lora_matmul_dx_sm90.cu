@@ -56,14 +56,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     const uint32_t smem = (raw + kSmemAlignment - 1) / kSmemAlignment * kSmemAlignment;
     uint8_t* smem_generic = smem_raw + (smem - raw);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < P::kStages; i++) {
-            barrier_init(smem + P::kFull + i * 8, 1 + P::kUnits);
-            barrier_init(smem + P::kEmpty + i * 8, kCluster * kConsumers / kWarpgroup);
-        }
-        for (int i = 0; i < 2; i++) {
-            barrier_init(smem + P::kPackedFull + i * 8, 1);
-            barrier_init(smem + P::kPackedEmpty + i * 8, P::kProducerWarps);
-        }
+        init_barriers<P>(smem);
         for (int i = 0; i < kConsumerWarps; i++)
             barrier_init(smem + P::kSums + i * 8, 1);
         barrier_init_fence();
@@ -104,7 +97,7 @@ bool waits_for_u(const LoraDxArgs& a) {
 template <class P>
 cudaError_t make_maps(Maps& maps, const LoraDxArgs& a) {
     const CUtensorMapDataType type = tensor_map_type(a.dtype);
-    cudaError_t error = make_tensor_map(maps.dy, type, a.dy, a.M, a.w.N, {P::kDyBoxTokens, kStepN});
+    cudaError_t error = make_tensor_map(maps.dy, type, a.dy, a.M, a.w.N, {P::kBoxTokens, kStepN});
     if (error == cudaSuccess)
         error = make_tensor_map(maps.dx, type, a.dx, a.M, a.w.K, {kChunkTokens, 64});
     if (error == cudaSuccess)
@@ -112,8 +105,7 @@ cudaError_t make_maps(Maps& maps, const LoraDxArgs& a) {
             maps.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, a.w.qweight, a.w.N, a.w.K / 2,
             {P::kOwnRows, kPackedRow});
     if (error == cudaSuccess && a.r > 0)
-        error =
-            make_tensor_map(maps.u, type, a.u, a.M, lora_columns(a.r), {P::kDyBoxTokens, kStepN});
+        error = make_tensor_map(maps.u, type, a.u, a.M, lora_columns(a.r), {P::kBoxTokens, kStepN});
     if (error == cudaSuccess && a.r > 0)
         error = make_tensor_map(maps.lora_A, type, a.lora_A, a.r, a.w.K, {kStepN, 64});
     return error;

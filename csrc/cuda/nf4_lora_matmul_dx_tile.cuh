@@ -53,8 +53,8 @@ struct Plan {
     static constexpr int kDyBytes = kTokens * kLineBytes;
     static constexpr int kWBytes = kTileColumns * kStepN * 2;
     static constexpr int kStageBytes = kDyBytes + kWBytes;
-    static constexpr int kDyBoxTokens = kTokens / kColumnTiles;
-    static constexpr int kDyBoxBytes = kDyBoxTokens * kLineBytes;
+    static constexpr int kBoxTokens = kTokens / kColumnTiles;
+    static constexpr int kBoxBytes = kBoxTokens * kLineBytes;
     static constexpr int kArrivingBytes = kDyBytes + (kSharesW ? kWBytes / 2 : 0);
     static constexpr int kPacked = kStages * kStageBytes;
     static constexpr int kOutput = kPacked + 2 * kPackedBytes;

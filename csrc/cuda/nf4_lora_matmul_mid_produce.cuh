@@ -116,32 +116,6 @@ __device__ __forceinline__ void store_lora_row(uint32_t row, const T* lora_B, in
     }
 }
 
-// The tokens of a tile from x or z, for this CTA alone.
-template <class P>
-__device__ __forceinline__ void
-load_tokens(uint32_t stage, const CUtensorMap& map, int column, int token0, uint32_t full) {
-#pragma unroll 1
-    for (int part = 0; part < P::kRowTiles; part++) {
-        const uint32_t destination = stage + part * P::kXBoxBytes;
-        load_tile(destination, map, column, token0 + part * P::kXBoxTokens, full);
-    }
-}
-
-// The same of x, each CTA a half for both where they share it.
-template <class P>
-__device__ __forceinline__ void
-load_x(const Maps& maps, const Tile& tile, int step, uint32_t stage, uint32_t full) {
-    const int column = (tile.first_step + step) * kStepK;
-    if (P::kSharesW) {
-        load_tokens<P>(stage, maps.x, column, tile.token0, full);
-    } else {
-        const int part = blockIdx.x % kCluster;
-        load_tile_multicast(
-            stage + part * P::kXBoxBytes, maps.x, column, tile.token0 + part * P::kXBoxTokens, full,
-            0b11);
-    }
-}
-
 // The consumers of level parts, whose last tile this is, store for one turn of the exchange after
 // the other; to say that it is there takes as long as the stores do, so they leave it to producers.
 template <class P>
@@ -262,7 +236,9 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
                     barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
                     if (loads_x) {
                         barrier_arrive_expect(full, P::kArrivingBytes);
-                        load_x<P>(maps, tile, step, stage, full);
+                        load_tokens<P>(
+                            P::kSharesW, stage, maps.x, (tile.first_step + step) * kStepK,
+                            tile.token0, full);
                     }
                     __syncwarp();
                     const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kLineBytes;
@@ -296,7 +272,7 @@ produce(const Maps& maps, const Params& p, uint32_t smem, float* tables) {
             barrier_wait(smem + P::kEmpty + at.slot * 8, at.parity);
             if (loads_x) {
                 barrier_arrive_expect(full, P::kArrivingBytes);
-                load_tokens<P>(stage, maps.z, 0, tile.token0, full);
+                load_tokens<P>(true, stage, maps.z, 0, tile.token0, full);
             }
             __syncwarp();
             const uint32_t piece = stage + P::kXBytes + (own_row + unit_row) * kLineBytes;

@@ -85,14 +85,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(P::kThreads, 1)
     const uint32_t raw = shared_address(smem_raw);
     const uint32_t smem = (raw + kSmemAlignment - 1) / kSmemAlignment * kSmemAlignment;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < P::kStages; i++) {
-            barrier_init(smem + P::kFull + i * 8, 1 + P::kUnits);
-            barrier_init(smem + P::kEmpty + i * 8, kCluster * kConsumers / kWarpgroup);
-        }
-        for (int i = 0; i < 2; i++) {
-            barrier_init(smem + P::kPackedFull + i * 8, 1);
-            barrier_init(smem + P::kPackedEmpty + i * 8, P::kProducerWarps);
-        }
+        init_barriers<P>(smem);
         barrier_init_fence();
     }
     __syncthreads();
@@ -117,7 +110,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(P::kThreads, 1)
 template <class P>
 cudaError_t make_maps(Maps& maps, const LoraMatmulArgs& a) {
     const CUtensorMapDataType type = tensor_map_type(a.dtype);
-    cudaError_t error = make_tensor_map(maps.x, type, a.x, a.M, a.w.K, {P::kXBoxTokens, kStepK});
+    cudaError_t error = make_tensor_map(maps.x, type, a.x, a.M, a.w.K, {P::kBoxTokens, kStepK});
     if (error == cudaSuccess)
         error = make_tensor_map(maps.y, type, a.y, a.M, a.w.N, {kChunkTokens, 64});
     if (error == cudaSuccess)
@@ -126,7 +119,7 @@ cudaError_t make_maps(Maps& maps, const LoraMatmulArgs& a) {
             {P::kOwnRows, P::kPackedRow});
     if (error == cudaSuccess && a.r > 0)
         error = make_tensor_map(
-            maps.z, type, a.workspace, a.M, padded_rank(a.r), {P::kXBoxTokens, kStepK});
+            maps.z, type, a.workspace, a.M, padded_rank(a.r), {P::kBoxTokens, kStepK});
     return error;
 }
 

@@ -40,8 +40,8 @@ struct Plan {
     static constexpr int kXBytes = kTokens * kLineBytes;
     static constexpr int kWBytes = kTileRows * kLineBytes;
     static constexpr int kStageBytes = kXBytes + kWBytes;
-    static constexpr int kXBoxTokens = kTokens / kRowTiles;
-    static constexpr int kXBoxBytes = kXBoxTokens * kLineBytes;
+    static constexpr int kBoxTokens = kTokens / kRowTiles;
+    static constexpr int kBoxBytes = kBoxTokens * kLineBytes;
     static constexpr int kArrivingBytes = kXBytes + (kSharesW ? kWBytes / 2 : 0);
     static constexpr int kPacked = kStages * kStageBytes;
     static constexpr int kOutput = kPacked + 2 * kPackedBytes;

@@ -105,12 +105,7 @@ __device__ __forceinline__ float4* partial_of(const Problem& p, int cta) {
 template <typename Tile, int kSums, typename Problem>
 __device__ __forceinline__ void
 store_partial(const float (&sums)[kSums], const Problem& p, int cta) {
-    float4* out = partial_of<Tile, kSums>(p, cta);
-#pragma unroll
-    for (int i = 0; i < kSums; i += 4)
-        __stcg(
-            out + i / 4 * Tile::kFinishers,
-            make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
+    store_sums<kSums>(sums, partial_of<Tile, kSums>(p, cta), Tile::kFinishers);
     named_barrier(kFinishBarrier, Tile::kFinishers);
     if (threadIdx.x == 0)
         store_release(p.flags + cta, p.mark);

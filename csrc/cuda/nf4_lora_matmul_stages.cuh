@@ -38,6 +38,19 @@ struct Position {
     }
 };
 
+// By one thread: those of the ring, and of the two buffers of packed weights.
+template <class P>
+__device__ __forceinline__ void init_barriers(uint32_t smem) {
+    for (int i = 0; i < P::kStages; i++) {
+        barrier_init(smem + P::kFull + i * 8, 1 + P::kUnits);
+        barrier_init(smem + P::kEmpty + i * 8, kCluster * kConsumers / kWarpgroup);
+    }
+    for (int i = 0; i < 2; i++) {
+        barrier_init(smem + P::kPackedFull + i * 8, 1);
+        barrier_init(smem + P::kPackedEmpty + i * 8, P::kProducerWarps);
+    }
+}
+
 // What decoding looks up: the codebook, then that of the scales, ones if there is none. The
 // producers call it, and meet afterwards. All loads stand in front of the first store, which waits
 // for its own, so that they come at the same time, and the first packed weights and scales with
@@ -72,6 +85,21 @@ __device__ __forceinline__ ScaledTable<true> table_of(uint32_t smem_codebook, fl
     return scale_codebook<T, true>(codebook, scale);
 }
 
+// By one thread: a tile's tokens, for this CTA `alone` or each CTA of the pair a half for both.
+template <class P>
+__device__ __forceinline__ void load_tokens(
+    bool alone, uint32_t stage, const CUtensorMap& map, int column, int token0, uint32_t full) {
+    if (!alone) {
+        const int part = blockIdx.x % kCluster;
+        load_tile_multicast(
+            stage + part * P::kBoxBytes, map, column, token0 + part * P::kBoxTokens, full, 0b11);
+        return;
+    }
+#pragma unroll 1
+    for (int part = 0; part < P::kTokens / P::kBoxTokens; part++)
+        load_tile(stage + part * P::kBoxBytes, map, column, token0 + part * P::kBoxTokens, full);
+}
+
 // After a warp's stores: tells the consumers here, and gives the peer its copy.
 template <class P>
 __device__ __forceinline__ void publish(uint32_t smem_peer, uint32_t piece, uint32_t full) {
@@ -84,17 +112,7 @@ __device__ __forceinline__ void publish(uint32_t smem_peer, uint32_t piece, uint
         copy_to_cta(smem_peer + piece, piece, kUnitRows * kLineBytes, smem_peer + full);
 }
 
-// A thread's sums to and from the workspace, in vectors that lie `stride` apart.
-template <int kSums>
-__device__ __forceinline__ void store_sums(const float* d, float4* to, int stride) {
-#pragma unroll
-    for (int i = 0; i < kSums / 4; i++) {
-        const float* v = d + 4 * i;
-        __stcg(to + i * stride, make_float4(v[0], v[1], v[2], v[3]));
-    }
-}
-
-// All loads are under way at a time.
+// Adds what store_sums has stored. All loads are under way at a time.
 template <int kSums>
 __device__ __forceinline__ void add_sums(float* d, const float4* from, int stride) {
     float4 v[kSums / 4];
