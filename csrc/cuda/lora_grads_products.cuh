@@ -6,7 +6,6 @@
 // in the time in which shared memory brings it, and by wgmma half of that.
 #pragma once
 
-#include "bulk_sm90.cuh"
 #include "common.cuh"
 #include "ptx_sm90.cuh"
 #include "wgmma_sm90.cuh"

@@ -9,11 +9,6 @@
 
 namespace lowbit::cuda {
 
-// Columns of z as the second product reads it: whole k16 steps.
-inline int padded_rank(int r) {
-    return (r + 15) / 16 * 16;
-}
-
 // Most of an idle device, in clusters of eight if it can hold them.
 ClusterRoom projection_room();
 

@@ -9,7 +9,6 @@
 
 #include "lora_project.h"
 
-#include "device.h"
 #include "launch_config.h"
 #include "lora_project_tile.cuh"
 

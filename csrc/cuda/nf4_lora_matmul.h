@@ -30,4 +30,9 @@ struct LoraMatmulArgs {
     void* workspace;  // as many bytes as the kernel asks for, uninitialized
 };
 
+// Columns of z as the second product reads it: whole k16 steps.
+__host__ __device__ inline int padded_rank(int r) {
+    return (r + 15) / 16 * 16;
+}
+
 }  // namespace lowbit::cuda

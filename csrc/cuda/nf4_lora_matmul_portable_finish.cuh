@@ -2,6 +2,7 @@
 // term.
 #pragma once
 
+#include "nf4_lora_matmul.h"
 #include "nf4_lora_matmul_portable_tile.cuh"
 
 namespace lowbit::cuda {

@@ -73,11 +73,6 @@ __device__ __forceinline__ int row_of(int g) {
     return 4 * (g >> 1) + (g & 1);
 }
 
-// Whole k16 steps of the low-rank product.
-__host__ __device__ inline int padded_rank(int r) {
-    return (r + 15) / 16 * 16;
-}
-
 // lora_B[row, j], lora_B[row, j + 1], zero past the rank.
 template <typename T>
 __device__ __forceinline__ uint32_t load_lora_pair(const T* row, int j, int r) {

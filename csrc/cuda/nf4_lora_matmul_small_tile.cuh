@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "common.cuh"
+#include "nf4_lora_matmul.h"
 #include "nf4_lora_matmul_shares.cuh"
 #include "nf4_lora_matmul_tables.cuh"
 
