@@ -180,9 +180,8 @@ class Materializer:
         empty += [n for n in self.slots if n not in self.layer_of and n not in self.filled]
         empty = [n for n in empty if n in self.layer_of or _tensor_at(self.model, n).is_meta]
         if empty:
-            raise CheckpointError(
-                f"weights lack {_some(empty)}; the model is incomplete, build it again"
-            )
+            reason = self._unused(empty) or f"weights lack {_some(empty)}"
+            raise CheckpointError(f"{reason}; the model is incomplete, build it again")
         for layer in self.model.modules():
             if isinstance(layer, QLoRALinear):
                 layer.reset_adapter()
@@ -194,6 +193,22 @@ class Materializer:
                 f"weights hold tensors that the model has not: {_some(self.unexpected)}",
                 stacklevel=4,
             )
+
+    def _unused(self, empty: list[str]) -> str | None:
+        """What came for the first of these layers and was neither a dense nor a packed weight."""
+        for key in empty:
+            name = self.layer_of.get(key)
+            entries = self.pending.get(name, {})
+            if not entries:
+                continue
+            if set(entries) == {"weight"}:
+                tensor = entries["weight"]
+                got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                needed = list(_dense(self.model.get_submodule(name)))
+                return f"{key} must be a floating tensor {needed}, got {got} in the weights"
+            there = ", ".join(sorted(key + part[len("weight") :] for part in entries))
+            return f"weights have of {key} only {there}"
+        return None
 
 
 def restore_buffers(model: nn.Module, device: torch.device | str | None) -> None:

@@ -209,6 +209,8 @@ def select(names: Sequence[str], patterns: str | Iterable[str], argument: str, m
         raise TypeError(f"{argument} must be a list of names, got {patterns!r}")
     chosen: set[str] = set()
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} must be a list of names, got {pattern!r} in it")
         found = [n for n in names if matches(n, pattern) or matches(own_name(n), pattern)]
         if not found:
             raise _no_match(names, pattern, argument, model)

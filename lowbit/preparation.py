@@ -28,6 +28,7 @@ from .modules import (
     train_adapters_only,
 )
 from .nn import Linear4bit, QLoRALinear
+from .quantization import check_floating
 from .state import CheckpointError
 from .tensor_files import TensorSource
 
@@ -185,8 +186,12 @@ def _plan(model, target_modules, skip_modules) -> dict[str, bool]:
             f"{_unsupported_note(model)}"
         )
     for name in plan:
-        if isinstance(model.get_submodule(name), QLoRALinear):
+        linear = model.get_submodule(name)
+        if isinstance(linear, QLoRALinear):
             raise ValueError(f"{name} has an adapter already; the model was prepared before")
+        packed = isinstance(linear, Linear4bit) or getattr(linear.weight, "quant_state", None)
+        if not packed:
+            check_floating(linear.weight, f"{name}.weight" if name else "weight")
     return plan
 
 

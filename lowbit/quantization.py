@@ -90,9 +90,7 @@ def quantize(
 
 
 def _check_quantize(weight, blocksize, nested_blocksize, layout) -> None:
-    if not isinstance(weight, torch.Tensor) or weight.dtype not in _FLOATS:
-        got = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise TypeError(f"weight must be a float32, float16 or bfloat16 tensor, got {got}")
+    check_floating(weight, "weight")
     if weight.dim() == 0 or weight.numel() == 0:
         raise ValueError(f"weight must be [..., K] and not empty, got {list(weight.shape)}")
     if weight.layout != torch.strided:
@@ -101,6 +99,13 @@ def _check_quantize(weight, blocksize, nested_blocksize, layout) -> None:
     check_blocksize(nested_blocksize, "nested_blocksize")
     if layout not in ("rows", "flat"):
         raise ValueError(f'layout must be "rows" or "flat", got {layout!r}')
+
+
+def check_floating(weight, name: str) -> None:
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in _FLOATS:
+        got = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
+        cure = "; cast it" if got == torch.float64 else ""
+        raise TypeError(f"{name} must be a float32, float16 or bfloat16 tensor, got {got}{cure}")
 
 
 def check_blocksize(value, name: str) -> None:

@@ -295,6 +295,7 @@ def test_models_without_linear_layers():
         ({"lora_dtype": torch.int32}, TypeError, "lora_dtype must be"),
         ({"skip_modules": "lm_head"}, TypeError, "skip_modules must be a list"),
         ({"target_modules": 3}, TypeError, "target_modules must be a list of names, got 3"),
+        ({"target_modules": [0]}, TypeError, "target_modules must be a list of names, got 0 in it"),
         ({"alpha": None}, ValueError, "alpha must be a finite number, got None"),
         ({"weights": 3}, TypeError, "weights must be a path, a mapping"),
         ({"weights": "/does/not/exist"}, FileNotFoundError, "there is no file or folder"),
@@ -308,6 +309,18 @@ def test_bad_options_change_nothing(options, error, message):
     assert set(types(model).values()) == {"Linear"}
     assert all(p.requires_grad for p in model.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("weights", [None, {}])
+def test_a_weight_in_fp64_changes_nothing(device, weights):
+    model = Toy(device=device)
+    model.layers[1].down_proj.double()
+    message = r"^layers\.1\.down_proj\.weight must be .*float64; cast it"
+    with pytest.raises(TypeError, match=message):
+        prepare(model, r=4, weights=weights)
+    assert set(types(model).values()) == {"Linear"}
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_prepared_twice():
@@ -499,6 +512,32 @@ def test_weights_of_another_shape_are_refused(name):
     state[name] = state[name][:-1]
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         prepare(Toy(device="meta"), r=4, weights=state)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            lambda packed: {"": torch.ones(64, 63)},
+            r"must be a floating tensor \[64, 64\], got float32 \[64, 63\] in the weights",
+        ),
+        (
+            lambda packed: {"": torch.ones(64, 64, dtype=torch.int32)},
+            r"must be a floating tensor \[64, 64\], got int32 \[64, 64\] in the weights",
+        ),
+        (
+            lambda packed: {part: packed[part] for part in ("", ".quant_map")},
+            r"weights have of {key} only {key}, {key}\.quant_map; the model is incomplete",
+        ),
+    ],
+    ids=["shape", "dtype", "parts"],
+)
+def test_weights_that_came_but_do_not_serve_are_not_called_missing(entries, message):
+    key = "layers.0.q_proj.weight"
+    packed = {k.removeprefix(key): t for k, t in prepare(Toy(), r=0).state_dict().items()}
+    weights = Toy().state_dict() | {key + part: t for part, t in entries(packed).items()}
+    with pytest.raises(CheckpointError, match=message.replace("{key}", key.replace(".", r"\."))):
+        prepare(Toy(device="meta"), r=4, weights=weights)
 
 
 def test_cut_off_file_names_the_tensor(tmp_path):
