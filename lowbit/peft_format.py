@@ -227,10 +227,11 @@ def load_adapter(
     for name, pair in pairs.items():
         layer = modules.get(own_name(name))
         if not isinstance(layer, Linear4bit):
-            got = "absent" if layer is None else f"a {type(layer).__name__}"
-            raise CheckpointError(
-                f"{name} has an adapter in the file and is {got} in the model, not a 4-bit layer"
-            )
+            got = "absent in the model"
+            if layer is not None:
+                got = f"a {type(layer).__name__} in the model, not a 4-bit layer"
+            cure = "; call lowbit.prepare(model) first" if type(layer) is nn.Linear else ""
+            raise CheckpointError(f"{name} has an adapter in the file and is {got}{cure}")
         new[layer] = _adapted(name, layer, pair, config, dtype)
     for layer in new.values():
         layer.lora_A.requires_grad_(trainable)
@@ -253,7 +254,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error!r})") from None
     if kind != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, got {kind!r}")
-    if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
+    finite = isinstance(alpha, (int, float)) and math.isfinite(alpha)
+    if not isinstance(r, int) or r < 1 or not finite:
         raise CheckpointError(f"{path} is damaged: r = {r!r}, lora_alpha = {alpha!r}")
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:

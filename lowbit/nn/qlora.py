@@ -174,6 +174,7 @@ class QLoRALinear(Linear4bit):
     @alpha.setter
     def alpha(self, alpha: float) -> None:
         _check_alpha(alpha)
+        alpha = alpha if isinstance(alpha, (int, float)) else float(alpha)  # JSON has no others
         self._alpha, self.scaling = alpha, alpha / self._alpha_divisor()
 
     def _alpha_divisor(self) -> float:
