@@ -291,7 +291,10 @@ def _factor(x: torch.Tensor, tensor: torch.Tensor, name: str) -> torch.Tensor:
     dtype = tensor.dtype
     if dtype != x.dtype and dtype != torch.float32:
         if not _casts(x):
-            raise TypeError(f"{name} must be {x.dtype} like x, or float32, got {dtype}; cast it")
+            others = "" if x.dtype == torch.float32 else ", or float32"
+            raise TypeError(
+                f"{name} must be {x.dtype} like x{others}, got {dtype}; cast one of them"
+            )
         tensor = tensor.to(x.dtype)
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 

@@ -56,12 +56,17 @@ def test_the_call_is_right_without_a_change():
         (
             {"lora_A": torch.randn(4, 64).half()},
             TypeError,
-            "lora_A must be torch.float32 like x, or float32",
+            "lora_A must be torch.float32 like x, got torch.float16; cast one of them",
         ),
         (
             {"scaling": torch.ones(3)},
             ValueError,
             r"scaling must be a number or a tensor \[r\] = \[4\]",
+        ),
+        (
+            {"x": torch.randn(5, 64).half(), "lora_B": torch.randn(48, 4).bfloat16()},
+            TypeError,
+            "lora_B must be torch.float16 like x, or float32, got torch.bfloat16",
         ),
         ({"lora_A": None}, TypeError, "lora_A must be a tensor, got NoneType"),
         ({"lora_B": [1.0]}, TypeError, "lora_B must be a tensor, got list"),

@@ -143,6 +143,7 @@ def test_any_chat_survives_json_and_parsing(turns, field, share_gpt):
 
 BAD_LINES = [
     ('{"prompt": "a", ', "not valid JSON"),
+    ('{"prompt": ', "not valid JSON: Expecting value at column 12"),
     ('"text"', "must be a JSON object, got a string"),
     ("[1]", "must be a JSON object, got a list"),
     ("{}", "its fields are: none"),

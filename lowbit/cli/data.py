@@ -99,7 +99,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             where = f"{path} line {number}"
             try:
-                yield where, json.loads(line)
+                yield where, json.loads(line.rstrip("\n"))
             except json.JSONDecodeError as error:
                 raise CliError(
                     f"{where}: not valid JSON: {error.msg} at column {error.colno}"
