@@ -91,7 +91,8 @@ def prepare(
         Options, names and, unless `weights` is an iterable, the names in the checkpoint are checked
         before anything is changed; NaN in a weight is found when its turn comes. Layers whose
         weight is tied to another module are never quantized. Neither are subclasses of nn.Linear
-        with a forward of their own, nor transformers' Conv1D (GPT-2). Layers that are quantized
+        with a forward of their own, nor transformers' Conv1D (GPT-2). Hooks of a layer that is
+        replaced are not taken over; register them afterwards. Layers that are quantized
         already (Linear4bit, bitsandbytes) keep their storage. The bits do not depend on the order
         of the layers or on `weights`; lora_A is drawn with torch's generator in the order of the
         modules. With reentrant gradient checkpointing, the input of a checkpointed block must

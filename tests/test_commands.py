@@ -44,6 +44,15 @@ def test_readme_gives_the_command(command):
     assert command in lines
 
 
+def test_the_python_of_the_readme_runs(tmp_path):
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "model-4bit"}
+
+
 def test_every_make_target_in_the_documents_exists():
     documents = [README, *sorted((ROOT / "docs").glob("*.md"))]
     named = {
