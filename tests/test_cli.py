@@ -404,7 +404,12 @@ def test_broken_model_folders(start, tmp_path):
     empty.mkdir()
     assert "no config.json and no GGUF file" in fails(*start, "--model", empty)
     save_tiny_model(broken)
-    (broken / "model.safetensors").write_bytes(b"\x00" * 16)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    sentence = fails(*start, "--model", broken)
+    assert f"cannot load the model of {broken}: model." in sentence
+    assert f" is cut off: {weights} has " in sentence
+    weights.write_bytes(b"\x00" * 16)
     assert f"cannot load the model of {broken}" in fails(*start, "--model", broken)
     (broken / "config.json").write_text("{")
     assert f"of {broken}: " in fails(*start, "--model", broken)

@@ -147,13 +147,29 @@ def _explained(source: Source, what: str) -> Iterator[None]:
         if is_out_of_memory(error) or isinstance(error, CliError):
             raise
         if source.is_local:
-            raise CliError(
-                f"cannot load the {what} of {source.name}: {first_sentence(error)}"
-            ) from error
+            reason = (_damage(source) if what == "model" else None) or first_sentence(error)
+            raise CliError(f"cannot load the {what} of {source.name}: {reason}") from error
         raise CliError(
             f"model {source.name} is no local folder, and its {what} cannot be loaded from the "
             f"Hugging Face hub: {first_sentence(error, limit=160)}"
         ) from error
+
+
+def _damage(source: Source) -> str | None:
+    """Which safetensors file of a folder is damaged, and how: transformers does not name it."""
+    from ..state import CheckpointError
+    from ..tensor_files import checkpoint_files, read_header
+
+    if source.gguf_file:
+        return None
+    try:
+        for file in checkpoint_files(source.location):
+            read_header(file)
+    except CheckpointError as fault:
+        return str(fault)
+    except OSError:
+        pass  # no safetensors, or a shard is missing: transformers says so itself
+    return None
 
 
 @contextlib.contextmanager
