@@ -56,6 +56,30 @@ struct WeightView {
 
 // The functions below are static: see isa.h about linkage.
 
+static inline int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+static inline int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+static inline int64_t element_size(Dtype type) {
+    return type == Dtype::kFloat32 ? 4 : 2;
+}
+
+// fn(element) with an element of the C++ type that `type` names.
+template <typename F>
+static inline void with_type(Dtype type, const F& fn) {
+    switch (type) {
+    case Dtype::kFloat32:
+        return fn(float{});
+    case Dtype::kBFloat16:
+        return fn(bf16_t{});
+    case Dtype::kFloat16:
+        return fn(fp16_t{});
+    }
+}
+
 static inline float float_from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof(value));

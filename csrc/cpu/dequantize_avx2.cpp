@@ -5,6 +5,7 @@
 // 8-entry permutes and a blend on bit 3 of the code.
 
 #include "dequantize_kernel.h"
+#include "format_avx2.h"
 #include "vec_avx2.h"
 
 namespace lowbit::cpu {
@@ -53,15 +54,6 @@ struct Avx2Ops {
     template <typename T>
     using Table = cpu::Table<T>;
 
-    // 16 bytes to 32 codes, one per byte, in element order.
-    static __m256i codes(const uint8_t* bytes) {
-        const __m256i words =
-            _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-        const __m256i second =
-            _mm256_and_si256(_mm256_slli_epi16(words, 8), _mm256_set1_epi16(0x0F00));
-        return _mm256_or_si256(_mm256_srli_epi16(words, 4), second);
-    }
-
     template <bool kStream>
     static void store(void* p, __m256i value) {
         if (kStream) {
@@ -73,7 +65,7 @@ struct Avx2Ops {
 
     template <bool kStream, typename T>
     static void unit(const uint8_t* bytes, const Table<T>& table, T* out) {
-        const __m256i index = codes(bytes);
+        const __m256i index = unpack_codes(bytes);
         const __m256i low = _mm256_shuffle_epi8(table.low_bytes, index);
         const __m256i high = _mm256_shuffle_epi8(table.high_bytes, index);
         const __m256i a = _mm256_unpacklo_epi8(low, high);  // elements 0-7 and 16-23
@@ -84,7 +76,7 @@ struct Avx2Ops {
 
     template <bool kStream>
     static void unit(const uint8_t* bytes, const Table<float>& table, float* out) {
-        const __m256i index = codes(bytes);
+        const __m256i index = unpack_codes(bytes);
         const __m128i halves[2] = {
             _mm256_castsi256_si128(index), _mm256_extracti128_si256(index, 1)};
         for (int i = 0; i < 2; ++i) {

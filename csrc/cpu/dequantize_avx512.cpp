@@ -4,6 +4,7 @@
 // block are one table register.
 
 #include "dequantize_kernel.h"
+#include "format_avx2.h"
 #include "vec_avx512.h"
 
 namespace lowbit::cpu {
@@ -35,15 +36,6 @@ struct Avx512Ops {
     template <typename T>
     using Table = cpu::Table<T>;
 
-    // 16 bytes to 32 codes, one per byte, in element order.
-    static __m256i codes(const uint8_t* bytes) {
-        const __m256i words =
-            _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-        const __m256i second =
-            _mm256_and_si256(_mm256_slli_epi16(words, 8), _mm256_set1_epi16(0x0F00));
-        return _mm256_or_si256(_mm256_srli_epi16(words, 4), second);
-    }
-
     template <bool kStream>
     static void store(void* p, __m512i value) {
         if (kStream) {
@@ -55,13 +47,13 @@ struct Avx512Ops {
 
     template <bool kStream, typename T>
     static void unit(const uint8_t* bytes, const Table<T>& table, T* out) {
-        const __m512i index = _mm512_cvtepu8_epi16(codes(bytes));
+        const __m512i index = _mm512_cvtepu8_epi16(unpack_codes(bytes));
         store<kStream>(out, _mm512_permutexvar_epi16(index, table.words));
     }
 
     template <bool kStream>
     static void unit(const uint8_t* bytes, const Table<float>& table, float* out) {
-        const __m256i index = codes(bytes);
+        const __m256i index = unpack_codes(bytes);
         const __m512i a = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(index));
         const __m512i b = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(index, 1));
         store<kStream>(out, _mm512_castps_si512(_mm512_permutexvar_ps(a, table.values)));

@@ -1,7 +1,6 @@
 // Dequantize a 4-bit weight, the part that is the same for every instruction set.
 //
-//     W[n, k] = RN_dtype(codebook[q[n, k]] * absmax(block(n, k)))       one fp32 product, one
-//     rounding
+//     W[n, k] = RN_dtype(codebook[q[n, k]] * absmax(block(n, k)))    one fp32 product, one rounding
 //
 // qweight and absmax as in WeightView (common.h), flat or by rows, absmax fp32 or double-quantized;
 // out [N, K] fp32, bf16 or fp16, row-major. A block has one scale and 16 codes, hence only 16
@@ -15,9 +14,9 @@
 // Ops, defined by each dequantize*.cpp for its instruction set:
 //     Ops::Codebook(codebook)                the 16 values in registers
 //     Ops::Table<T>(codebook, scale)         the 16 results in the form the lookup wants
-//     Ops::unit<kStream>(bytes, table, out)  16 bytes to 32 elements; kStream: out is 64-byte
-//     aligned, bypass the caches Ops::fence()                           make streamed stores
-//     visible to other threads
+//     Ops::unit<kStream>(bytes, table, out)  16 bytes to 32 elements; kStream: past the caches, out
+//                                            is 64-byte aligned
+//     Ops::fence()                           makes streamed stores visible to other threads
 #pragma once
 
 #include "dequantize.h"
@@ -61,8 +60,7 @@ void dequantize_typed(const WeightView& w, T* out) {
     parallel_for(0, rows * blocks_per_row, grain, [&](int64_t first, int64_t last) {
         int64_t row = first / blocks_per_row, block = first % blocks_per_row;
         for (int64_t i = first; i < last; ++i) {
-            const int64_t k = block * w.blocksize, left = columns - k;
-            const int64_t count = left < w.blocksize ? left : w.blocksize;
+            const int64_t k = block * w.blocksize, count = min64(w.blocksize, columns - k);
             dequantize_block<Ops, T, kStream>(
                 w.qweight + row * row_bytes + k / 2, count, codebook, block_absmax(w, i),
                 out + row * columns + k);
@@ -91,14 +89,8 @@ void dequantize_to(const WeightView& w, T* out) {
 
 template <typename Ops>
 void dequantize_with(const WeightView& w, Dtype dtype, void* out) {
-    switch (dtype) {
-    case Dtype::kFloat32:
-        return dequantize_to<Ops>(w, static_cast<float*>(out));
-    case Dtype::kBFloat16:
-        return dequantize_to<Ops>(w, static_cast<bf16_t*>(out));
-    case Dtype::kFloat16:
-        return dequantize_to<Ops>(w, static_cast<fp16_t*>(out));
-    }
+    with_type(
+        dtype, [&](auto element) { dequantize_to<Ops>(w, static_cast<decltype(element)*>(out)); });
 }
 
 }  // namespace

@@ -14,10 +14,6 @@ struct GenericOps {
     }
 };
 
-int64_t element_bytes(Dtype dtype) {
-    return dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
 }  // namespace
 
 void dropout_range(
@@ -36,10 +32,10 @@ void dropout_range(
 void launch_dropout(const void* x, Dtype dtype, int64_t count, const DropoutArgs& args, void* out) {
     // Elements per piece: a multiple of every unit, so that only the last piece has a ragged end.
     constexpr int64_t kPiece = 4096;
-    const int64_t bytes = element_bytes(dtype);
+    const int64_t bytes = element_size(dtype);
     parallel_for(0, ceil_div(count, kPiece), 2, [&](int64_t first_piece, int64_t last_piece) {
         const int64_t first = first_piece * kPiece;
-        const int64_t last = last_piece * kPiece < count ? last_piece * kPiece : count;
+        const int64_t last = min64(last_piece * kPiece, count);
         dropout_range(
             static_cast<const char*>(x) + first * bytes, dtype, first, last - first, args,
             static_cast<char*>(out) + first * bytes);

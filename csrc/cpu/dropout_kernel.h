@@ -83,9 +83,8 @@ void dropout_typed(
     const DropoutParameters parameters(args);
     const T* x = static_cast<const T*>(in);
     T* out = static_cast<T*>(result);
-    int64_t i = static_cast<int64_t>((4 - first % 4) % 4);  // up to the next counter
-    if (i > count)
-        i = count;
+    const int64_t to_counter = static_cast<int64_t>((4 - first % 4) % 4);
+    int64_t i = min64(to_counter, count);
     dropout_scalar(x, out, first, i, parameters);
     for (; i + Ops::kUnit <= count; i += Ops::kUnit) {
         Ops::unit(x + i, out + i, (first + i) / 4, parameters);
@@ -96,14 +95,9 @@ void dropout_typed(
 template <typename Ops>
 void dropout_with(
     const void* x, Dtype dtype, uint64_t first, int64_t count, const DropoutArgs& args, void* out) {
-    switch (dtype) {
-    case Dtype::kFloat32:
-        return dropout_typed<Ops, float>(x, first, count, args, out);
-    case Dtype::kBFloat16:
-        return dropout_typed<Ops, bf16_t>(x, first, count, args, out);
-    case Dtype::kFloat16:
-        return dropout_typed<Ops, fp16_t>(x, first, count, args, out);
-    }
+    with_type(dtype, [&](auto element) {
+        dropout_typed<Ops, decltype(element)>(x, first, count, args, out);
+    });
 }
 
 }  // namespace

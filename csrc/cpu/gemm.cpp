@@ -21,10 +21,6 @@ constexpr int64_t kShortReduction = 256, kShortChunk = 32;
 // Decoding a panel column costs about as much as multiplying it with this many rows.
 constexpr int64_t kDecodeRows = 8;
 
-int64_t min64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 // How C is cut: row_parts x column_parts tasks, one per thread.
 struct Grid {
     int64_t row_parts, column_parts;

@@ -29,10 +29,6 @@ namespace {
 constexpr int64_t kMaxColumns = 256;   // of a tile of C: bounds the scratch of pack_b
 constexpr int kMaxSteps = 2 * kChunk;  // reduction steps in a chunk of bf16 pairs
 
-inline int64_t min64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 // ---- rows of elements ---------------------------------------------------------------------------
 
 template <class Isa>
@@ -134,7 +130,7 @@ template <class Isa>
 void pack_dense_transposed(
     const Operand& b, int64_t column, int panels, int64_t begin, int64_t steps, uint32_t* dst) {
     const WeightView& w = b.matrix;
-    const int64_t size = w.dense_dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t size = element_size(w.dense_dtype);
     alignas(64) float rows[kPanel * kMaxSteps];
     for (int p = 0; p < panels; ++p, column += kPanel, dst += kPanelStride) {
         for (int64_t j = 0; j < kPanel; ++j) {
@@ -161,8 +157,7 @@ const float* dense_step(
     const Operand& b, int64_t step, int64_t column, int64_t real, int64_t width, float* copy) {
     const WeightView& w = b.matrix;
     const int64_t offset = step * w.K + column;
-    const void* src =
-        static_cast<const char*>(w.dense) + offset * (w.dense_dtype == Dtype::kFloat32 ? 4 : 2);
+    const void* src = static_cast<const char*>(w.dense) + offset * element_size(w.dense_dtype);
     if (b.dropout == nullptr && w.dense_dtype == Dtype::kFloat32 && b.rounding == Dtype::kFloat32 &&
         real == width) {
         return static_cast<const float*>(src);

@@ -32,18 +32,8 @@ constexpr int64_t kThinRows = 48;       // rows of one step of the thin product
 constexpr int64_t kThinByChunks = 192;  // below this many rows its threads share out chunks
 constexpr int kThinWords = 16;          // its sums are short, for t feeds everything after it
 
-int64_t min64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-int64_t max64(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
 int64_t round_up(int64_t value, int64_t multiple) {
     return ceil_div(value, multiple) * multiple;
-}
-
-int64_t element_size(Dtype type) {
-    return type == Dtype::kFloat32 ? 4 : 2;
 }
 
 // One call's constants and workspace.

@@ -2,8 +2,8 @@
 //
 //     forward    z = dropped(x) lora_A^T          y = x W^T + (z * scale) lora_B^T + bias
 //     backward   u = dy lora_B                    dx = dy W + dropped((u * scale) lora_A)
-//                d_lora_A = (u * scale)^T dropped(x)     d_lora_B = scale * dy^T z     d_bias =
-//                sum_m dy
+//                d_lora_A = (u * scale)^T dropped(x)     d_lora_B = scale * dy^T z
+//                d_bias = sum_m dy
 //
 // y with z, and dx with u, are fused products (linear.cpp). The two adapter gradients reduce over M
 // and read x or dy once, in fp32 for every input type: A is the transpose of a thin [M, r] matrix,
@@ -14,10 +14,6 @@
 
 namespace lowbit::cpu {
 namespace {
-
-int64_t element_size(Dtype type) {
-    return type == Dtype::kFloat32 ? 4 : 2;
-}
 
 // C [rows, columns] = thin^T activation, rows = r thin columns and, on request, one of ones: the
 // sum over m.
@@ -117,7 +113,7 @@ void store_d_lora_B(
     float values[kPiece];
     for (int64_t n = 0; n < columns; ++n) {
         for (int64_t j = 0; j < rows; j += kPiece) {
-            const int64_t count = rows - j < kPiece ? rows - j : kPiece;
+            const int64_t count = min64(kPiece, rows - j);
             for (int64_t i = 0; i < count; ++i) {
                 values[i] = c[(j + i) * ldc + n] * s.scale[row + j + i];
             }

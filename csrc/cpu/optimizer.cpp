@@ -86,15 +86,10 @@ template <typename F>
 void with_chunk(const GradientRow* rows, int64_t tensors, int64_t chunk, const F& fn) {
     const GradientRow& row = rows[row_of_chunk(rows, tensors, chunk)];
     const int64_t begin = (chunk - row.first_chunk) * kStepChunk;
-    const int64_t count = row.count - begin < kStepChunk ? row.count - begin : kStepChunk;
-    switch (static_cast<Dtype>(row.dtype)) {
-    case Dtype::kFloat32:
-        return fn(static_cast<float*>(row.data) + begin, count);
-    case Dtype::kBFloat16:
-        return fn(static_cast<bf16_t*>(row.data) + begin, count);
-    case Dtype::kFloat16:
-        return fn(static_cast<fp16_t*>(row.data) + begin, count);
-    }
+    const int64_t count = min64(kStepChunk, row.count - begin);
+    with_type(static_cast<Dtype>(row.dtype), [&](auto element) {
+        fn(static_cast<decltype(element)*>(row.data) + begin, count);
+    });
 }
 
 }  // namespace

@@ -186,13 +186,12 @@ void step_tensors(const StepArgs& a) {
             if (a.pointers[t].gradient == nullptr)
                 continue;
             const int64_t begin = (chunk - row.first_chunk) * kStepChunk;
-            const int64_t end = begin + kStepChunk < row.count ? begin + kStepChunk : row.count;
+            const int64_t end = min64(begin + kStepChunk, row.count);
             for (int64_t i = begin; i < end; i += kStateBlock) {
                 step_block<Ops, Rule>(
                     a, a.numbers[t], static_cast<T*>(a.pointers[t].parameter) + i,
-                    static_cast<const T*>(a.pointers[t].gradient) + i,
-                    end - i < kStateBlock ? end - i : kStateBlock, (row.offset + i) / kStateBlock,
-                    static_cast<uint64_t>(row.position + i), key);
+                    static_cast<const T*>(a.pointers[t].gradient) + i, min64(kStateBlock, end - i),
+                    (row.offset + i) / kStateBlock, static_cast<uint64_t>(row.position + i), key);
             }
         }
     });
@@ -208,14 +207,7 @@ void step_typed(const StepArgs& args) {
 
 template <typename Ops>
 void optimizer_step_with(const StepArgs& args) {
-    switch (args.dtype) {
-    case Dtype::kFloat32:
-        return step_typed<Ops, float>(args);
-    case Dtype::kBFloat16:
-        return step_typed<Ops, bf16_t>(args);
-    case Dtype::kFloat16:
-        return step_typed<Ops, fp16_t>(args);
-    }
+    with_type(args.dtype, [&](auto element) { step_typed<Ops, decltype(element)>(args); });
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Blockwise 4-bit quantization: dispatch, and the portable kernel (quantize_kernel.h has the
 // formula).
 //
-// The search walks the 15 thresholds as a binary tree stored in heap order, children of node i at
-// 2i and 2i + 1: four compares without a branch, and the path read as a binary number is the rank.
+// The search walks the 15 thresholds as a binary tree: four compares without a branch, and the path
+// read as a binary number is the rank.
 
 #include "quantize_kernel.h"
 
@@ -11,19 +11,17 @@ namespace {
 
 struct GenericOps {
     struct Ladder {
-        float tree[16];  // [0] unused
+        Tree tree;
         uint8_t order[16];
 
-        Ladder(const float* t, const uint8_t* codes)
-            : tree{0,    t[7], t[3], t[11], t[1], t[5],  t[9],  t[13],
-                   t[0], t[2], t[4], t[6],  t[8], t[10], t[12], t[14]} {
+        Ladder(const float* thresholds, const uint8_t* codes) : tree(thresholds) {
             std::memcpy(order, codes, sizeof(order));
         }
 
         uint8_t code(float x) const {
             int node = 1;
             for (int level = 0; level < 4; ++level)
-                node = 2 * node + (x > tree[node]);
+                node = 2 * node + (x > tree.node[node]);
             return order[node - 16];
         }
     };

@@ -31,4 +31,10 @@ struct QuantizeAbsmaxArgs {
 
 void launch_quantize_absmax(const QuantizeAbsmaxArgs& args);
 
+constexpr float kFloor = 1e-38f;  // ABSMAX_FLOOR of lowbit/reference.py: 1 / floor is finite
+
+static inline float reciprocal(float absmax) {
+    return 1.0f / (absmax > kFloor ? absmax : kFloor);
+}
+
 }  // namespace lowbit::cpu

@@ -16,7 +16,6 @@
 namespace lowbit::cpu {
 namespace {
 
-constexpr float kFloor = 1e-38f;  // ABSMAX_FLOOR of lowbit/reference.py
 constexpr int kCodes = 256, kLevels = 8, kLanes = 4;
 
 // Integers that order like the floats (adding 0 makes -0 and +0 the same). GCC turns a search that
@@ -67,8 +66,8 @@ struct Tree {
 };
 
 void quantize_nested_block(const QuantizeAbsmaxArgs& args, const Tree& tree, int64_t nested) {
-    const int64_t first = nested * args.nested_blocksize, left = args.blocks - first;
-    const int64_t count = left < args.nested_blocksize ? left : args.nested_blocksize;
+    const int64_t first = nested * args.nested_blocksize;
+    const int64_t count = min64(args.nested_blocksize, args.blocks - first);
     const float* absmax = args.absmax + first;
     int32_t largest = 0;  // bits of |c|: NaN is above everything and reaches nested_absmax
     for (int64_t i = 0; i < count; ++i) {
@@ -77,7 +76,7 @@ void quantize_nested_block(const QuantizeAbsmaxArgs& args, const Tree& tree, int
     }
     const float a2 = float_from_bits(static_cast<uint32_t>(largest));
     args.nested_absmax[nested] = a2;
-    const float inverse = 1.0f / (a2 > kFloor ? a2 : kFloor);
+    const float inverse = reciprocal(a2);
     const int64_t full = count - count % kLanes;
     for (int64_t i = 0; i < full; i += kLanes)
         tree.find(absmax + i, args.offset, inverse, args.codes + first + i);

@@ -5,8 +5,8 @@
 // -1 per lane, so the search carries the *negative* partial rank, rank = 2 * rank + compare without
 // a sign fix, and tables are laid out for index (-rank) mod size.
 
+#include "format_avx2.h"
 #include "quantize_kernel.h"
-#include "quantize_sse.h"
 #include "vec_avx2.h"
 
 namespace lowbit::cpu {
@@ -48,8 +48,7 @@ struct Avx2Ops {
         for (int64_t i = 0; i < count; i += 8) {
             largest = _mm256_max_epu32(largest, _mm256_and_si256(load_bits(p + i), mask));
         }
-        return largest_dword(
-            _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1)));
+        return largest_dword(largest);
     }
     template <typename T>  // both 16-bit formats order like their bits
     static uint32_t abs_max_bits(const T* p, int64_t count) {
@@ -58,9 +57,7 @@ struct Avx2Ops {
         for (int64_t i = 0; i < count; i += 16) {
             largest = _mm256_max_epu16(largest, _mm256_and_si256(load_bits(p + i), mask));
         }
-        const __m128i half =
-            _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-        return bits_from_float(to_float(T{largest_word(half)}));
+        return bits_from_float(to_float(T{largest_word(largest)}));
     }
 
     // 16 elements to 8 bytes of rank pairs, one per 32-bit lane.

@@ -1,12 +1,11 @@
 // Blockwise 4-bit quantization for AVX-512 (quantize_kernel.h has the formula).
 //
-// The 15 thresholds sit in one register as a binary tree in heap order (children of node i at 2i
-// and 2i + 1; element 0 unused). Each of the four search steps is a permute, a compare into a mask,
-// and node = 2 * node + mask. The permute reads the low four bits of its index, so the last node,
-// 16 + rank, needs no table: rank = node & 15.
+// The 15 thresholds sit in one register as a binary tree. Each of the four search steps is a
+// permute, a compare into a mask, and node = 2 * node + mask. The permute reads the low four bits
+// of its index, so the last node, 16 + rank, needs no table: rank = node & 15.
 
+#include "format_avx2.h"
 #include "quantize_kernel.h"
-#include "quantize_sse.h"
 #include "vec_avx512.h"
 
 namespace lowbit::cpu {
@@ -17,24 +16,8 @@ struct Avx512Ops {
         __m512 tree;
         __m128i order;
 
-        Ladder(const float* t, const uint8_t* codes)
-            : tree(_mm512_setr_ps(
-                  0.0f,
-                  t[7],
-                  t[3],
-                  t[11],
-                  t[1],
-                  t[5],
-                  t[9],
-                  t[13],
-                  t[0],
-                  t[2],
-                  t[4],
-                  t[6],
-                  t[8],
-                  t[10],
-                  t[12],
-                  t[14])),
+        Ladder(const float* thresholds, const uint8_t* codes)
+            : tree(_mm512_loadu_ps(Tree(thresholds).node)),
               order(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))) {}
 
         __m512i rank(__m512 x) const {
@@ -50,17 +33,6 @@ struct Avx512Ops {
         }
     };
 
-    static __m128i halves_max_epu32(__m512i v) {
-        const __m256i half =
-            _mm256_max_epu32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-        return _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    }
-    static __m128i halves_max_epu16(__m512i v) {
-        const __m256i half =
-            _mm256_max_epu16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-        return _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    }
-
     static uint32_t abs_max_bits(const float* p, int64_t count) {
         const __m512i mask = _mm512_set1_epi32(0x7FFFFFFF);
         __m512i largest = _mm512_setzero_si512();
@@ -68,7 +40,8 @@ struct Avx512Ops {
             const __m512i bits = _mm512_loadu_si512(p + i);
             largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, mask));
         }
-        return largest_dword(halves_max_epu32(largest));
+        return largest_dword(_mm256_max_epu32(
+            _mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1)));
     }
     template <typename T>  // both 16-bit formats order like their bits
     static uint32_t abs_max_bits(const T* p, int64_t count) {
@@ -78,7 +51,9 @@ struct Avx512Ops {
             const __m512i bits = _mm512_loadu_si512(p + i);
             largest = _mm512_max_epu16(largest, _mm512_and_si512(bits, mask));
         }
-        return bits_from_float(to_float(T{largest_word(halves_max_epu16(largest))}));
+        const __m256i half = _mm256_max_epu16(
+            _mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1));
+        return bits_from_float(to_float(T{largest_word(half)}));
     }
 
     template <typename T>

@@ -28,12 +28,16 @@ namespace {
 constexpr int64_t kUnit = 32;
 // Blocks whose maxima are taken ahead: at most kGroup, and no more than stay in L1.
 constexpr int64_t kGroup = 8, kGroupElements = 4096;
-constexpr float kFloor = 1e-38f;   // ABSMAX_FLOOR of lowbit/reference.py: 1 / floor is finite
 constexpr int64_t kGrain = 16384;  // elements worth waking a thread for, about 10 us
 
-inline float reciprocal(float absmax) {
-    return 1.0f / (absmax > kFloor ? absmax : kFloor);
-}
+// The thresholds as a binary tree in heap order: children of node i at 2i and 2i + 1, [0] unused.
+struct Tree {
+    float node[16];
+
+    explicit Tree(const float* t)
+        : node{0,    t[7], t[3], t[11], t[1], t[5],  t[9],  t[13],
+               t[0], t[2], t[4], t[6],  t[8], t[10], t[12], t[14]} {}
+};
 
 // Whole blocks that follow each other. The maxima of a group come first, then its codes: maximum,
 // reciprocal and first product of one block are a chain of 50 cycles that would hold up the search.
@@ -45,10 +49,9 @@ void quantize_full(
     const typename Ops::Ladder& ladder,
     uint8_t* out,
     float* absmax) {
-    const int64_t fitting = kGroupElements / blocksize;
-    const int64_t step = fitting < 1 ? 1 : fitting < kGroup ? fitting : kGroup;
+    const int64_t step = max64(1, min64(kGroup, kGroupElements / blocksize));
     for (int64_t group = 0; group < blocks; group += step) {
-        const int64_t end = group + step < blocks ? group + step : blocks;
+        const int64_t end = min64(group + step, blocks);
         float inverse[kGroup];
         for (int64_t b = group; b < end; ++b) {
             absmax[b] = float_from_bits(Ops::abs_max_bits(in + b * blocksize, blocksize));
@@ -98,8 +101,7 @@ void quantize_typed(const QuantizeArgs& args) {
                 ++i;
                 continue;
             }
-            const int64_t in_row = full_blocks - block, in_range = last - i;
-            const int64_t blocks = in_row < in_range ? in_row : in_range;
+            const int64_t blocks = min64(full_blocks - block, last - i);
             quantize_full<Ops>(in, blocks, args.blocksize, ladder, out, args.absmax + i);
             i += blocks;
         }
@@ -108,14 +110,7 @@ void quantize_typed(const QuantizeArgs& args) {
 
 template <typename Ops>
 void quantize_with(const QuantizeArgs& args) {
-    switch (args.dtype) {
-    case Dtype::kFloat32:
-        return quantize_typed<Ops, float>(args);
-    case Dtype::kBFloat16:
-        return quantize_typed<Ops, bf16_t>(args);
-    case Dtype::kFloat16:
-        return quantize_typed<Ops, fp16_t>(args);
-    }
+    with_type(args.dtype, [&](auto element) { quantize_typed<Ops, decltype(element)>(args); });
 }
 
 }  // namespace
