@@ -1,11 +1,9 @@
-// Tensors to kernel structs, with the checks of the operator contract. Only registration files
-// include this (it needs torch).
-//
-// The Python layer has already raised readable errors for what users can get wrong; these checks
-// keep a direct call of the operator from reading out of bounds.
+// Tensors to kernel structs, with the checks of the operator contract (tensors.h says why). Only
+// registration files include this (it needs torch).
 #pragma once
 
 #include "common.h"
+#include "memory.h"
 #include "tensors.h"
 
 namespace lowbit::cpu {
@@ -24,6 +22,13 @@ inline Tensor new_cpu_tensor(std::vector<int64_t> sizes, ScalarType type) {
     return torch::stable::empty(
         torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type, std::nullopt,
         torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+// For the large results; the kernels write all of it.
+inline Tensor new_result(std::vector<int64_t> sizes, ScalarType type) {
+    Tensor result = new_cpu_tensor(std::move(sizes), type);
+    prefer_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+    return result;
 }
 
 // The view borrows the tensors' memory.

@@ -82,12 +82,11 @@ Quantized quantize_4bit(
     args.thresholds = checked_data<float>(thresholds, ScalarType::Float, 15, "thresholds");
     args.order = checked_data<uint8_t>(order, ScalarType::Byte, 16, "order");
     const int64_t row_bytes = ceil_div(args.columns, 2);
-    Tensor qweight = row_blocks ? new_cpu_tensor({N, row_bytes}, ScalarType::Byte)
-                                : new_cpu_tensor({row_bytes}, ScalarType::Byte);
+    Tensor qweight = row_blocks ? new_result({N, row_bytes}, ScalarType::Byte)
+                                : new_result({row_bytes}, ScalarType::Byte);
     Tensor absmax =
         new_cpu_tensor({args.rows * ceil_div(args.columns, blocksize)}, ScalarType::Float);
     args.qweight = qweight.mutable_data_ptr<uint8_t>();
-    prefer_huge_pages(args.qweight, qweight.numel());
     args.absmax = absmax.mutable_data_ptr<float>();
     launch_quantize(args);
     if (nested_codebook.has_value()) {
@@ -101,8 +100,7 @@ Quantized quantize_4bit(
 Tensor dequantize_4bit(LOWBIT_WEIGHT_PARAMETERS, ScalarType dtype) {
     const WeightView weight = make_weight_view(LOWBIT_WEIGHT_ARGUMENTS);
     STD_TORCH_CHECK(!weight.is_dense(), "qweight must be a 4-bit weight, got a dense one");
-    Tensor out = new_cpu_tensor({N, K}, dtype);
-    prefer_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+    Tensor out = new_result({N, K}, dtype);
     launch_dequantize(weight, to_dtype(dtype, "dtype"), out.mutable_data_ptr());
     return out;
 }

@@ -4,7 +4,6 @@
 
 #include "bindings.h"
 #include "lora_linear.h"
-#include "memory.h"
 
 namespace lowbit::cpu {
 namespace {
@@ -20,13 +19,6 @@ int64_t check_activation(const Tensor& tensor, int64_t columns, const char* argu
 void check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* argument) {
     const int64_t M = check_activation(tensor, columns, argument);
     STD_TORCH_CHECK(M == rows, argument, " must be [", rows, ", ", columns, "], got ", M, " rows");
-}
-
-// For the large results; the kernels write all of it.
-Tensor new_result(std::vector<int64_t> sizes, ScalarType type) {
-    Tensor result = new_cpu_tensor(std::move(sizes), type);
-    prefer_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
-    return result;
 }
 
 struct Bias {
