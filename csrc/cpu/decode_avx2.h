@@ -99,17 +99,13 @@ inline void gather_lines(
     }
 }
 
-// W^T for 32 stored rows from `row`, reduction steps [begin, begin + steps): calls emit(step, v)
-// with v[g] = the step's values of rows row + 8g .. row + 8g + 7. May run one step past the end.
-// Rows past the last one repeat it with a scale of zero.
+// W^T for 32 stored rows from `row`, reduction steps of the piece: calls emit(step, v), step
+// counted from begin, with v[g] = the step's values of rows row + 8g .. row + 8g + 7. May run one
+// step past the end. Rows past the last one repeat it with a scale of zero.
 template <typename Emit>
-__attribute__((always_inline)) inline void decode_rows(
-    const WeightView& w,
-    const BytePlanes& planes,
-    int64_t row,
-    int64_t begin,
-    int64_t steps,
-    Emit&& emit) {
+LOWBIT_INLINE void
+decode_rows(const WeightView& w, const BytePlanes& planes, int64_t row, Piece piece, Emit&& emit) {
+    const int64_t begin = piece.begin, steps = piece.steps();
     const __m256i low_nibble = _mm256_set1_epi8(0x0F);
     alignas(64) uint8_t lines[32][kLine] = {};
     alignas(32) float scale[32];
@@ -163,12 +159,12 @@ inline void decode_columns(const BytePlanes& planes, const uint8_t* bytes, __m25
     look_up(planes, _mm256_or_si256(even, odd), v);
 }
 
-inline void decode_natural_panels(
-    const WeightView& w, int64_t column, int panels, int64_t begin, int64_t steps, float* dst) {
+inline void decode_natural_panels(const WeightView& w, Piece piece, float* dst) {
     const BytePlanes planes = load_planes(w.codebook);
-    const int64_t width = min64(int64_t{panels} * kPanel, w.K - column);
-    for (int64_t i = 0; i < steps; ++i) {
-        const int64_t n = begin + i;
+    const int64_t column = piece.column;
+    const int64_t width = min64(int64_t{piece.panels} * kPanel, w.K - column);
+    for (int64_t i = 0; i < piece.steps(); ++i) {
+        const int64_t n = piece.begin + i;
         const uint8_t* const bytes = w.qweight + n * w.row_bytes + column / 2;
         float* out = dst + i * kPanel;
         int64_t block = -1;

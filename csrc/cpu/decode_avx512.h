@@ -50,8 +50,8 @@ inline __m512 look_up(__m512 codebook, __m512i codes) {
 // (step, step + 1), step counted from begin; even[h] and odd[h] hold rows row + 16h .. row + 16h
 // + 15. May run up to 7 steps past the end. Rows past the last one repeat it with a scale of zero.
 template <typename Emit>
-__attribute__((always_inline)) inline void
-decode_rows(const WeightView& w, int64_t row, int64_t begin, int64_t steps, Emit&& emit) {
+LOWBIT_INLINE void decode_rows(const WeightView& w, int64_t row, Piece piece, Emit&& emit) {
+    const int64_t begin = piece.begin, steps = piece.steps();
     const __m512 codebook = _mm512_loadu_ps(w.codebook);
     const uint8_t* rows[32];
     for (int i = 0; i < 32; ++i) {

@@ -62,17 +62,10 @@ int64_t tile_columns(const Product& p, int64_t rows) {
 }
 
 // One tile of C, at most kTileColumns wide, all chunks of all parts.
-void run_tile(
-    const Product& p,
-    int64_t row,
-    int64_t rows,
-    int64_t column,
-    int64_t columns,
-    int64_t ldc,
-    uint32_t* panels_b,
-    float* c) {
+void run_tile(const Product& p, const ResultTile& tile, uint32_t* panels_b) {
     const GemmKernels& kernels = *p.kernels;
-    const int64_t piece = piece_columns(rows);
+    const auto [c, ldc, row, rows, column, columns] = tile;
+    const int64_t width = piece_columns(rows);
     bool first = true;
     for (int i = 0; i < p.part_count; ++i) {
         const Part& part = p.parts[i];
@@ -80,28 +73,27 @@ void run_tile(
         const bool direct =
             rows <= kernels.direct_rows && part.b->transposed && !w.is_dense() && w.row_blocks;
         for (int64_t chunk = 0; chunk < part.chunks.count; ++chunk) {
-            const int64_t begin = part.chunks.begin(chunk), end = part.chunks.end(chunk);
             const int words = part.chunks.words(chunk);
             const uint32_t* const a = part.a.at(chunk, row);
-            for (int64_t j = 0; j < columns; j += piece) {
-                const int panels = static_cast<int>(ceil_div(min64(piece, columns - j), kPanel));
+            for (int64_t j = 0; j < columns; j += width) {
+                const int panels = static_cast<int>(ceil_div(min64(width, columns - j), kPanel));
+                const Piece piece{
+                    column + j, panels, part.chunks.begin(chunk), part.chunks.end(chunk)};
                 if (direct) {
-                    kernels.multiply_4bit(
-                        a, rows, w, column + j, panels, begin, end, c + j, ldc, first);
+                    kernels.multiply_4bit(a, rows, w, piece, c + j, ldc, first);
                     continue;
                 }
-                kernels.pack_b(*part.b, column + j, panels, begin, end, words, panels_b);
-                kernels.multiply(a, rows, panels_b, panels, words, c + j, ldc, first);
+                kernels.pack_b(*part.b, piece, words, panels_b);
+                kernels.multiply({a, rows, panels_b, panels, words, c + j, ldc, first});
             }
             first = false;
         }
-        if (i == 0 && p.after_first != nullptr) {
-            p.after_first->call(p.after_first->context, c, ldc, row, rows, column, columns);
-        }
+        if (i == 0 && p.after_first != nullptr)
+            p.after_first->call(p.after_first->context, tile);
     }
     if (first)
         std::memset(c, 0, rows * ldc * sizeof(float));  // an empty reduction
-    p.store.call(p.store.context, c, ldc, row, rows, column, columns);
+    p.store.call(p.store.context, tile);
 }
 
 }  // namespace
@@ -161,9 +153,10 @@ void run_product(const Product& p) {
             const int64_t end =
                 min64(p.columns, column_units * (part_c + 1) / grid.column_parts * kColumnUnit);
             for (int64_t column = begin; column < end; column += ldc) {
+                const int64_t width = min64(ldc, end - column);
                 run_tile(
-                    p, row, row_end - row, column, min64(ldc, end - column), ldc,
-                    panels_b.get() + task * b_size, c.get() + task * c_size);
+                    p, {c.get() + task * c_size, ldc, row, row_end - row, column, width},
+                    panels_b.get() + task * b_size);
             }
         }
     });

@@ -39,12 +39,36 @@ struct Operand {
     Dtype rounding;   // of dense elements first: fp32 adapters next to 16-bit activations
     const DropoutArgs* dropout = nullptr;  // of a dense matrix that is not transposed; null: none
 
-    int64_t columns() const {
+    LOWBIT_INLINE int64_t columns() const {
         return transposed ? matrix.N : matrix.K;
     }
-    int64_t reduction() const {
+    LOWBIT_INLINE int64_t reduction() const {
         return transposed ? matrix.K : matrix.N;
     }
+};
+
+// What is decoded of B at once, within one chunk: columns [column, column + 16 * panels) and
+// reduction steps [begin, end). column and begin are multiples of 32.
+struct Piece {
+    int64_t column;
+    int panels;
+    int64_t begin, end;
+
+    LOWBIT_INLINE int64_t steps() const {
+        return end - begin;
+    }
+};
+
+// C [rows, 16 * panels] = (first ? 0 : C) + A B over words of one chunk. C has row stride ldc
+// floats and room for an even number of panels.
+struct ChunkProduct {
+    const uint32_t* a;
+    int64_t rows;
+    const uint32_t* b;
+    int panels, words;
+    float* c;
+    int64_t ldc;
+    bool first;
 };
 
 // One instruction set's way of doing it. Everything is serial; gemm.cpp spreads it over threads.
@@ -56,38 +80,17 @@ struct GemmKernels {
 
     // dst[0 .. words) = n elements of type `type`, then zeros.
     void (*pack_row)(const void* src, Dtype type, int64_t n, int words, uint32_t* dst);
-    // Panels for columns [column, column + 16 * panels) and reduction steps [begin, end), then
-    // zeros up to `words`. column and begin are multiples of 32. Columns outside the matrix come
-    // out as zeros. dst has room for an even number of panels.
-    void (*pack_b)(
-        const Operand& b,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t end,
-        int words,
-        uint32_t* dst);
-    // C [rows, 16 * panels] = (first ? 0 : C) + A B. C has row stride ldc floats and room for an
-    // even number of panels.
-    void (*multiply)(
-        const uint32_t* a,
-        int64_t rows,
-        const uint32_t* b,
-        int panels,
-        int words,
-        float* c,
-        int64_t ldc,
-        bool first);
-    // The same for the transpose of a 4-bit weight, decoding in registers: same bits as pack_b +
-    // multiply. May be null.
+    // Panels of the piece, then zeros up to `words`. Columns outside the matrix come out as zeros.
+    // dst has room for an even number of panels.
+    void (*pack_b)(const Operand& b, const Piece& piece, int words, uint32_t* dst);
+    void (*multiply)(const ChunkProduct& product);
+    // The same for a piece of the transpose of a 4-bit weight, decoding in registers: same bits as
+    // pack_b + multiply. May be null.
     void (*multiply_4bit)(
         const uint32_t* a,
         int64_t rows,
         const WeightView& w,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t end,
+        const Piece& piece,
         float* c,
         int64_t ldc,
         bool first);
@@ -171,17 +174,16 @@ struct Part {
     PackedRows a;
 };
 
-// Called with a finished tile of C: rows [row, row + rows) of the row block, columns [column,
-// column + columns).
+// A tile of C, row stride ldc: rows [row, row + rows) of the row block, columns [column, column +
+// columns).
+struct ResultTile {
+    float* c;
+    int64_t ldc, row, rows, column, columns;
+};
+
+// Called with a finished tile.
 struct TileFunction {
-    void (*call)(
-        const void* context,
-        float* c,
-        int64_t ldc,
-        int64_t row,
-        int64_t rows,
-        int64_t column,
-        int64_t columns);
+    void (*call)(const void* context, const ResultTile& tile);
     const void* context;
 };
 

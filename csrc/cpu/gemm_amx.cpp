@@ -76,42 +76,26 @@ void run_tiles(const uint32_t* a, const uint32_t* b, int words, float* c, int64_
 }
 
 template <int P>
-void run_tile_rows(
-    const uint32_t* a,
-    int64_t rows,
-    const uint32_t* b,
-    int words,
-    float* c,
-    int64_t ldc,
-    bool first) {
-    for (; rows > kTileRows; rows -= 2 * kTileRows) {
-        run_tiles<2, P>(a, b, words, c, ldc, first);
-        a += 2 * kTileRows * kChunk;
-        c += 2 * kTileRows * ldc;
+LOWBIT_INLINE void run_tile_rows(ChunkProduct x) {
+    for (; x.rows > kTileRows; x.rows -= 2 * kTileRows) {
+        run_tiles<2, P>(x.a, x.b, x.words, x.c, x.ldc, x.first);
+        x.a += 2 * kTileRows * kChunk;
+        x.c += 2 * kTileRows * x.ldc;
     }
-    if (rows > 0)
-        run_tiles<1, P>(a, b, words, c, ldc, first);
+    if (x.rows > 0)
+        run_tiles<1, P>(x.a, x.b, x.words, x.c, x.ldc, x.first);
 }
 
-struct Amx : Bf16Words {
-    static constexpr int kWordMultiple = kTileWords, kRowMultiple = kTileRows;
+struct Amx : Decoders<Bf16Words> {
+    static constexpr int kWordMultiple = kTileWords, kRowMultiple = kTileRows, kDirectRows = 0;
     static constexpr int64_t kBlockRows = 512;  // 512 KiB of A in a 2 MiB L2 cache
 
-    static void multiply_block(
-        const uint32_t* a,
-        int64_t rows,
-        const uint32_t* b,
-        int panels,
-        int words,
-        float* c,
-        int64_t ldc,
-        bool first) {
+    static void multiply_block(ChunkProduct x) {
         _tile_loadconfig(&kTileConfig);
-        for (; panels >= 2; panels -= 2, b += 2 * kPanelStride, c += 2 * kPanel) {
-            run_tile_rows<2>(a, rows, b, words, c, ldc, first);
-        }
-        if (panels > 0)
-            run_tile_rows<1>(a, rows, b, words, c, ldc, first);
+        for (; x.panels >= 2; x.panels -= 2, x.b += 2 * kPanelStride, x.c += 2 * kPanel)
+            run_tile_rows<2>(x);
+        if (x.panels > 0)
+            run_tile_rows<1>(x);
         _tile_release();
     }
 };

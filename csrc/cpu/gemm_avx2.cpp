@@ -86,25 +86,17 @@ inline void transpose_8x8(const float* src, int64_t stride, float* panel) {
 }
 
 struct Avx2 {
-    static constexpr int kPack = 1, kRowMultiple = 1;
+    static constexpr int kPack = 1, kRowMultiple = 1, kDirectRows = 2;
     static constexpr int kWordMultiple = 2;     // decode_rows runs to an even number of steps
     static constexpr int64_t kBlockRows = 144;  // 144 KiB of A: fits the 256 KiB L2 of old cores
 
-    static void multiply_block(
-        const uint32_t* a,
-        int64_t rows,
-        const uint32_t* b,
-        int panels,
-        int words,
-        float* c,
-        int64_t ldc,
-        bool first) {
-        if (rows == 1) {
-            run_panels<FmaTile, 4, 1>(a, rows, b, panels, words, c, ldc, first);
-        } else if (rows <= 3) {
-            run_panels<FmaTile, 2, 3>(a, rows, b, panels, words, c, ldc, first);
+    static void multiply_block(const ChunkProduct& product) {
+        if (product.rows == 1) {
+            run_panels<FmaTile, 4, 1>(product);
+        } else if (product.rows <= 3) {
+            run_panels<FmaTile, 2, 3>(product);
         } else {
-            run_panels<FmaTile, 1, 6>(a, rows, b, panels, words, c, ldc, first);
+            run_panels<FmaTile, 1, 6>(product);
         }
     }
 
@@ -138,17 +130,12 @@ struct Avx2 {
         }
     }
 
-    static void decode_transposed(
-        const WeightView& w,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t steps,
-        uint32_t* dst) {
+    static void decode_transposed(const WeightView& w, Piece piece, uint32_t* dst) {
         const BytePlanes planes = load_planes(w.codebook);
-        for (int p = 0; p < panels; p += 2, column += 32) {
+        for (int p = 0; p < piece.panels; p += 2) {
             float* const out = reinterpret_cast<float*>(dst + int64_t{p} * kPanelStride);
-            decode_rows(w, planes, column, begin, steps, [&](int64_t step, const __m256* v) {
+            const int64_t row = piece.column + p * kPanel;
+            decode_rows(w, planes, row, piece, [&](int64_t step, const __m256* v) {
                 _mm256_store_ps(out + step * kPanel, v[0]);
                 _mm256_store_ps(out + step * kPanel + 8, v[1]);
                 _mm256_store_ps(out + kPanelStride + step * kPanel, v[2]);
@@ -157,85 +144,52 @@ struct Avx2 {
         }
     }
 
-    static void decode_natural(
+    static void decode_natural(const WeightView& w, Piece piece, uint32_t* dst) {
+        decode_natural_panels(w, piece, reinterpret_cast<float*>(dst));
+    }
+
+    // R rows of A against a 4-bit weight, 32 of its rows at a time, without a panel in between:
+    // decoding is the cost here, and the sums (4 R registers) hide behind it.
+    template <int R>
+    static void multiply_rows_4bit(
+        const uint32_t* a_words,
         const WeightView& w,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t steps,
-        uint32_t* dst) {
-        decode_natural_panels(w, column, panels, begin, steps, reinterpret_cast<float*>(dst));
+        Piece piece,
+        float* c,
+        int64_t ldc,
+        bool first) {
+        const BytePlanes planes = load_planes(w.codebook);
+        const float* const a = reinterpret_cast<const float*>(a_words);
+        for (int p = 0; p < piece.panels; p += 2, c += 32) {
+            __m256 sum[R][4];
+            LOWBIT_UNROLL
+            for (int r = 0; r < R; ++r) {
+                LOWBIT_UNROLL
+                for (int g = 0; g < 4; ++g)
+                    sum[r][g] = _mm256_setzero_ps();
+            }
+            const int64_t row = piece.column + p * kPanel;
+            decode_rows(w, planes, row, piece, [&](int64_t step, const __m256* v) {
+                LOWBIT_UNROLL
+                for (int r = 0; r < R; ++r) {
+                    const __m256 x = _mm256_broadcast_ss(a + r * kChunk + step);
+                    LOWBIT_UNROLL
+                    for (int g = 0; g < 4; ++g)
+                        sum[r][g] = _mm256_fmadd_ps(x, v[g], sum[r][g]);
+                }
+            });
+            LOWBIT_UNROLL
+            for (int r = 0; r < R; ++r) {
+                LOWBIT_UNROLL
+                for (int g = 0; g < 4; ++g)
+                    add_to_c(c + r * ldc + g * 8, sum[r][g], first);
+            }
+        }
     }
 };
 
-// R rows of A against a 4-bit weight, 32 of its rows at a time, without a panel in between:
-// decoding is the cost here, and the sums (4 R registers) hide behind it.
-template <int R>
-void multiply_rows_4bit(
-    const uint32_t* a_words,
-    const WeightView& w,
-    int64_t column,
-    int panels,
-    int64_t begin,
-    int64_t end,
-    float* c,
-    int64_t ldc,
-    bool first) {
-    const BytePlanes planes = load_planes(w.codebook);
-    const float* const a = reinterpret_cast<const float*>(a_words);
-    for (int p = 0; p < panels; p += 2, column += 32, c += 32) {
-        __m256 sum[R][4];
-        LOWBIT_UNROLL
-        for (int r = 0; r < R; ++r) {
-            LOWBIT_UNROLL
-            for (int g = 0; g < 4; ++g)
-                sum[r][g] = _mm256_setzero_ps();
-        }
-        decode_rows(w, planes, column, begin, end - begin, [&](int64_t step, const __m256* v) {
-            LOWBIT_UNROLL
-            for (int r = 0; r < R; ++r) {
-                const __m256 x = _mm256_broadcast_ss(a + r * kChunk + step);
-                LOWBIT_UNROLL
-                for (int g = 0; g < 4; ++g)
-                    sum[r][g] = _mm256_fmadd_ps(x, v[g], sum[r][g]);
-            }
-        });
-        LOWBIT_UNROLL
-        for (int r = 0; r < R; ++r) {
-            LOWBIT_UNROLL
-            for (int g = 0; g < 4; ++g)
-                add_to_c(c + r * ldc + g * 8, sum[r][g], first);
-        }
-    }
-}
-
-void multiply_4bit(
-    const uint32_t* a,
-    int64_t rows,
-    const WeightView& w,
-    int64_t column,
-    int panels,
-    int64_t begin,
-    int64_t end,
-    float* c,
-    int64_t ldc,
-    bool first) {
-    if (rows == 1) {
-        multiply_rows_4bit<1>(a, w, column, panels, begin, end, c, ldc, first);
-    } else {
-        multiply_rows_4bit<2>(a, w, column, panels, begin, end, c, ldc, first);
-    }
-}
-
-constexpr GemmKernels make_set() {
-    GemmKernels k = kernel_set<Avx2>();
-    k.direct_rows = 2;
-    k.multiply_4bit = multiply_4bit;
-    return k;
-}
-
 }  // namespace
 
-constexpr GemmKernels kGemmAvx2 = make_set();
+constexpr GemmKernels kGemmAvx2 = kernel_set<Avx2>();
 
 }  // namespace lowbit::cpu

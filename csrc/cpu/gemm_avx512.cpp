@@ -4,6 +4,6 @@
 
 namespace lowbit::cpu {
 
-constexpr GemmKernels kGemmAvx512 = vector_kernels<Fp32Words>();
+constexpr GemmKernels kGemmAvx512 = kernel_set<VectorIsa<Fp32Words>>();
 
 }  // namespace lowbit::cpu

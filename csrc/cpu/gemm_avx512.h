@@ -62,42 +62,10 @@ struct Fp32Words : Avx512Rows {
         return _mm512_fmadd_ps(_mm512_set1_ps(x[1]), odd, sum);
     }
 
-    static void decode_transposed(
-        const WeightView& w,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t steps,
-        uint32_t* dst) {
-        for (int p = 0; p < panels; p += 2, column += 32, dst += 2 * kPanelStride) {
-            decode_rows(
-                w, column, begin, steps, [&](int64_t step, const __m512* even, const __m512* odd) {
-                    LOWBIT_UNROLL
-                    for (int h = 0; h < 2; ++h) {
-                        uint32_t* const out = dst + h * kPanelStride + step * kPanel;
-                        _mm512_store_ps(out, even[h]);
-                        _mm512_store_ps(out + kPanel, odd[h]);
-                    }
-                });
-        }
-    }
-
-    static void decode_natural(
-        const WeightView& w,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t steps,
-        uint32_t* dst) {
-        const int64_t width = min64(int64_t{panels} * kPanel, w.K - column);
-        for (int64_t i = 0; i < steps; ++i) {
-            uint32_t* const out = dst + i * kPanel;
-            decode_row_columns<1>(
-                w, begin + i, column, width, false, [&](int64_t panel, const __m512(*v)[2]) {
-                    _mm512_store_ps(out + panel * kPanelStride, v[0][0]);
-                    _mm512_store_ps(out + (panel + 1) * kPanelStride, v[0][1]);
-                });
-        }
+    // Two reduction steps of a panel's columns to their words.
+    static void store(uint32_t* words, __m512 even, __m512 odd) {
+        _mm512_store_ps(words, even);
+        _mm512_store_ps(words + kPanel, odd);
     }
 };
 
@@ -118,7 +86,7 @@ struct Bf16Words : Avx512Rows {
     }
 
     static void pair(const float* even, const float* odd, uint32_t* words) {
-        _mm512_store_si512(words, pair_words(_mm512_loadu_ps(even), _mm512_loadu_ps(odd)));
+        store(words, _mm512_loadu_ps(even), _mm512_loadu_ps(odd));
     }
 
     static __m512 multiply_add(__m512 sum, const uint32_t* a, const uint32_t* b) {
@@ -131,49 +99,50 @@ struct Bf16Words : Avx512Rows {
         return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)pair_words(even, odd));
     }
 
-    static void decode_transposed(
-        const WeightView& w,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t steps,
-        uint32_t* dst) {
-        for (int p = 0; p < panels; p += 2, column += 32, dst += 2 * kPanelStride) {
+    static void store(uint32_t* words, __m512 even, __m512 odd) {
+        _mm512_store_si512(words, pair_words(even, odd));
+    }
+};
+
+#endif
+
+template <class Words>
+struct Decoders : Words {
+    static void decode_transposed(const WeightView& w, Piece piece, uint32_t* dst) {
+        for (int p = 0; p < piece.panels; p += 2, dst += 2 * kPanelStride) {
             decode_rows(
-                w, column, begin, steps, [&](int64_t step, const __m512* even, const __m512* odd) {
+                w, piece.column + p * kPanel, piece,
+                [&](int64_t step, const __m512* even, const __m512* odd) {
                     LOWBIT_UNROLL
                     for (int h = 0; h < 2; ++h) {
-                        uint32_t* const out = dst + h * kPanelStride + step / 2 * kPanel;
-                        _mm512_store_si512(out, pair_words(even[h], odd[h]));
+                        uint32_t* const out = dst + h * kPanelStride;
+                        Words::store(out + step / Words::kPack * kPanel, even[h], odd[h]);
                     }
                 });
         }
     }
 
-    static void decode_natural(
-        const WeightView& w,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t steps,
-        uint32_t* dst) {
-        const int64_t width = min64(int64_t{panels} * kPanel, w.K - column);
-        for (int64_t i = 0; i < steps; i += 2) {
-            uint32_t* const out = dst + i / 2 * kPanel;
-            decode_row_columns<2>(
-                w, begin + i, column, width, i + 1 < steps,
+    static void decode_natural(const WeightView& w, Piece piece, uint32_t* dst) {
+        constexpr int kPack = Words::kPack;
+        const int64_t width = min64(int64_t{piece.panels} * kPanel, w.K - piece.column);
+        for (int64_t i = 0; i < piece.steps(); i += kPack) {
+            uint32_t* const out = dst + i / kPack * kPanel;
+            decode_row_columns<kPack>(
+                w, piece.begin + i, piece.column, width, i + 1 < piece.steps(),
                 [&](int64_t panel, const __m512(*v)[2]) {
                     LOWBIT_UNROLL
                     for (int h = 0; h < 2; ++h) {
-                        _mm512_store_si512(
-                            out + (panel + h) * kPanelStride, pair_words(v[0][h], v[1][h]));
+                        uint32_t* const words = out + (panel + h) * kPanelStride;
+                        if constexpr (kPack == 1) {
+                            _mm512_store_ps(words, v[0][h]);
+                        } else {
+                            Words::store(words, v[0][h], v[1][h]);
+                        }
                     }
                 });
         }
     }
 };
-
-#endif
 
 // ---- register tiles -----------------------------------------------------------------------------
 
@@ -221,96 +190,48 @@ struct VectorTile {
     }
 };
 
-// R rows of A against a 4-bit weight, 32 of its rows at a time, without a panel in between:
-// decoding is the cost here, and the 2 R sums hide behind it.
-template <class Words, int R>
-void multiply_rows_4bit(
-    const uint32_t* a,
-    const WeightView& w,
-    int64_t column,
-    int panels,
-    int64_t begin,
-    int64_t end,
-    float* c,
-    int64_t ldc,
-    bool first) {
-    for (int p = 0; p < panels; p += 2, column += 32, c += 32) {
-        __m512 sum[R][2];
-        LOWBIT_UNROLL
-        for (int r = 0; r < R; ++r)
-            sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-        decode_rows(
-            w, column, begin, end - begin,
-            [&](int64_t step, const __m512* even, const __m512* odd) {
-                LOWBIT_UNROLL
-                for (int r = 0; r < R; ++r) {
-                    const uint32_t* const x = a + r * kChunk;
-                    sum[r][0] = Words::accumulate(sum[r][0], x, step, even[0], odd[0]);
-                    sum[r][1] = Words::accumulate(sum[r][1], x, step, even[1], odd[1]);
-                }
-            });
-        LOWBIT_UNROLL
-        for (int r = 0; r < R; ++r) {
-            add_to_c(c + r * ldc, sum[r][0], first);
-            add_to_c(c + r * ldc + kPanel, sum[r][1], first);
-        }
-    }
-}
-
 template <class Words>
-void multiply_4bit(
-    const uint32_t* a,
-    int64_t rows,
-    const WeightView& w,
-    int64_t column,
-    int panels,
-    int64_t begin,
-    int64_t end,
-    float* c,
-    int64_t ldc,
-    bool first) {
-    switch (rows) {
-    case 1:
-        return multiply_rows_4bit<Words, 1>(a, w, column, panels, begin, end, c, ldc, first);
-    case 2:
-        return multiply_rows_4bit<Words, 2>(a, w, column, panels, begin, end, c, ldc, first);
-    case 3:
-        return multiply_rows_4bit<Words, 3>(a, w, column, panels, begin, end, c, ldc, first);
-    default:
-        return multiply_rows_4bit<Words, 4>(a, w, column, panels, begin, end, c, ldc, first);
-    }
-}
-
-template <class Words>
-struct VectorIsa : Words {
+struct VectorIsa : Decoders<Words> {
     static constexpr int kWordMultiple = 8 / Words::kPack;  // decode_rows runs in eights
-    static constexpr int kRowMultiple = 1;
+    static constexpr int kRowMultiple = 1, kDirectRows = 4;
     static constexpr int64_t kBlockRows = 14 * 24;  // 336 KiB of A in an L2 cache of 1 or 2 MiB
 
-    static void multiply_block(
-        const uint32_t* a,
-        int64_t rows,
-        const uint32_t* b,
-        int panels,
-        int words,
-        float* c,
-        int64_t ldc,
-        bool first) {
-        if (rows <= 4) {
-            run_panels<VectorTile<Words>, 4, 4>(a, rows, b, panels, words, c, ldc, first);
+    static void multiply_block(const ChunkProduct& product) {
+        if (product.rows <= 4) {
+            run_panels<VectorTile<Words>, 4, 4>(product);
         } else {
-            run_panels<VectorTile<Words>, 2, 14>(a, rows, b, panels, words, c, ldc, first);
+            run_panels<VectorTile<Words>, 2, 14>(product);
+        }
+    }
+
+    // R rows of A against a 4-bit weight, 32 of its rows at a time, without a panel in between:
+    // decoding is the cost here, and the 2 R sums hide behind it.
+    template <int R>
+    static void multiply_rows_4bit(
+        const uint32_t* a, const WeightView& w, Piece piece, float* c, int64_t ldc, bool first) {
+        for (int p = 0; p < piece.panels; p += 2, c += 32) {
+            __m512 sum[R][2];
+            LOWBIT_UNROLL
+            for (int r = 0; r < R; ++r)
+                sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+            decode_rows(
+                w, piece.column + p * kPanel, piece,
+                [&](int64_t step, const __m512* even, const __m512* odd) {
+                    LOWBIT_UNROLL
+                    for (int r = 0; r < R; ++r) {
+                        const uint32_t* const x = a + r * kChunk;
+                        sum[r][0] = Words::accumulate(sum[r][0], x, step, even[0], odd[0]);
+                        sum[r][1] = Words::accumulate(sum[r][1], x, step, even[1], odd[1]);
+                    }
+                });
+            LOWBIT_UNROLL
+            for (int r = 0; r < R; ++r) {
+                add_to_c(c + r * ldc, sum[r][0], first);
+                add_to_c(c + r * ldc + kPanel, sum[r][1], first);
+            }
         }
     }
 };
-
-template <class Words>
-constexpr GemmKernels vector_kernels() {
-    GemmKernels k = kernel_set<VectorIsa<Words>>();
-    k.direct_rows = 4;
-    k.multiply_4bit = multiply_4bit<Words>;
-    return k;
-}
 
 }  // namespace
 }  // namespace lowbit::cpu

@@ -6,6 +6,6 @@
 
 namespace lowbit::cpu {
 
-constexpr GemmKernels kGemmAvx512Bf16 = vector_kernels<Bf16Words>();
+constexpr GemmKernels kGemmAvx512Bf16 = kernel_set<VectorIsa<Bf16Words>>();
 
 }  // namespace lowbit::cpu

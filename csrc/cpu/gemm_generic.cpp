@@ -35,24 +35,19 @@ struct PlainTile {
 };
 
 struct Generic {
-    static constexpr int kPack = 1, kWordMultiple = 1, kRowMultiple = 1;
+    static constexpr int kPack = 1, kWordMultiple = 1, kRowMultiple = 1, kDirectRows = 0;
     static constexpr int64_t kBlockRows = 128;
     static constexpr int kShortSum = 64;
 
-    static void multiply_block(
-        const uint32_t* a,
-        int64_t rows,
-        const uint32_t* b,
-        int panels,
-        int words,
-        float* c,
-        int64_t ldc,
-        bool first) {
+    static void multiply_block(const ChunkProduct& product) {
         // Without FMA every product is rounded too; short sums make up for it.
-        for (int k = 0; k < words; k += kShortSum) {
-            const int count = static_cast<int>(min64(kShortSum, words - k));
-            run_panels<PlainTile, 1, 4>(
-                a + k, rows, b + k * kPanel, panels, count, c, ldc, first && k == 0);
+        for (int k = 0; k < product.words; k += kShortSum) {
+            ChunkProduct part = product;
+            part.a += k;
+            part.b += k * kPanel;
+            part.words = static_cast<int>(min64(kShortSum, product.words - k));
+            part.first = product.first && k == 0;
+            run_panels<PlainTile, 1, 4>(part);
         }
     }
 
@@ -73,36 +68,25 @@ struct Generic {
         }
     }
 
-    static void decode_transposed(
-        const WeightView& w,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t steps,
-        uint32_t* dst) {
+    static void decode_transposed(const WeightView& w, Piece piece, uint32_t* dst) {
         float* const values = reinterpret_cast<float*>(dst);
-        for (int64_t j = 0; j < int64_t{panels} * kPanel; ++j) {
+        for (int64_t j = 0; j < int64_t{piece.panels} * kPanel; ++j) {
             float* const out = values + j / kPanel * kPanelStride + j % kPanel;
-            const int64_t n = min64(column + j, w.N - 1);  // past the end: repeated, never stored
-            for (int64_t i = 0; i < steps; ++i)
-                out[i * kPanel] = value(w, n, begin + i);
+            const int64_t n =
+                min64(piece.column + j, w.N - 1);  // past the end: repeated, never stored
+            for (int64_t i = 0; i < piece.steps(); ++i)
+                out[i * kPanel] = value(w, n, piece.begin + i);
         }
     }
 
-    static void decode_natural(
-        const WeightView& w,
-        int64_t column,
-        int panels,
-        int64_t begin,
-        int64_t steps,
-        uint32_t* dst) {
+    static void decode_natural(const WeightView& w, Piece piece, uint32_t* dst) {
         float* const values = reinterpret_cast<float*>(dst);
-        const int64_t width = int64_t{panels} * kPanel;
-        for (int64_t i = 0; i < steps; ++i) {
+        const int64_t width = int64_t{piece.panels} * kPanel;
+        for (int64_t i = 0; i < piece.steps(); ++i) {
             for (int64_t j = 0; j < width; ++j) {
-                const int64_t k = min64(column + j, w.K - 1);
+                const int64_t k = min64(piece.column + j, w.K - 1);
                 values[j / kPanel * kPanelStride + i * kPanel + j % kPanel] =
-                    value(w, begin + i, k);
+                    value(w, piece.begin + i, k);
             }
         }
     }

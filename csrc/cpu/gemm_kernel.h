@@ -5,16 +5,18 @@
 //
 //     kPack, kWordMultiple, kRowMultiple   as in GemmKernels
 //     kBlockRows                           rows of A kept in the L2 cache while panels pass by
-//     multiply_block(a, rows, b, panels, words, c, ldc, first)    up to kBlockRows rows
+//     kDirectRows                          direct_rows of GemmKernels
+//     multiply_block(product)              up to kBlockRows rows
+//     multiply_rows_4bit<R>(a, w, piece, c, ldc, first)           R rows, when kDirectRows is not 0
 //     to_fp32(const T*, n, float*)         T: bf16_t, fp16_t
 //     from_fp32(const float*, n, T*)       rounds to nearest even
 //     transpose(src, stride, n, panel)     16 stored fp32 rows of n elements to [n][16]
 //     pair(even, odd, words)               16 lanes of fp32 to 16 words, when kPack is 2
-//     decode_transposed(w, column, panels, begin, steps, dst)     columns are rows of W
-//     decode_natural(w, column, panels, begin, steps, dst)        columns are columns of W
+//     decode_transposed(w, piece, dst)     columns are rows of W
+//     decode_natural(w, piece, dst)        columns are columns of W
 //
-// the decoders for row-aligned blocks, an even number of panels, column a multiple of 32,
-// and instantiates kernel_set<Isa>(). Everything here has internal linkage (isa.h says why).
+// the decoders for row-aligned blocks and an even number of panels, and instantiates
+// kernel_set<Isa>(). Everything here has internal linkage (isa.h says why).
 #pragma once
 
 #include "gemm.h"
@@ -127,16 +129,16 @@ void make_panel(int64_t steps, uint32_t* panel, const Fill& fill) {
 
 // B = matrix^T for a dense matrix: columns are stored rows.
 template <class Isa>
-void pack_dense_transposed(
-    const Operand& b, int64_t column, int panels, int64_t begin, int64_t steps, uint32_t* dst) {
+void pack_dense_transposed(const Operand& b, Piece piece, uint32_t* dst) {
     const WeightView& w = b.matrix;
-    const int64_t size = element_size(w.dense_dtype);
+    const int64_t size = element_size(w.dense_dtype), steps = piece.steps();
+    int64_t column = piece.column;
     alignas(64) float rows[kPanel * kMaxSteps];
-    for (int p = 0; p < panels; ++p, column += kPanel, dst += kPanelStride) {
+    for (int p = 0; p < piece.panels; ++p, column += kPanel, dst += kPanelStride) {
         for (int64_t j = 0; j < kPanel; ++j) {
             float* const row = rows + j * kMaxSteps;
             if (column + j < w.N) {
-                const int64_t offset = ((column + j) * w.K + begin) * size;
+                const int64_t offset = ((column + j) * w.K + piece.begin) * size;
                 load_rounded<Isa>(
                     static_cast<const char*>(w.dense) + offset, w.dense_dtype, b.rounding, steps,
                     row);
@@ -173,13 +175,14 @@ const float* dense_step(
 }
 
 template <class Isa>
-void pack_dense_natural(
-    const Operand& b, int64_t column, int panels, int64_t begin, int64_t steps, uint32_t* dst) {
-    const int64_t width = int64_t{panels} * kPanel;
+void pack_dense_natural(const Operand& b, Piece piece, uint32_t* dst) {
+    const int64_t column = piece.column, steps = piece.steps();
+    const int64_t width = int64_t{piece.panels} * kPanel;
     const int64_t real = min64(width, b.matrix.K - column);
     alignas(64) float copies[2][kMaxColumns];
     for (int64_t i = 0; i < steps; i += Isa::kPack) {
-        const float* const row = dense_step<Isa>(b, begin + i, column, real, width, copies[0]);
+        const float* const row =
+            dense_step<Isa>(b, piece.begin + i, column, real, width, copies[0]);
         uint32_t* out = dst + i / Isa::kPack * kPanel;
         if constexpr (Isa::kPack == 1) {
             for (int64_t j = 0; j < width; j += kPanel, out += kPanelStride) {
@@ -187,8 +190,8 @@ void pack_dense_natural(
             }
         } else {
             const bool last = i + 1 == steps;
-            const float* const next =
-                dense_step<Isa>(b, begin + i + !last, column, last ? 0 : real, width, copies[1]);
+            const float* const next = dense_step<Isa>(
+                b, piece.begin + i + !last, column, last ? 0 : real, width, copies[1]);
             for (int64_t j = 0; j < width; j += kPanel, out += kPanelStride) {
                 Isa::pair(row + j, next + j, out);
             }
@@ -199,16 +202,16 @@ void pack_dense_natural(
 // Any 4-bit layout, element by element: blocks that cross rows (K no multiple of the blocksize in
 // the flat layout).
 template <class Isa>
-void pack_4bit_any(
-    const Operand& b, int64_t column, int panels, int64_t begin, int64_t steps, uint32_t* dst) {
+void pack_4bit_any(const Operand& b, Piece piece, uint32_t* dst) {
     const WeightView& w = b.matrix;
-    const int64_t columns = b.columns();
-    for (int p = 0; p < panels; ++p, column += kPanel, dst += kPanelStride) {
+    const int64_t columns = b.columns(), steps = piece.steps();
+    int64_t column = piece.column;
+    for (int p = 0; p < piece.panels; ++p, column += kPanel, dst += kPanelStride) {
         make_panel<Isa>(steps, dst, [&](float* values) {
             for (int64_t i = 0; i < steps; ++i) {
                 for (int64_t j = 0; j < kPanel; ++j) {
-                    const int64_t n = b.transposed ? column + j : begin + i;
-                    const int64_t k = b.transposed ? begin + i : column + j;
+                    const int64_t n = b.transposed ? column + j : piece.begin + i;
+                    const int64_t k = b.transposed ? piece.begin + i : column + j;
                     values[i * kPanel + j] =
                         column + j < columns
                             ? w.codebook[nibble_at(w, n, k)] * block_absmax(w, block_index(w, n, k))
@@ -231,31 +234,23 @@ inline void load_absmax_32(const WeightView& w, int64_t row, int64_t block_in_ro
 }
 
 template <class Isa>
-void pack_b(
-    const Operand& b,
-    int64_t column,
-    int panels,
-    int64_t begin,
-    int64_t end,
-    int words,
-    uint32_t* dst) {
-    const int64_t steps = end - begin;
-    const int even_panels = (panels + 1) & ~1;
+void pack_b(const Operand& b, const Piece& piece, int words, uint32_t* dst) {
+    const Piece even{piece.column, (piece.panels + 1) & ~1, piece.begin, piece.end};
     if (b.matrix.is_dense()) {
         if (b.transposed) {
-            pack_dense_transposed<Isa>(b, column, panels, begin, steps, dst);
+            pack_dense_transposed<Isa>(b, piece, dst);
         } else {
-            pack_dense_natural<Isa>(b, column, panels, begin, steps, dst);
+            pack_dense_natural<Isa>(b, piece, dst);
         }
     } else if (!b.matrix.row_blocks) {
-        pack_4bit_any<Isa>(b, column, panels, begin, steps, dst);
+        pack_4bit_any<Isa>(b, piece, dst);
     } else if (b.transposed) {
-        Isa::decode_transposed(b.matrix, column, even_panels, begin, steps, dst);
+        Isa::decode_transposed(b.matrix, even, dst);
     } else {
-        Isa::decode_natural(b.matrix, column, even_panels, begin, steps, dst);
+        Isa::decode_natural(b.matrix, even, dst);
     }
-    const int64_t filled = (steps + Isa::kPack - 1) / Isa::kPack;
-    for (int p = 0; p < panels; ++p) {
+    const int64_t filled = ceil_div(piece.steps(), Isa::kPack);
+    for (int p = 0; p < piece.panels; ++p) {
         std::memset(
             dst + int64_t{p} * kPanelStride + filled * kPanel, 0,
             (words - filled) * kPanel * sizeof(uint32_t));
@@ -263,20 +258,31 @@ void pack_b(
 }
 
 template <class Isa>
-void multiply(
+void multiply(const ChunkProduct& product) {
+    for (int64_t row = 0; row < product.rows; row += Isa::kBlockRows) {
+        ChunkProduct block = product;
+        block.a += row * kChunk;
+        block.c += row * product.ldc;
+        block.rows = min64(Isa::kBlockRows, product.rows - row);
+        Isa::multiply_block(block);
+    }
+}
+
+// multiply_rows_4bit<R> for the number of rows there is, at most Isa::kDirectRows.
+template <class Isa, int R = 1>
+void multiply_4bit(
     const uint32_t* a,
     int64_t rows,
-    const uint32_t* b,
-    int panels,
-    int words,
+    const WeightView& w,
+    const Piece& piece,
     float* c,
     int64_t ldc,
     bool first) {
-    for (int64_t row = 0; row < rows; row += Isa::kBlockRows) {
-        Isa::multiply_block(
-            a + row * kChunk, min64(Isa::kBlockRows, rows - row), b, panels, words, c + row * ldc,
-            ldc, first);
+    if constexpr (R < Isa::kDirectRows) {
+        if (rows > R)
+            return multiply_4bit<Isa, R + 1>(a, rows, w, piece, c, ldc, first);
     }
+    Isa::template multiply_rows_4bit<R>(a, w, piece, c, ldc, first);
 }
 
 template <class Isa>
@@ -288,6 +294,9 @@ constexpr GemmKernels kernel_set() {
     k.pack_row = pack_row<Isa>;
     k.pack_b = pack_b<Isa>;
     k.multiply = multiply<Isa>;
+    k.direct_rows = Isa::kDirectRows;
+    if constexpr (Isa::kDirectRows > 0)
+        k.multiply_4bit = multiply_4bit<Isa>;
     k.load_row = load_row<Isa>;
     k.store_row = store_row<Isa>;
     return k;
@@ -296,45 +305,28 @@ constexpr GemmKernels kernel_set() {
 // ---- register tiles, for the instruction sets whose accumulators are vectors --------------------
 
 // Tile::run<R, P>(a, b, words, c, ldc, first) handles R rows and P panels. Chooses the largest that
-// fits, R <= MaxR.
+// fits, R <= MaxR. Inlined, or the struct would be copied on the way (3 % of a layer with one row).
 template <class Tile, int P, int MaxR>
-void run_rows(
-    const uint32_t* a,
-    int64_t rows,
-    const uint32_t* b,
-    int words,
-    float* c,
-    int64_t ldc,
-    bool first) {
+LOWBIT_INLINE void run_rows(ChunkProduct x) {
     if constexpr (MaxR > 0) {
-        while (rows >= MaxR) {
-            Tile::template run<MaxR, P>(a, b, words, c, ldc, first);
-            a += MaxR * kChunk;
-            c += MaxR * ldc;
-            rows -= MaxR;
+        while (x.rows >= MaxR) {
+            Tile::template run<MaxR, P>(x.a, x.b, x.words, x.c, x.ldc, x.first);
+            x.a += MaxR * kChunk;
+            x.c += MaxR * x.ldc;
+            x.rows -= MaxR;
         }
-        if (rows > 0)
-            run_rows<Tile, P, MaxR - 1>(a, rows, b, words, c, ldc, first);
+        if (x.rows > 0)
+            run_rows<Tile, P, MaxR - 1>(x);
     }
 }
 
 // All panels, P at a time, and the rest one by one.
 template <class Tile, int P, int MaxR>
-void run_panels(
-    const uint32_t* a,
-    int64_t rows,
-    const uint32_t* b,
-    int panels,
-    int words,
-    float* c,
-    int64_t ldc,
-    bool first) {
-    for (; panels >= P; panels -= P, b += int64_t{P} * kPanelStride, c += P * kPanel) {
-        run_rows<Tile, P, MaxR>(a, rows, b, words, c, ldc, first);
-    }
-    for (; panels > 0; --panels, b += kPanelStride, c += kPanel) {
-        run_rows<Tile, 1, MaxR>(a, rows, b, words, c, ldc, first);
-    }
+LOWBIT_INLINE void run_panels(ChunkProduct x) {
+    for (; x.panels >= P; x.panels -= P, x.b += int64_t{P} * kPanelStride, x.c += P * kPanel)
+        run_rows<Tile, P, MaxR>(x);
+    for (; x.panels > 0; --x.panels, x.b += kPanelStride, x.c += kPanel)
+        run_rows<Tile, 1, MaxR>(x);
 }
 
 }  // namespace

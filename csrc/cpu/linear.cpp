@@ -53,11 +53,8 @@ private:
     void finish_thin(int64_t rows);
     void low_rank_factor(int64_t row, int64_t rows);
     void main_product(int64_t rows);
-    void drop_tile(
-        float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column, int64_t columns) const;
-    void store_tile(
-        const float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column, int64_t columns)
-        const;
+    void drop_tile(const ResultTile& tile) const;
+    void store_tile(const ResultTile& tile) const;
 
     const FusedProduct& args_;
     const LowRank* const low_;
@@ -131,7 +128,7 @@ void Fused::pack_thin(int64_t chunk) {
     for (int64_t column = 0; column < r_; column += 256) {
         const int panels = static_cast<int>(ceil_div(min64(256, r_ - column), kPanel));
         kernels_.pack_b(
-            low_->thin, column, panels, chunks_.begin(chunk), chunks_.end(chunk), words,
+            low_->thin, {column, panels, chunks_.begin(chunk), chunks_.end(chunk)}, words,
             thin_b_.get() + (chunk * thin_width_ + column) * kChunk);
     }
 }
@@ -146,9 +143,8 @@ void Fused::add_thin(int64_t chunk, int64_t row, int64_t rows, float* sum) {
     const uint32_t* const a = a_.get() + (chunk * row_space_ + row) * kChunk;
     const uint32_t* const b = thin_b_.get() + chunk * thin_width_ * kChunk;
     for (int k = 0; k < words; k += kThinWords) {
-        kernels_.multiply(
-            a + k, rows, b + k * kPanel, panels, static_cast<int>(min64(kThinWords, words - k)),
-            sum, thin_width_, k == 0);
+        const int count = static_cast<int>(min64(kThinWords, words - k));
+        kernels_.multiply({a + k, rows, b + k * kPanel, panels, count, sum, thin_width_, k == 0});
     }
 }
 
@@ -245,28 +241,26 @@ void Fused::low_rank_factor(int64_t row, int64_t rows) {
 
 // ---- the product --------------------------------------------------------------------------------
 
-void Fused::drop_tile(
-    float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
-    for (int64_t i = 0; i < rows; ++i) {
-        float* const values = c + i * ldc;
-        const int64_t first = (block_start_ + row + i) * columns_ + column;
-        dropout_range(values, Dtype::kFloat32, first, columns, *low_->dropout, values);
+void Fused::drop_tile(const ResultTile& tile) const {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+        float* const values = tile.c + i * tile.ldc;
+        const int64_t first = (block_start_ + tile.row + i) * columns_ + tile.column;
+        dropout_range(values, Dtype::kFloat32, first, tile.columns, *low_->dropout, values);
     }
 }
 
-void Fused::store_tile(
-    const float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+void Fused::store_tile(const ResultTile& tile) const {
     float bias[256];
     if (args_.bias != nullptr) {
         const auto* const src = static_cast<const char*>(args_.bias);
         kernels_.load_row(
-            src + column * element_size(args_.bias_type), args_.bias_type, columns, bias);
+            src + tile.column * element_size(args_.bias_type), args_.bias_type, tile.columns, bias);
     }
     const int64_t size = element_size(args_.type);
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t offset = (block_start_ + row + i) * columns_ + column;
+    for (int64_t i = 0; i < tile.rows; ++i) {
+        const int64_t offset = (block_start_ + tile.row + i) * columns_ + tile.column;
         kernels_.store_row(
-            c + i * ldc, args_.bias != nullptr ? bias : nullptr, columns, args_.type,
+            tile.c + i * tile.ldc, args_.bias != nullptr ? bias : nullptr, tile.columns, args_.type,
             static_cast<char*>(args_.out) + offset * size);
     }
 }
@@ -275,13 +269,11 @@ void Fused::main_product(int64_t rows) {
     const Part parts[2] = {
         {low_ != nullptr ? &low_->low : nullptr, low_chunks_, {low_a_.get(), rows, row_space_}},
         {&args_.main, chunks_, {a_.get(), rows, row_space_}}};
-    const auto drop = [](const void* self, float* c, int64_t ldc, int64_t row, int64_t rows,
-                         int64_t column, int64_t columns) {
-        static_cast<const Fused*>(self)->drop_tile(c, ldc, row, rows, column, columns);
+    const auto drop = [](const void* self, const ResultTile& tile) {
+        static_cast<const Fused*>(self)->drop_tile(tile);
     };
-    const auto store = [](const void* self, float* c, int64_t ldc, int64_t row, int64_t rows,
-                          int64_t column, int64_t columns) {
-        static_cast<const Fused*>(self)->store_tile(c, ldc, row, rows, column, columns);
+    const auto store = [](const void* self, const ResultTile& tile) {
+        static_cast<const Fused*>(self)->store_tile(tile);
     };
     const TileFunction drop_function{drop, this};
     const bool dropped = low_ != nullptr && low_->dropout != nullptr && !low_->dropout_on_input;
@@ -310,43 +302,8 @@ void Fused::run() {
     }
 }
 
-}  // namespace
-
-void run_fused_product(const FusedProduct& args) {
-    if (args.M == 0)
-        return;
-    Fused(args).run();
-}
-
-void linear(
-    const void* x,
-    Dtype type,
-    int64_t M,
-    const WeightView& w,
-    const void* bias,
-    Dtype bias_type,
-    void* y) {
-    FusedProduct args{};
-    args.a = x;
-    args.type = type;
-    args.M = M;
-    args.main = {row_aligned(w), true, type};
-    args.bias = bias;
-    args.bias_type = bias_type;
-    args.out = y;
-    run_fused_product(args);
-}
-
-void linear_dx(const void* dy, Dtype type, int64_t M, const WeightView& w, void* dx) {
-    FusedProduct args{};
-    args.a = dy;
-    args.type = type;
-    args.M = M;
-    args.main = {row_aligned(w), false, type};
-    args.out = dx;
-    run_fused_product(args);
-}
-
+// Same values as the view, as row-aligned blocks where the two layouts coincide: what the fast
+// decoders read.
 WeightView row_aligned(const WeightView& w) {
     WeightView v = w;
     if (!w.is_dense() && !w.row_blocks && w.K % w.blocksize == 0) {
@@ -355,6 +312,25 @@ WeightView row_aligned(const WeightView& w) {
         v.blocks_per_row = w.K / w.blocksize;
     }
     return v;
+}
+
+}  // namespace
+
+void run_fused_product(const FusedProduct& args) {
+    if (args.M == 0)
+        return;
+    Fused(args).run();
+}
+
+FusedProduct weight_product(
+    const void* a, Dtype type, int64_t M, const WeightView& w, bool transposed, void* out) {
+    FusedProduct product{};
+    product.a = a;
+    product.type = type;
+    product.M = M;
+    product.main = {row_aligned(w), transposed, type};
+    product.out = out;
+    return product;
 }
 
 Operand dense_operand(

@@ -37,21 +37,9 @@ struct FusedProduct {
 };
 void run_fused_product(const FusedProduct& args);
 
-// y [M, N] = x [M, K] W^T + bias
-void linear(
-    const void* x,
-    Dtype type,
-    int64_t M,
-    const WeightView& w,
-    const void* bias,
-    Dtype bias_type,
-    void* y);
-// dx [M, K] = dy [M, N] W
-void linear_dx(const void* dy, Dtype type, int64_t M, const WeightView& w, void* dx);
-
-// Same values as the view, as row-aligned blocks where the two layouts coincide: what the fast
-// decoders read.
-WeightView row_aligned(const WeightView& w);
+// The product of A with a frozen weight alone: out = A W^T (transposed) or A W.
+FusedProduct weight_product(
+    const void* a, Dtype type, int64_t M, const WeightView& w, bool transposed, void* out);
 
 // A dense matrix [rows, columns] as an operand.
 Operand dense_operand(

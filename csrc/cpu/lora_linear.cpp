@@ -75,32 +75,19 @@ char* at(void* data, Dtype type, int64_t i) {
     return static_cast<char*>(data) + i * element_size(type);
 }
 
-void store_d_lora_A(
-    const void* context,
-    float* c,
-    int64_t ldc,
-    int64_t row,
-    int64_t rows,
-    int64_t column,
-    int64_t columns) {
+void store_d_lora_A(const void* context, const ResultTile& tile) {
     const auto& s = *static_cast<const GradientStore*>(context);
-    for (int64_t j = 0; j < rows; ++j) {
+    for (int64_t j = 0; j < tile.rows; ++j) {
         s.kernels.store_row(
-            c + j * ldc, nullptr, columns, s.adapter_type,
-            at(s.d_lora_A, s.adapter_type, (row + j) * s.columns + column));
+            tile.c + j * tile.ldc, nullptr, tile.columns, s.adapter_type,
+            at(s.d_lora_A, s.adapter_type, (tile.row + j) * s.columns + tile.column));
     }
 }
 
 // Row r of the sum, if there is one, is the sum over m.
-void store_d_lora_B(
-    const void* context,
-    float* c,
-    int64_t ldc,
-    int64_t row,
-    int64_t rows,
-    int64_t column,
-    int64_t columns) {
+void store_d_lora_B(const void* context, const ResultTile& tile) {
     const auto& s = *static_cast<const GradientStore*>(context);
+    auto [c, ldc, row, rows, column, columns] = tile;
     if (s.d_bias != nullptr && row + rows > s.r) {
         s.kernels.store_row(
             c + (s.r - row) * ldc, nullptr, columns, s.bias_type,
@@ -124,60 +111,29 @@ void store_d_lora_B(
     }
 }
 
-}  // namespace
-
-void lora_linear(
-    const void* x,
-    Dtype type,
-    int64_t M,
-    const LoraArgs& lora,
-    const void* bias,
-    Dtype bias_type,
-    void* y,
-    void* z) {
-    const int64_t N = lora.weight.N, K = lora.weight.K;
+// The branch of one direction, without the place for its factor t.
+LowRank low_rank(const LoraArgs& lora, Dtype type, bool forward) {
+    const int64_t N = lora.weight.N, K = lora.weight.K, r = lora.r;
+    const Operand A = dense_operand(lora.lora_A, lora.lora_A_type, type, r, K, forward);
+    const Operand B = dense_operand(lora.lora_B, lora.lora_B_type, type, N, r, forward);
     LowRank low{};
-    low.thin = dense_operand(lora.lora_A, lora.lora_A_type, type, lora.r, K, true);
-    low.low = dense_operand(lora.lora_B, lora.lora_B_type, type, N, lora.r, true);
-    low.r = lora.r;
+    low.thin = forward ? A : B;
+    low.low = forward ? B : A;
+    low.r = r;
     low.scale = lora.scale;
     low.dropout = lora.dropout;
-    low.dropout_on_input = true;
-    low.rounded = z;
-    FusedProduct args{};
-    args.a = x;
-    args.type = type;
-    args.M = M;
-    args.main = {row_aligned(lora.weight), true, type};
-    args.low_rank = &low;
-    args.bias = bias;
-    args.bias_type = bias_type;
-    args.out = y;
-    run_fused_product(args);
+    low.dropout_on_input = forward;
+    return low;
 }
-
-namespace {
 
 // u [M, r] = dy lora_B in fp32, and dx when its pointer is given.
 void input_gradient(
     const void* dy, Dtype type, int64_t M, const LoraArgs& lora, float* u, void* dx) {
-    const int64_t N = lora.weight.N, K = lora.weight.K;
-    LowRank low{};
-    low.thin = dense_operand(lora.lora_B, lora.lora_B_type, type, N, lora.r, false);
-    low.low = dense_operand(lora.lora_A, lora.lora_A_type, type, lora.r, K, false);
-    low.r = lora.r;
-    low.scale = lora.scale;
-    low.dropout = lora.dropout;
-    low.dropout_on_input = false;
+    LowRank low = low_rank(lora, type, false);
     low.exact = u;
-    FusedProduct args{};
-    args.a = dy;
-    args.type = type;
-    args.M = M;
-    args.main = {row_aligned(lora.weight), false, type};
-    args.low_rank = &low;
-    args.out = dx;
-    run_fused_product(args);
+    FusedProduct product = weight_product(dy, type, M, lora.weight, false, dx);
+    product.low_rank = &low;
+    run_fused_product(product);
 }
 
 void scaling_gradient(
@@ -228,6 +184,24 @@ void gradient_B(
 }
 
 }  // namespace
+
+void lora_linear(
+    const void* x,
+    Dtype type,
+    int64_t M,
+    const LoraArgs& lora,
+    const void* bias,
+    Dtype bias_type,
+    void* y,
+    void* z) {
+    LowRank low = low_rank(lora, type, true);
+    low.rounded = z;
+    FusedProduct product = weight_product(x, type, M, lora.weight, true, y);
+    product.low_rank = &low;
+    product.bias = bias;
+    product.bias_type = bias_type;
+    run_fused_product(product);
+}
 
 void lora_linear_backward(
     const void* dy,

@@ -39,7 +39,11 @@ Tensor linear_op(Tensor x, LOWBIT_WEIGHT_PARAMETERS, OptionalTensor bias) {
     const int64_t M = check_activation(x, K, "x");
     const Bias b = checked_bias(bias, N);
     Tensor y = new_result({M, N}, x.scalar_type());
-    linear(x.const_data_ptr(), dtype_of(x, "x"), M, w, b.data, b.type, y.mutable_data_ptr());
+    FusedProduct product =
+        weight_product(x.const_data_ptr(), dtype_of(x, "x"), M, w, true, y.mutable_data_ptr());
+    product.bias = b.data;
+    product.bias_type = b.type;
+    run_fused_product(product);
     return y;
 }
 
@@ -47,7 +51,8 @@ Tensor linear_dx_op(Tensor dy, LOWBIT_WEIGHT_PARAMETERS) {
     const WeightView w = make_weight_view(LOWBIT_WEIGHT_ARGUMENTS);
     const int64_t M = check_activation(dy, N, "dy");
     Tensor dx = new_result({M, K}, dy.scalar_type());
-    linear_dx(dy.const_data_ptr(), dtype_of(dy, "dy"), M, w, dx.mutable_data_ptr());
+    run_fused_product(weight_product(
+        dy.const_data_ptr(), dtype_of(dy, "dy"), M, w, false, dx.mutable_data_ptr()));
     return dx;
 }
 
