@@ -154,12 +154,6 @@ static inline void store_float(fp16_t* out, float value) {
     *out = to_fp16(value);
 }
 
-// Index of the block that holds element (n, k).
-static inline int64_t block_index(const WeightView& w, int64_t n, int64_t k) {
-    return w.row_blocks ? n * w.blocks_per_row + (k >> w.blocksize_log2)
-                        : (n * w.K + k) >> w.blocksize_log2;
-}
-
 // Scale of one block. Double quantization rounds twice, product then sum: build with
 // -ffp-contract=off.
 static inline float block_absmax(const WeightView& w, int64_t block) {
@@ -170,11 +164,12 @@ static inline float block_absmax(const WeightView& w, int64_t block) {
     return product + w.nested_offset;
 }
 
-// Codebook index of element (n, k); for tails and tests, kernels read whole bytes.
-static inline uint8_t nibble_at(const WeightView& w, int64_t n, int64_t k) {
-    const int64_t i = w.row_blocks ? k : n * w.K + k;
+// Element (n, k) of a 4-bit weight in either layout; the vector decoders read whole bytes.
+static inline float element(const WeightView& w, int64_t n, int64_t k) {
+    const int64_t i = w.row_blocks ? k : n * w.K + k;  // in the row, or in the tensor
     const uint8_t byte = w.qweight[(w.row_blocks ? n * w.row_bytes : 0) + (i >> 1)];
-    return (i & 1) ? (byte & 0x0F) : (byte >> 4);
+    const int64_t block = (w.row_blocks ? n * w.blocks_per_row : 0) + (i >> w.blocksize_log2);
+    return w.codebook[(i & 1) ? (byte & 0x0F) : (byte >> 4)] * block_absmax(w, block);
 }
 
 // fn(begin, end, context) over disjoint ranges that cover [begin, end), on torch's own thread pool

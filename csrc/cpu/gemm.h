@@ -80,8 +80,8 @@ struct GemmKernels {
 
     // dst[0 .. words) = n elements of type `type`, then zeros.
     void (*pack_row)(const void* src, Dtype type, int64_t n, int words, uint32_t* dst);
-    // Panels of the piece, then zeros up to `words`. Columns outside the matrix come out as zeros.
-    // dst has room for an even number of panels.
+    // Panels of the piece, then zeros up to `words`. What columns outside the matrix hold does not
+    // matter: they are never stored. dst has room for an even number of panels.
     void (*pack_b)(const Operand& b, const Piece& piece, int words, uint32_t* dst);
     void (*multiply)(const ChunkProduct& product);
     // The same for a piece of the transpose of a 4-bit weight, decoding in registers: same bits as

@@ -72,10 +72,10 @@ struct Generic {
         float* const values = reinterpret_cast<float*>(dst);
         for (int64_t j = 0; j < int64_t{piece.panels} * kPanel; ++j) {
             float* const out = values + j / kPanel * kPanelStride + j % kPanel;
-            const int64_t n =
-                min64(piece.column + j, w.N - 1);  // past the end: repeated, never stored
+            // Past the end: repeated, never stored.
+            const int64_t n = min64(piece.column + j, w.N - 1);
             for (int64_t i = 0; i < piece.steps(); ++i)
-                out[i * kPanel] = value(w, n, piece.begin + i);
+                out[i * kPanel] = element(w, n, piece.begin + i);
         }
     }
 
@@ -86,13 +86,9 @@ struct Generic {
             for (int64_t j = 0; j < width; ++j) {
                 const int64_t k = min64(piece.column + j, w.K - 1);
                 values[j / kPanel * kPanelStride + i * kPanel + j % kPanel] =
-                    value(w, piece.begin + i, k);
+                    element(w, piece.begin + i, k);
             }
         }
-    }
-
-    static float value(const WeightView& w, int64_t n, int64_t k) {
-        return w.codebook[nibble_at(w, n, k)] * block_absmax(w, block_index(w, n, k));
     }
 };
 

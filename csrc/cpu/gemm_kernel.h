@@ -212,10 +212,7 @@ void pack_4bit_any(const Operand& b, Piece piece, uint32_t* dst) {
                 for (int64_t j = 0; j < kPanel; ++j) {
                     const int64_t n = b.transposed ? column + j : piece.begin + i;
                     const int64_t k = b.transposed ? piece.begin + i : column + j;
-                    values[i * kPanel + j] =
-                        column + j < columns
-                            ? w.codebook[nibble_at(w, n, k)] * block_absmax(w, block_index(w, n, k))
-                            : 0.0f;
+                    values[i * kPanel + j] = column + j < columns ? element(w, n, k) : 0.0f;
                 }
             }
         });
