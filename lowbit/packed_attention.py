@@ -85,7 +85,11 @@ def _varying(query, key, value, scaling, dropout, offsets) -> bool:
 
 
 def longest_piece(offsets: torch.Tensor) -> int:
-    """The greatest length; blocks that share the offsets wait for it once."""
+    """The greatest length; blocks that share the offsets wait for it once, but in inference mode,
+    whose tensors do not tell that they were changed.
+    """
+    if offsets.is_inference():
+        return int(offsets.diff().max())
     version, longest = _longest.get(offsets, (None, 0))
     if version != offsets._version:
         longest = int(offsets.diff().max())

@@ -79,6 +79,14 @@ def test_the_longest_piece_is_looked_up_once_and_again_after_a_change(monkeypatc
     assert packed_attention.longest_piece(offsets) == 20
 
 
+@torch.inference_mode()
+def test_the_longest_piece_in_inference_mode():
+    offsets = torch.tensor([0, 8, 24], dtype=torch.int32)
+    assert packed_attention.longest_piece(offsets) == 16
+    offsets[1] = 4
+    assert packed_attention.longest_piece(offsets) == 20
+
+
 # ---- which modules -------------------------------------------------------------------------------
 
 
