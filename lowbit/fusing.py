@@ -402,7 +402,7 @@ def activation_of(act_fn: Callable) -> str | None:
     probe = torch.linspace(-8, 8, 257, dtype=torch.float32, device="cpu")
     try:
         with torch.no_grad():
-            values = act_fn(probe)
+            values = act_fn(probe.clone())  # it may work in place
     except Exception:
         return None  # it takes something else than one tensor
     for name in ACTIVATIONS:

@@ -1,6 +1,7 @@
 """What the source of a module's forward says about it: the patterns that lowbit.fuse knows.
 
-attention   self.q_proj(h), self.k_proj(h) and self.v_proj(h), each once, of the same name h
+attention   self.q_proj(h), self.k_proj(h) and self.v_proj(h), each once, of the same name h, by
+            which nothing is changed in place
 MLP         self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), and nothing else
 norm        the root-mean-square norm of transformers, statement by statement
 rotary      the functions apply_rotary_pos_emb and apply_rotary_pos_emb_vision of transformers, with
@@ -170,7 +171,8 @@ def _stored(node: ast.expr | None) -> ast.AST:
 @functools.cache
 def is_attention(forward: Callable) -> bool:
     """Whether a forward calls the three projections once each, on one name, and works for a
-    stand-in: it neither stores attributes nor calls super().
+    stand-in: it neither stores attributes nor calls super(), nor changes what the name means in
+    place, after which the projections would read another x.
     """
     definition = _source(forward)
     if definition is None or not definition.args.args:
@@ -193,7 +195,31 @@ def is_attention(forward: Callable) -> bool:
                 read[callee.attr].append(node.args[0].id)
     inputs = [name for names in read.values() for name in names]
     each_once = all(len(names) == 1 for names in read.values())
-    return each_once and mentions == len(QKV) and len(set(inputs)) == 1
+    if not each_once or mentions != len(QKV) or len(set(inputs)) != 1:
+        return False
+    return not any(_changes(node, inputs[0]) for node in ast.walk(definition))
+
+
+def _changes(node: ast.AST, name: str) -> bool:
+    """Whether a node changes the tensor of that name in place, by itself or as `out`."""
+    if isinstance(node, ast.AugAssign):
+        return _is_name(_indexed(node.target), name)
+    if isinstance(node, (ast.Subscript, ast.Attribute)):
+        return not isinstance(node.ctx, ast.Load) and _is_name(_indexed(node), name)
+    if not isinstance(node, ast.Call):
+        return False
+    method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    in_place = method.endswith("_") and not method.endswith("__")
+    if in_place and _is_name(_indexed(node.func.value), name):
+        return True
+    return any(k.arg == "out" and _is_name(_indexed(k.value), name) for k in node.keywords)
+
+
+def _indexed(node: ast.expr) -> ast.expr:
+    """h of h, h[i] and h.data."""
+    while isinstance(node, (ast.Subscript, ast.Attribute)):
+        node = node.value
+    return node
 
 
 @functools.cache

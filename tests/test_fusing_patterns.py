@@ -76,11 +76,40 @@ class Rebound(Attention):
         return q * self.k_proj(x) + self.v_proj(x)
 
 
+class Added(Attention):
+    def forward(self, x):
+        q = self.q_proj(x)
+        x += 1
+        return q * self.k_proj(x) + self.v_proj(x)
+
+
+class Scaled(Attention):
+    def forward(self, x):
+        q, k = self.q_proj(x), self.k_proj(x)
+        x[0].mul_(2)
+        return q * k + self.v_proj(x)
+
+
+class Written(Attention):
+    def forward(self, x):
+        q, k = self.q_proj(x), self.k_proj(x)
+        x[0] = 0
+        return q * k + self.v_proj(x)
+
+
+class Out(Attention):
+    def forward(self, x):
+        q, k = self.q_proj(x), self.k_proj(x)
+        torch.neg(x, out=x)
+        return q * k + self.v_proj(x)
+
+
 def test_own_modules_that_follow_the_patterns():
     x = torch.randn(5, 64)
     for module in (
         GatedMLP(),
         GatedMLP(nn.GELU()),
+        GatedMLP(nn.SiLU(inplace=True)),
         GatedMLP(torch.nn.functional.silu),
         Attention(),
         Rebound(),
@@ -104,6 +133,10 @@ def test_own_modules_that_follow_the_patterns():
         (lambda: GatedMLP(nn.PReLU()), "its activation PReLU is neither SiLU nor GELU"),
         (lambda: Cross(32), "Cross.forward does not call q_proj, k_proj and v_proj on one x"),
         (Stateful, "Stateful.forward does not call"),
+        (Added, "Added.forward does not call"),
+        (Scaled, "Scaled.forward does not call"),
+        (Written, "Written.forward does not call"),
+        (Out, "Out.forward does not call"),
     ],
 )
 def test_modules_of_another_kind_are_left_alone(build, why):
