@@ -117,8 +117,9 @@ def lora_matmul(
     bias = _bias(x, weight, bias)
     rows = _rows(x)
     if adapter_index is not None:
-        y = _mixed_adapters(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index)
-        return y.view(*x.shape[:-1], weight.N)
+        leading, index = x.shape[:-1], adapter_index
+        y = _mixed_adapters(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, index, leading)
+        return y.view(*leading, weight.N)
     A, B = _adapter(x, weight, lora_A, lora_B)
     vector, scalar = _scaling(x, scaling, A.shape[0])
     seed = _seed(x, dropout_p)
@@ -140,30 +141,37 @@ def check_probability(value, name: str) -> None:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
-def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter_index):
+def _adapter_index(x: torch.Tensor, index: torch.Tensor, leading: torch.Size) -> torch.Tensor:
+    """int64 [M] for the rows x [M, K] of a tensor of shape [*leading, K]."""
+    integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if not integer or index.shape not in ((x.shape[0],), leading):
+        raise ValueError(
+            f"adapter_index must be an integer tensor with one entry per row, [{x.shape[0]}] or "
+            f"{list(leading)}, got {index.dtype} {list(index.shape)}"
+        )
+    if index.device != x.device:
+        raise ValueError(f"adapter_index must be on x's device {x.device}, got {index.device}")
+    return index.reshape(-1).long()
+
+
+def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, index, leading):
     """Stack all adapters into one of rank adapters * r and mask z so that each row meets only its
     own.
 
     Costs adapters times the low-rank arithmetic, needs no sorting and no synchronization, and is
     differentiable.
     """
-    for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("adapter_index", adapter_index)):
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("adapter_index", index)):
         _check_tensor(value, name)
     if lora_A.dim() != 3 or lora_B.dim() != 3 or lora_A.shape[0] != lora_B.shape[0]:
         raise ValueError(
             "with adapter_index, lora_A must be [adapters, r, K] and lora_B [adapters, N, r], got "
             f"{list(lora_A.shape)} and {list(lora_B.shape)}; stack the adapters"
         )
-    index = adapter_index.reshape(-1)
-    integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-    if not integer or index.numel() != x.shape[0]:
-        raise ValueError(
-            f"adapter_index must be an integer tensor with one entry per row, [{x.shape[0]}], got "
-            f"{adapter_index.dtype} {list(adapter_index.shape)}"
-        )
+    index = _adapter_index(x, index, leading)
     adapters, r = lora_A.shape[:2]
     if index.device.type == "cpu" and calls.nothing_intercepts((index,)):
-        least, greatest = (int(i) for i in index.long().aminmax())
+        least, greatest = (int(i) for i in index.aminmax())
         if least < -1 or greatest >= adapters:
             raise ValueError(
                 f"adapter_index must lie in -1..{adapters - 1}, got {least}..{greatest}"
@@ -171,8 +179,9 @@ def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter
     stacked_A, stacked_B = _adapter(
         x, weight, lora_A.flatten(0, 1), lora_B.permute(1, 0, 2).reshape(lora_B.shape[1], -1)
     )
+    wide = torch.promote_types(x.dtype, torch.float32)
     try:
-        scale = torch.as_tensor(scaling, dtype=torch.float32, device=x.device)
+        scale = torch.as_tensor(scaling, dtype=wide, device=x.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"with adapter_index, scaling must be a number or [{adapters}], got {scaling!r}"
@@ -184,7 +193,7 @@ def _mixed_adapters(x, weight, lora_A, lora_B, scaling, bias, dropout_p, adapter
     mine = index.unsqueeze(1) == torch.arange(adapters, device=x.device)  # [M, adapters]
     per_row = (mine * scale).repeat_interleave(r, dim=1)
     dropped = calls.run("dropout", x, dropout_p, _seed(x, dropout_p)) if dropout_p else x
-    z = (dropped @ stacked_A.to(x.dtype).t()) * per_row.to(x.dtype)
+    z = ((dropped @ stacked_A.to(x.dtype).t()) * per_row).to(x.dtype)
     return calls.run("linear", x, *weight, bias) + z @ stacked_B.to(x.dtype).t()
 
 
@@ -313,6 +322,8 @@ def _scaling(x, scaling, r: int) -> tuple[torch.Tensor | None, float]:
         raise ValueError(
             f"scaling must be a number or a tensor [r] = [{r}], got {list(scaling.shape)}"
         )
+    if scaling.is_complex():
+        raise TypeError(f"scaling must be real, got {scaling.dtype}")
     if scaling.device != x.device:
         raise ValueError(f"scaling must be on x's device {x.device}, got {scaling.device}")
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -114,6 +114,20 @@ def test_the_call_is_right_without_a_change():
             "adapter_index must be an integer tensor .* got torch.bool",
         ),
         (
+            {
+                "lora_A": torch.ones(1, 4, 64),
+                "lora_B": torch.ones(1, 48, 4),
+                "adapter_index": torch.zeros(5, dtype=torch.int32, device="meta"),
+            },
+            ValueError,
+            "adapter_index must be on x's device cpu, got meta",
+        ),
+        (
+            {"scaling": torch.ones(4, dtype=torch.complex64)},
+            TypeError,
+            "scaling must be real, got torch.complex64",
+        ),
+        (
             {"w": lowbit.quantize(torch.randn(2, 24, 64))},
             ValueError,
             r"w must be a matrix \[N, K\]",

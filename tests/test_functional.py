@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functional_problem import problem
-from helpers import assert_bitwise_equal, assert_close_to_float64
+from helpers import assert_bitwise_equal, assert_close_to_float64, relative_rms
 from hypothesis import strategies as st
 
 import lowbit
@@ -384,6 +384,33 @@ def test_mixed_adapters_equal_one_call_per_adapter(device, scaling):
         "xAB", grads, torch.autograd.grad(expected, leaves, p["dy"]), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3, msg=lambda m, n=name: f"d_{n}: {m}")
+
+
+def test_mixed_adapters_scale_float64_in_float64(device):
+    p = problem((12, 48, 64, 4), torch.float32, device)
+    A, B = torch.randn(2, 4, 64, device=device), torch.randn(2, 48, 4, device=device)
+    index = torch.tensor([0, 1, -1] * 4, device=device)
+    x, A, B = p["x"].double(), A.double(), B.double()
+    exact = x @ lowbit.dequantize(p["w"], torch.float32).double().t()
+    for i in range(2):
+        exact += (index == i).unsqueeze(1) * ((x @ A[i].t() / 3) @ B[i].t())
+    y = lowbit.lora_matmul(x, p["w"], A, B, 1 / 3, adapter_index=index)
+    assert relative_rms(y, exact) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32], ids=str)
+def test_adapter_index_has_the_shape_of_the_rows(device, dtype):
+    """[2, 3] and [6] for x [2, 3, K], of any integer type; [3, 2] would be other rows."""
+    p = problem((6, 48, 64, 4), torch.float32, device)
+    A, B = torch.randn(3, 4, 64, device=device), torch.randn(3, 48, 4, device=device)
+    index = torch.tensor([0, 1, 2, 2, 1, 0], device=device)
+    expected = lowbit.lora_matmul(p["x"], p["w"], A, B, 2.0, adapter_index=index)
+    x, index = p["x"].view(2, 3, 64), index.to(dtype)
+    for shape in ((6,), (2, 3)):
+        y = lowbit.lora_matmul(x, p["w"], A, B, 2.0, adapter_index=index.view(shape))
+        assert_bitwise_equal(y.view(6, 48), expected, "y")
+    with pytest.raises(ValueError, match=r"one entry per row, \[6\] or \[2, 3\], got .* \[3, 2\]"):
+        lowbit.lora_matmul(x, p["w"], A, B, 2.0, adapter_index=index.view(3, 2))
 
 
 def test_mixed_adapters_drop_what_one_adapter_drops(device):
