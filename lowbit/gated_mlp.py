@@ -186,7 +186,8 @@ def lora_gated_mlp(
         lora_As, lora_Bs, scalings, biases: of gate, up and down, as in `lora_matmul_group`.
         activation: "silu" (SwiGLU), "gelu" (GEGLU with the exact GELU) or "gelu_tanh".
         dropout_p: of the three low-rank branches, one number or three.
-        shared_dropout: one mask for gate and up; down keeps its own.
+        shared_dropout: one mask for gate and up, which then must have the same dropout_p; down
+            keeps its own.
 
     Returns:
         [..., N] in x's dtype.

@@ -281,6 +281,7 @@ def checked_members(
 
     Args:
         x: what all members read.
+        shared: whether those that read x share one mask.
         names: of the members, for messages; default numbers.
         widths: for each member, that of what it reads, or None: it reads x.
     """
@@ -295,9 +296,10 @@ def checked_members(
         check_sequence(values, name)
         if len(values) != count:
             raise ValueError(f"{name} must have one entry per weight, {count}, got {len(values)}")
-    if shared and len(set(ps)) > 1:
-        raise ValueError(f"shared_dropout needs one dropout_p for all, got {list(ps)}")
     widths = (None,) * count if widths is None else widths
+    sharing = [p for p, width in zip(ps, widths, strict=True) if width is None]
+    if shared and len(set(sharing)) > 1:
+        raise ValueError(f"shared_dropout needs one dropout_p for all, got {sharing}")
     members = []
     for i in range(count):
         try:

@@ -104,15 +104,17 @@ def _mask(dropout_p, device, size):
     return reference.dropout_mask(*size, dropout_p, seed.cpu()) / (1 - dropout_p)
 
 
+@pytest.mark.parametrize("of_down", [0.3, 0.1])
 @pytest.mark.parametrize("shared", [False, True])
-def test_dropout_matches_its_masks(device, shared, way):
+def test_dropout_matches_its_masks(device, shared, of_down, way):
     problem = _problem(torch.float32, device)
     torch.manual_seed(7)
     first = _mask(0.3, device, (M, K))
     second = first if shared else _mask(0.3, device, (M, K))
-    keeps = (first, second, _mask(0.3, device, (M, H)))
+    keeps = (first, second, _mask(of_down, device, (M, H)))
     exact, plain = (_formula(*problem, t, keeps=keeps) for t in (torch.float64, torch.float32))
-    _compare(_fused(*problem, dropout_p=0.3, shared_dropout=shared), exact, plain)
+    options = {"dropout_p": (0.3, 0.3, of_down), "shared_dropout": shared}
+    _compare(_fused(*problem, **options), exact, plain)
 
 
 def test_only_what_is_asked_for_is_computed(device, way):
