@@ -28,6 +28,7 @@ from .modules import (
     train_adapters_only,
 )
 from .nn import Linear4bit, QLoRALinear
+from .nn.qlora import is_rank
 from .quantization import check_floating
 from .state import CheckpointError
 from .tensor_files import TensorSource
@@ -147,7 +148,7 @@ def _check_options(model, r, adapter: dict[str, Any], quantization: dict[str, An
     check_replaceable(model)
     if hasattr(model, "peft_config"):
         raise ValueError("model has PEFT adapters already; merge them, or prepare the plain model")
-    if not isinstance(r, int) or r < 0:
+    if not is_rank(r) or r < 0:
         raise ValueError(f"r must be an integer of at least 0, got {r!r}")
     with torch.random.fork_rng(devices=[]):  # a check must not change what is drawn later
         probe = nn.Linear(32, 1, bias=False, device="cpu", dtype=torch.float32)

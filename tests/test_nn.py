@@ -1,11 +1,13 @@
 """Linear4bit and QLoRALinear behave like nn.Linear wherever trainers and checkpoints touch them."""
 
 import copy
+import fractions
 import gc
 import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_bitwise_equal, assert_close_to_float64
@@ -128,6 +130,25 @@ def test_alpha_and_scaling_follow_each_other(rslora):
     assert again.scaling == pytest.approx(0.3)
     with pytest.raises(ValueError, match="alpha must be a finite number"):
         layer.alpha = math.inf
+
+
+@pytest.mark.parametrize("number", [np.int64, np.float32, fractions.Fraction])
+def test_numbers_of_other_libraries(number, tmp_path):
+    """Sizes and options may come from numpy; files take Python's numbers only."""
+    layer = QLoRALinear(
+        np.int64(64), np.int64(32), r=np.int64(4), alpha=number(8), use_rslora=np.bool_(True)
+    )
+    plain = QLoRALinear(64, 32, r=4, alpha=8, use_rslora=True)
+    plain.load_state_dict(layer.state_dict())
+    assert (layer.r, layer.alpha, layer.scaling) == (plain.r, plain.alpha, plain.scaling)
+    model = nn.Sequential(layer)
+    lowbit.adapters.save_adapter(model, tmp_path / "adapter")
+    lowbit.save(model, tmp_path / "model")
+    again = lowbit.load(nn.Sequential(nn.Linear(64, 32)), tmp_path / "model")[0]
+    assert_same_state(again, layer)
+    assert again.scaling == layer.scaling
+    prepared = lowbit.prepare(nn.Sequential(nn.Linear(64, 32)), r=np.int64(4), alpha=number(8))
+    assert prepared[0].r == 4
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -323,6 +344,7 @@ def test_custom_codebook_survives():
     [
         (lambda: QLoRALinear(K, N, r=0), ValueError, "r must be an integer of at least 1"),
         (lambda: QLoRALinear(K, N, r=2.5), ValueError, "r must be an integer"),
+        (lambda: QLoRALinear(K, N, r=True), ValueError, "r must be an integer"),
         (lambda: QLoRALinear(K, N, dropout=1.0), ValueError, r"dropout must lie in \[0, 1\)"),
         (lambda: QLoRALinear(K, N, dropout="0.1"), TypeError, "dropout must be a number"),
         (lambda: QLoRALinear(K, N, lora_dtype=torch.int8), TypeError, "lora_dtype must be"),

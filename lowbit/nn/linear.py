@@ -88,8 +88,8 @@ class Linear4bit(StateDict, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the 16-bit weight
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        _check_size(in_features, "in_features")
-        _check_size(out_features, "out_features")
+        in_features = _checked_size(in_features, "in_features")
+        out_features = _checked_size(out_features, "out_features")
         _check_format(quant_type, blocksize, nested_blocksize, layout, dtype)
         self.in_features, self.out_features = in_features, out_features
         options = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
@@ -327,9 +327,11 @@ class Linear4bit(StateDict, nn.Linear):
         return super()._apply(keep_dtype, recurse)
 
 
-def _check_size(value, name: str) -> None:
+def _checked_size(value, name: str) -> int:
+    """An integer of any type, numpy's too, as one that files and operators take."""
     if not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return int(value)
 
 
 def _check_bias(bias, N: int) -> None:

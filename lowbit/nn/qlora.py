@@ -58,7 +58,8 @@ class QLoRALinear(Linear4bit):
             `.to(dtype)`.
         r, alpha, scaling, dropout, use_rslora: the options; `scaling` is the s of the formula, and
             follows alpha as alpha follows it.
-        adapter_enabled: set False to compute the base layer alone.
+        adapter_enabled: set False to compute the base layer alone; a merged layer does not look at
+            it.
         merged: whether the adapter is folded into the weight at present.
         Everything of Linear4bit.
 
@@ -94,14 +95,14 @@ class QLoRALinear(Linear4bit):
         lora_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(r, int) or r < 1:
+        if not is_rank(r) or r < 1:
             raise ValueError(
                 f"r must be an integer of at least 1, got {r!r}; without adapter, use Linear4bit"
             )
         _check_alpha(alpha)
         check_probability(dropout, "dropout")
         super().__init__(in_features, out_features, bias, **options)
-        self.r, self.dropout, self.use_rslora = r, float(dropout), use_rslora
+        self.r, self.dropout, self.use_rslora = int(r), float(dropout), bool(use_rslora)
         self.alpha = alpha
         self.adapter_enabled = True
         self._unmerged: QuantizedWeight | None = None
@@ -111,8 +112,8 @@ class QLoRALinear(Linear4bit):
                 f"lora_dtype must be float32, float16, bfloat16 or float64, got {dtype!r}"
             )
         place = {"dtype": dtype, "device": self.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, **place))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r, **place))
+        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **place))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **place))
         self.reset_adapter()
 
     @classmethod
@@ -246,11 +247,13 @@ class QLoRALinear(Linear4bit):
             the update.
 
         Raises:
-            ValueError: the layer is merged already or has no data, or the merged weight has NaN or
-                Inf.
+            ValueError: the layer is merged already, its adapter is switched off, it has no data, or
+                the merged weight has NaN or Inf.
         """
         if self.merged:
             raise ValueError("the adapter is merged already; call unmerge() first")
+        if not self.adapter_enabled:
+            raise ValueError("the adapter is switched off; set adapter_enabled = True first")
         if self.weight.is_meta or self.lora_A.is_meta:
             raise ValueError("the layer is on the meta device and has no data; load it first")
         base = self.quantized_weight
@@ -324,6 +327,11 @@ class QLoRALinear(Linear4bit):
         if self.merged:
             problems.append(f"{prefix}weight has its adapter merged; call unmerge() before loading")
         return qw, problems
+
+
+def is_rank(r) -> bool:
+    """Whether r is an integer, of whatever type; True and False are none."""
+    return isinstance(r, numbers.Integral) and not isinstance(r, bool)
 
 
 def _check_alpha(alpha) -> None:
