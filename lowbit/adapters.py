@@ -66,8 +66,8 @@ def merge_adapter(model: nn.Module) -> dict[str, MergeError]:
         {layer: MergeError}: the relative error of requantizing and the relative size of the update.
 
     Raises:
-        ValueError: the model has no adapter or is sharded (FSDP2), one is merged already, or a
-            merged weight is not finite; nothing is merged then.
+        ValueError: the model has no adapter or is sharded (FSDP2), one is merged already or
+            switched off, or a merged weight is not finite; nothing is merged then.
 
     Example:
         >>> model = lowbit.prepare(torch.nn.Sequential(torch.nn.Linear(64, 64)), r=4)

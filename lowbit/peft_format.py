@@ -106,7 +106,8 @@ def save_adapter(
                     f"{name}.{part} is on the meta device and has no data; load it first"
                 )
             check_whole([(f"{name}.{part}", param)])
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = param.detach().contiguous()
+            # A copy: layers may share parameters, and files share nothing.
+            tensors[f"{_PREFIX}{name}.{part}.weight"] = own(param).contiguous()
     if base_model_name_or_path is None:
         base_model_name_or_path = (
             getattr(getattr(model, "config", None), "_name_or_path", "") or None

@@ -287,6 +287,15 @@ def test_alpha_of_numpy_is_written_as_a_number(tmp_path):
     assert type(model[0].alpha) is float
 
 
+def test_layers_that_share_a_parameter(tmp_path):
+    model = randomize(prepare(mlp(), r=4))
+    model[2].lora_A = model[0].lora_A
+    adapters.save_adapter(model, tmp_path)
+    back = adapters.load_adapter(prepare(mlp(), r=0), tmp_path)
+    for name in "02":
+        assert_bitwise_equal(back.get_submodule(name).lora_A, model[0].lora_A, name)
+
+
 def test_save_needs_an_adapter_with_data(tmp_path):
     with pytest.raises(ValueError, match="model has no lowbit adapter"):
         adapters.save_adapter(prepare(mlp(), r=0), tmp_path)
@@ -413,6 +422,21 @@ def test_failed_merge_merges_nothing():
     with torch.no_grad():
         model[2].lora_B[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"2: weight has .* NaN or Inf"):
+        adapters.merge_adapter(model)
+    assert not any(layer.merged for layer in (model[0], model[1][0], model[2]))
+
+
+def test_an_adapter_that_is_off_is_not_merged():
+    """It would take part again, in a block that computes without it."""
+    model = randomize(prepare(mlp(), r=4)).eval()
+    x = torch.randn(5, 64)
+    with adapters.disable_adapter(model):
+        base = model(x)
+        with pytest.raises(ValueError, match="0: the adapter is switched off"):
+            adapters.merge_adapter(model)
+        assert torch.equal(model(x), base)
+    model[2].adapter_enabled = False
+    with pytest.raises(ValueError, match="2: the adapter is switched off"):
         adapters.merge_adapter(model)
     assert not any(layer.merged for layer in (model[0], model[1][0], model[2]))
 
