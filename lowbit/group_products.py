@@ -182,11 +182,11 @@ def backward(dys, x, zs, members, need_dx: bool, needs: list[Needs], shared: boo
     us: list[torch.Tensor | None] = [None] * len(members)
     for i in reversed(live):  # as autograd does
         dy, m, need = dys[i], members[i], needs[i]
-        whole = None
+        alone = None
         if m.lora_A is not None:
-            whole = _lora_linear_backward(dy, x, zs[i], m, need_dx, need, dx, separate)
-        if whole is not None:
-            part, grads[i] = whole
+            alone = _lora_linear_backward(dy, x, zs[i], m, need_dx, need, dx, separate)
+        if alone is not None:
+            part, grads[i] = alone
         else:
             us[i], grads[i] = _through_B(dy, zs[i], m, need, need_dx or need.lora_A)
             part = _linear_dx(dx, dy, *m.weight) if need_dx else None
