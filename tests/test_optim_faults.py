@@ -159,6 +159,17 @@ def test_gradients_with_strides(device):
         assert_bitwise_equal(ours[0].detach(), theirs[0].detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_clipping_gradients_with_strides(dtype, device):
+    """The factor is fp32 there, too: rounded to bf16 it would leave a norm above the largest."""
+    gradient = torch.randn(64, 48, device=device, dtype=dtype).mul(3)
+    ours, theirs = (make_parameters([(48, 64)], dtype=dtype, device=device) for _ in range(2))
+    ours[0].grad, theirs[0].grad = gradient.t(), gradient.t().contiguous()
+    optim.clip_grad_norm_(ours, 1.0)
+    optim.clip_grad_norm_(theirs, 1.0)
+    assert_bitwise_equal(ours[0].grad, theirs[0].grad)
+
+
 def test_unaligned_views(device):
     """Parameters and gradients that start anywhere take the elementwise path of the kernels."""
     base_p, base_g = torch.randn(1001, device=device), torch.randn(1001, device=device)
@@ -185,6 +196,12 @@ def test_unaligned_views(device):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         optim.PagedAdamW([torch.nn.Parameter(torch.zeros(3))], **options)
+
+
+@pytest.mark.parametrize("option", [{"paging": "pinned"}, {"policy": "prefetch"}])
+def test_state_that_does_not_page_takes_no_options_of_paging(option):
+    with pytest.raises(ValueError, match="AdamW8bit's stays on the device"):
+        optim.AdamW8bit([torch.nn.Parameter(torch.zeros(3))], **option)
 
 
 def test_bad_parameters():

@@ -349,6 +349,10 @@ def _float_codes(state):
     state["state"][1]["state1"] = state["state"][1]["state1"].float()
 
 
+def _listed(state):
+    state["state"][1]["state2"] = [0] * 256
+
+
 def _short_map(state):
     state["state"][1]["qmap1"] = torch.zeros(255)
 
@@ -370,6 +374,7 @@ def _nan_step(state):
         (_fewer, r"groups of \[3\] parameters, the optimizer of \[4\]"),
         (_amsgrad, "amsgrad, which is not offered"),
         (_one_moment, "parameter 1 of group 0 has 1 moments"),
+        (_listed, "parameter 1 of group 0 has no tensor for moment 2"),
         (_no_scales, r"parameter 1 of group 0 is damaged: state1 is torch\.uint8 without absmax1"),
         (_float_codes, "parameter 1 of group 0 is damaged: state1 is .* with absmax1"),
         (_short_map, "parameter 1 of group 0 uses an 8-bit map that is not bitsandbytes' dynamic"),

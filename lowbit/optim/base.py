@@ -56,6 +56,11 @@ class PackedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"paging must be one of {', '.join(PAGING)}, got {paging!r}")
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if not self.paged and (paging, policy) != ("auto", "auto"):
+            raise ValueError(
+                f"paging and policy are for state that pages; {type(self).__name__}'s stays on the "
+                "device"
+            )
         _check_numbers(defaults)
         self.stochastic_rounding, self.skip_nonfinite = stochastic_rounding, skip_nonfinite
         if seed is None:

@@ -121,5 +121,6 @@ def _scale(gradients, table, chunks: int, norm: torch.Tensor, max_norm: float) -
         increment_version(gradients)  # a kernel that gets addresses leaves that to us
         return
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor.to(gradient.dtype))
+    for gradient in gradients:  # mul_ may round the factor to the gradient's dtype
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        gradient.copy_(gradient.to(wide) * factor)

@@ -170,6 +170,8 @@ def _read(item: dict[str, Any], state: int, name: str) -> Moment:
     item = {**item, **item.get(WRAPPED, {})}
     values = item.get(f"state{state + 1}", item.get(MOMENTS["adamw"][state]))
     scales = item.get(f"absmax{state + 1}")
+    if not isinstance(values, torch.Tensor):
+        raise ValueError(f"the saved state of {name} has no tensor for moment {state + 1}")
     if (values.dtype == torch.uint8) != (scales is not None):
         raise ValueError(
             f"the saved state of {name} is damaged: state{state + 1} is {values.dtype} "
