@@ -21,7 +21,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,13 +35,25 @@ from .dispatch_table import (
     Row,
 )
 
-_forced: list[str] = []
+_NAMES = (*BACKENDS, *(f"{row.backend}:{row.kernel}" for row in TABLE if row.kernel))
+
+
+@dataclass(eq=False)
+class _Forced:
+    """A context that is open; no two are equal."""
+
+    name: str
+
+
+_forced: list[_Forced] = []
 _environment = os.environ.get("LOWBIT_BACKEND") or None  # read once: a lookup costs a microsecond
 
 
 @contextlib.contextmanager
 def force(backend: str) -> Iterator[None]:
-    """Use one backend for every operation inside the context.
+    """Use one backend for every operation of the process while the context is open: also in other
+    threads, of which autograd's compute the backward pass. Of several contexts the last one opened
+    counts, whichever is left first.
 
     Args:
         backend: "cuda", "triton", "cpu" or "reference"; "cuda:panels" (any kernel a row of TABLE
@@ -53,28 +65,26 @@ def force(backend: str) -> Iterator[None]:
             device.
     """
     _check_name(backend, "backend")
-    _forced.append(backend)
+    mine = _Forced(backend)
+    _forced.append(mine)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.remove(mine)
 
 
 def forced() -> str | None:
     """The backend every operation must use, or None."""
     if _forced:
-        return _forced[-1]
+        return _forced[-1].name
     if _environment is not None:
         _check_name(_environment, "LOWBIT_BACKEND")
     return _environment
 
 
 def _check_name(name: str, argument: str) -> None:
-    kernels = [f"{row.backend}:{row.kernel}" for row in TABLE if row.kernel]
-    if name not in (*BACKENDS, *kernels):
-        raise ValueError(
-            f"{argument} must be one of {', '.join((*BACKENDS, *kernels))}, got {name!r}"
-        )
+    if name not in _NAMES:
+        raise ValueError(f"{argument} must be one of {', '.join(_NAMES)}, got {name!r}")
 
 
 @functools.cache

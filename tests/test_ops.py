@@ -102,6 +102,16 @@ def test_force_is_scoped_and_checked():
         pass
 
 
+def test_contexts_of_two_threads_may_end_in_any_order():
+    first, second = dispatch.force("cpu"), dispatch.force("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.forced() == "reference"
+    second.__exit__(None, None, None)
+    assert dispatch.forced() is None
+
+
 def test_environment_forces_a_backend(monkeypatch):
     monkeypatch.setattr(dispatch, "_environment", "reference")
     assert dispatch.choose("linear", torch.device("cpu"), torch.float32).reason == "forced"
