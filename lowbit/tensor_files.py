@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -168,7 +169,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 def _put_in_place(scratch: Path, target: Path) -> None:
     if not target.is_dir():
-        scratch.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
+        scratch.chmod(_usual_mode(scratch))  # mkdtemp makes folders private
         try:
             scratch.rename(target)
             return
@@ -180,10 +181,16 @@ def _put_in_place(scratch: Path, target: Path) -> None:
     scratch.rmdir()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _usual_mode(folder: Path) -> int:
+    """Of new folders, seen by making one: to ask for the process's umask is to set it, for a moment
+    in which other threads make files that everybody may write.
+    """
+    probe = Path(tempfile.mkdtemp(dir=folder)) / "probe"
+    try:
+        probe.mkdir()
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        shutil.rmtree(probe.parent)
 
 
 def write_tensors(
@@ -192,5 +199,7 @@ def write_tensors(
     """Write a safetensors file; tensors must be contiguous and must not share storage."""
     from safetensors.torch import save_file
 
+    path.touch()
+    usual = stat.S_IMODE(path.stat().st_mode)
     save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(0o666 & ~_umask())  # safetensors 0.8 makes files that only their owner can read
+    path.chmod(usual)  # safetensors 0.8 makes files that only their owner can read

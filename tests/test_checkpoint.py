@@ -425,6 +425,15 @@ def test_save_replaces_its_files_and_keeps_others(tmp_path):
     assert modes["model.safetensors"] == modes["notes.txt"]
 
 
+def test_saving_leaves_the_umask_alone(tmp_path, monkeypatch):
+    """It is the process's: other threads would make files that everybody may write."""
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was set"))
+    save(prepared(), tmp_path / "new")
+    (tmp_path / "folder").mkdir()
+    assert os.stat(tmp_path / "new").st_mode == os.stat(tmp_path / "folder").st_mode
+    assert not [p for p in (tmp_path / "new").iterdir() if p.is_dir()]
+
+
 @pytest.mark.parametrize(
     "function",
     [
