@@ -108,7 +108,7 @@ def fuse(model: nn.Module) -> FusionReport:
         for kind in _KINDS:
             if not kind.candidate(module):
                 continue
-            why = "it is fused already" if isinstance(module, _Fused) else kind.problem(module)
+            why = _why_not(module, kind)
             if why is not None:
                 report.skipped[name] = why
                 continue
@@ -117,6 +117,15 @@ def fuse(model: nn.Module) -> FusionReport:
             getattr(report, kind.place).append(name)
     _log.info("%s", report)
     return report
+
+
+def _why_not(module: nn.Module, kind: type[_Fused]) -> str | None:
+    """Why a candidate cannot be fused, or None."""
+    if isinstance(module, _Fused):
+        return "it is fused already"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    return kind.problem(module)
 
 
 def unfuse(model: nn.Module) -> int:
@@ -166,8 +175,8 @@ class _Fused:
 
     @staticmethod
     def problem(module: nn.Module) -> str | None:
-        """Why a candidate cannot be fused, or None."""
-        raise NotImplementedError
+        """What else is in the way of fusing a candidate, or None."""
+        return None
 
     @staticmethod
     def prepare(module: nn.Module) -> None:
@@ -190,8 +199,6 @@ class _FusedMLP(_Fused):
     @staticmethod
     def problem(module):
         kind = type(module)
-        if "forward" in module.__dict__:
-            return "its forward was replaced"
         if not patterns.is_gated_mlp(kind.forward):
             return f"{kind.__name__}.forward is not down_proj(act_fn(gate_proj(x)) * up_proj(x))"
         if activation_of(module.act_fn) is None:  # the source says that there is an act_fn
@@ -223,8 +230,6 @@ class _FusedAttention(_Fused):
     @staticmethod
     def problem(module):
         kind = type(module)
-        if "forward" in module.__dict__:
-            return "its forward was replaced"
         if not patterns.is_attention(kind.forward):
             return f"{kind.__name__}.forward does not call q_proj, k_proj and v_proj on one x"
         return why_separate([getattr(module, name) for name in QKV])
@@ -246,10 +251,6 @@ class _FusedNorm(_Fused):
     def candidate(module):
         return patterns.is_rms_norm(_forward_of(module))
 
-    @staticmethod
-    def problem(module):
-        return "its forward was replaced" if "forward" in module.__dict__ else None
-
     def forward(self, hidden_states):
         x, weight = hidden_states, self.weight
         separate = torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda")
@@ -264,10 +265,6 @@ class _FusedPieces(_Fused):
     @staticmethod
     def candidate(module):
         return patterns.attends_by_pieces(_forward_of(module)) and not _has(module, QKV)
-
-    @staticmethod
-    def problem(module):
-        return "its forward was replaced" if "forward" in module.__dict__ else None
 
     def forward(self, hidden_states, *args, **kwargs):
         forward = self.unfused.forward
