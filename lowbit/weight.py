@@ -185,13 +185,9 @@ class QuantizedWeight:
         return self.to("cpu")
 
     def cuda(self, device: int | str | torch.device | None = None) -> QuantizedWeight:
-        return self.to(
-            "cuda"
-            if device is None
-            else torch.device("cuda", device)
-            if isinstance(device, int)
-            else device
-        )
+        if isinstance(device, int):
+            device = torch.device("cuda", device)
+        return self.to("cuda" if device is None else device)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read the weight back; see `lowbit.dequantize`."""
