@@ -28,6 +28,10 @@ from . import _library
 HOST = torch.device("cpu")
 
 _HOST_INDEX, _UNKNOWN = -1, -2
+# Not ctypes.pythonapi.PyCapsule_New, whose types would be set for every library of the process.
+_new_capsule = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+)(("PyCapsule_New", ctypes.pythonapi))
 _ADVICE = {"preferred_location": 0, "accessed_by": 1, "read_mostly": 2}
 
 
@@ -62,6 +66,15 @@ def _check(error: int, what: str) -> None:
     if error:
         text = _functions().lowbit_error_text(error).decode()
         raise PagedMemoryError(f"{what}: {text} (CUDA error {error})")
+
+
+def _call(what: str, device: torch.device, function: str, *args) -> None:
+    """Call one of the functions with a device current, which every device's default stream needs:
+    all have the same number.
+    """
+    with torch.cuda.device(device):
+        error = getattr(_functions(), function)(*args)
+    _check(error, what)
 
 
 def _device(device: torch.device | str | int | None) -> torch.device:
@@ -116,15 +129,12 @@ def _can_page(device: int) -> bool:
 
 def _new_bytes(count: int, device: torch.device, managed: bool) -> torch.Tensor:
     """uint8 [count] outside of torch's allocator."""
-    library, capsule = _functions(), ctypes.c_void_p()
+    managed_tensor = ctypes.c_void_p()
     kind = "paged" if managed else "pinned"
-    with torch.cuda.device(device):
-        error = library.lowbit_new_tensor(managed, count, device.index, ctypes.byref(capsule))
-    _check(error, f"{count / 2**20:.0f} MiB of {kind} memory cannot be had for {device}")
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype = ctypes.py_object
-    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    return torch.utils.dlpack.from_dlpack(new_capsule(capsule, b"dltensor", None))
+    what = f"{count / 2**20:.0f} MiB of {kind} memory cannot be had for {device}"
+    made = ctypes.byref(managed_tensor)
+    _call(what, device, "lowbit_new_tensor", managed, count, device.index, made)
+    return torch.utils.dlpack.from_dlpack(_new_capsule(managed_tensor, b"dltensor", None))
 
 
 def empty(
@@ -257,15 +267,15 @@ def prefetch(
 
     Raises:
         PagedMemoryError: the driver refuses, for instance because the memory is not managed.
+        TypeError, ValueError: `tensor` is no CUDA tensor, or `to` neither "cpu" nor a CUDA device.
     """
     data, count = _span(tensor)
     if count == 0:
         return
     stream = torch.cuda.current_stream(tensor.device) if stream is None else stream
+    what = f"prefetch of {count / 2**20:.1f} MiB to {to}"
     location = _location(to)
-    with torch.cuda.device(tensor.device):  # every device's default stream has the same number
-        error = _functions().lowbit_prefetch(data, count, location, stream.cuda_stream)
-    _check(error, f"prefetch of {count / 2**20:.1f} MiB to {to}")
+    _call(what, tensor.device, "lowbit_prefetch", data, count, location, stream.cuda_stream)
 
 
 def advise(
@@ -283,30 +293,31 @@ def advise(
 
     Raises:
         PagedMemoryError: the driver refuses.
-        ValueError: unknown advice.
+        TypeError, ValueError: unknown advice, or `tensor` is no CUDA tensor.
     """
     if advice not in _ADVICE:
         raise ValueError(f"advice must be one of {', '.join(_ADVICE)}, got {advice!r}")
     data, count = _span(tensor)
     if count:
-        location = _location(where)
-        with torch.cuda.device(tensor.device):
-            error = _functions().lowbit_advise(data, count, _ADVICE[advice], set, location)
-        _check(error, f"advice {advice} for {count / 2**20:.1f} MiB")
+        what = f"advice {advice} for {count / 2**20:.1f} MiB"
+        rest = _ADVICE[advice], set, _location(where)
+        _call(what, tensor.device, "lowbit_advise", data, count, *rest)
 
 
 def residency(tensor: torch.Tensor) -> torch.device | None:
     """Return where a paged tensor was last prefetched to, None if parts differ or never were.
 
     The driver may have moved pages since, under pressure or on demand.
+
+    Raises:
+        TypeError, ValueError: `tensor` is no CUDA tensor.
     """
     data, count = _span(tensor)
     if count == 0:
         return None
     location = ctypes.c_int()
-    with torch.cuda.device(tensor.device):
-        error = _functions().lowbit_last_location(data, count, ctypes.byref(location))
-    _check(error, "residency")
+    found = ctypes.byref(location)
+    _call("residency", tensor.device, "lowbit_last_location", data, count, found)
     if location.value == _UNKNOWN:
         return None
     return HOST if location.value == _HOST_INDEX else torch.device("cuda", location.value)
@@ -317,11 +328,16 @@ def copy_async(to: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream
 
     Tensor.copy_ takes a tensor's word for its memory being on the card. The stream is one of the
     tensors' device.
+
+    Raises:
+        PagedMemoryError: the driver refuses.
+        ValueError: the sizes differ, or a tensor is not contiguous.
     """
     if to.nbytes != source.nbytes or not (to.is_contiguous() and source.is_contiguous()):
-        raise ValueError("copy_async needs contiguous tensors of equal size")
-    with torch.cuda.device(stream.device):
-        error = _functions().lowbit_copy(
-            to.data_ptr(), source.data_ptr(), source.nbytes, stream.cuda_stream
+        raise ValueError(
+            f"to and source must be contiguous and of equal size, got {to.nbytes} bytes with "
+            f"strides {to.stride()} and {source.nbytes} with {source.stride()}"
         )
-    _check(error, f"copy of {source.nbytes / 2**20:.1f} MiB")
+    what = f"copy of {source.nbytes / 2**20:.1f} MiB"
+    addresses = to.data_ptr(), source.data_ptr()
+    _call(what, stream.device, "lowbit_copy", *addresses, source.nbytes, stream.cuda_stream)

@@ -1,5 +1,6 @@
 """lowbit.memory: paged tensors are ordinary tensors, go with their last reference, and move."""
 
+import ctypes
 import gc
 
 import pytest
@@ -56,8 +57,19 @@ def test_bad_arguments():
         memory.prefetch(torch.zeros(3), "cpu")
     with pytest.raises(TypeError, match="tensor must be a paged CUDA tensor, got list"):
         memory.residency([0.0])
+    with pytest.raises(ValueError, match="to and source must be contiguous and of equal size"):
+        memory.copy_async(torch.zeros(3), torch.zeros(4), None)
     with pytest.raises(ValueError, match="advice must be one of"):
         memory.advise(torch.zeros(3), "hope")
+
+
+def test_making_a_capsule_is_nobody_elses_business():
+    """ctypes.pythonapi's functions are shared: types set there are set for every library."""
+    shared = ctypes.pythonapi.PyCapsule_New
+    before = shared.argtypes, shared.restype
+    capsule = memory._new_capsule(1, b"dltensor", None)
+    assert "dltensor" in repr(capsule)
+    assert (shared.argtypes, shared.restype) == before
 
 
 # ---- allocation ----------------------------------------------------------------------------------
