@@ -5,6 +5,7 @@ driver does is tested in test_optim_paging.py.
 """
 
 import types
+import weakref
 
 import pytest
 import torch
@@ -117,6 +118,17 @@ def test_results_are_those_of_plain_memory(cls, policy, paging_kind, evict, card
     expected, _, _ = _train(cls)
     for p, q in zip(actual, expected, strict=True):
         assert_bitwise_equal(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("policy", paging.POLICIES)
+def test_replaced_state_is_freed_while_a_pass_is_timed(policy, card):
+    """Its memory is needed for the state that was loaded."""
+    _, optimizer, _ = _train(policy=policy)
+    replaced = [weakref.ref(slab) for slab in optimizer._packs[0].slabs]
+    state = optimizer.state_dict()
+    del state["state"][0]
+    optimizer.load_state_dict(state)
+    assert not any(slab() for slab in replaced)
 
 
 def test_plenty_of_memory_keeps_state_on_the_device(card):

@@ -108,7 +108,9 @@ class ManagedPager(Pager):
         self.reserve = min(RESERVE_BYTES, int(total * RESERVE_FRACTION))
         # seconds per byte of state
         self.costs = {"prefetch": 1 / 46e9 + 1 / 10e9, "zero_copy": 1 / 40e9}
-        self._timed: tuple | None = None  # (how, begin, end, slabs) of a pass that is under way
+        # (how, begin, end, bytes, slabs) of a pass that is under way; state that was replaced by
+        # loaded one must not wait for the next.
+        self._timed: tuple | None = None
         self._slabs: weakref.WeakSet[Slab] = weakref.WeakSet()
 
     def _available(self) -> int:
@@ -156,9 +158,9 @@ class ManagedPager(Pager):
         """Take the time of the last timed pass, if it is over."""
         if self._timed is None or not self._timed[2].query():
             return
-        how, begin, end, slabs = self._timed
+        how, begin, end, nbytes, slabs = self._timed
         self._timed = None
-        seconds, nbytes = begin.elapsed_time(end) / 1e3, sum(s.nbytes for s in slabs)
+        seconds = begin.elapsed_time(end) / 1e3
         if how != "resident":
             self.costs[how] = seconds / nbytes
         elif seconds > nbytes / LINK_BYTES_PER_S:
@@ -184,8 +186,9 @@ class ManagedPager(Pager):
     def run(self, slabs, how, update):
         stream = torch.cuda.current_stream(self.device)
         capturing = torch.cuda.is_current_stream_capturing()
+        nbytes = sum(slab.nbytes for slab in slabs)
         timed = not capturing and self._timed is None and how != "resident"
-        timed = timed and sum(slab.nbytes for slab in slabs) >= TIMED_BYTES
+        timed = timed and nbytes >= TIMED_BYTES
         if timed:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record(stream)
@@ -195,7 +198,8 @@ class ManagedPager(Pager):
             super().run(slabs, how, update)
         if timed:
             end.record(self.write_backs if how == "prefetch" else stream)
-            self._timed = ("resident" if how == "in_place" else how, begin, end, slabs)
+            what = "resident" if how == "in_place" else how
+            self._timed = (what, begin, end, nbytes, weakref.WeakSet(slabs))
         if how in ("resident", "in_place") and not capturing and self._short_of_memory():
             with _or_stay():
                 self.evict(slabs)
