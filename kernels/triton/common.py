@@ -214,40 +214,15 @@ def load_weight_tile(
         weight = tl.load(qweight_ptr + offs_n[:, None] * K + offs_k, mask=mask, other=0.0).to(DTYPE)
     elif FLAT:
         weight = load_flat_tile(
-            qweight_ptr,
-            absmax_ptr,
-            codebook_ptr,
-            nested_absmax_ptr,
-            nested_codebook_ptr,
-            nested_offset_ptr,
-            offs_n,
-            k0,
-            N,
-            K,
-            BLOCKSIZE,
-            NESTED_BLOCKSIZE,
-            BLOCK_K,
-            DTYPE,
-        )
+            qweight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_codebook_ptr,
+            nested_offset_ptr, offs_n, k0, N, K, BLOCKSIZE, NESTED_BLOCKSIZE, BLOCK_K, DTYPE,
+        )  # fmt: skip
     else:
         weight = load_row_tile(
-            qweight_ptr,
-            absmax_ptr,
-            codebook_ptr,
-            nested_absmax_ptr,
-            nested_codebook_ptr,
-            nested_offset_ptr,
-            offs_n,
-            k0,
-            N,
-            bytes_per_row,
-            blocks_per_row,
-            BLOCKSIZE,
-            NESTED_BLOCKSIZE,
-            BLOCK_N,
-            BLOCK_K,
-            DTYPE,
-        )
+            qweight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_codebook_ptr,
+            nested_offset_ptr, offs_n, k0, N, bytes_per_row, blocks_per_row,
+            BLOCKSIZE, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K, DTYPE,
+        )  # fmt: skip
     return weight
 
 

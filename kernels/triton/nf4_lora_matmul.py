@@ -154,22 +154,9 @@ def matmul_kernel(
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if z_ptr is not None:
         acc = low_rank_term(
-            z_ptr,
-            lora_scaling_ptr,
-            lora_B_ptr,
-            offs_m,
-            offs_n,
-            M,
-            N,
-            r,
-            1,
-            r,
-            scaling,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_R,
-            dtype,
-        )
+            z_ptr, lora_scaling_ptr, lora_B_ptr, offs_m, offs_n, M, N, r, 1, r, scaling,
+            BLOCK_M, BLOCK_N, BLOCK_R, dtype,
+        )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     lost = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -177,26 +164,11 @@ def matmul_kernel(
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_x = (offs_m[:, None] < M) & (offs_k[None, :] < K)
         x = tl.load(x_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_x, other=0.0)
-        weight = load_weight_tile(
-            qweight_ptr,
-            absmax_ptr,
-            codebook_ptr,
-            nested_absmax_ptr,
-            nested_codebook_ptr,
-            nested_offset_ptr,
-            offs_n,
-            k0,
-            N,
-            K,
-            bytes_per_row,
-            blocks_per_row,
-            BLOCKSIZE,
-            NESTED_BLOCKSIZE,
-            FLAT,
-            BLOCK_N,
-            BLOCK_K,
-            dtype,
-        )  # [BLOCK_N, BLOCK_K]
+        weight = load_weight_tile(  # [BLOCK_N, BLOCK_K]
+            qweight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_codebook_ptr,
+            nested_offset_ptr, offs_n, k0, N, K, bytes_per_row, blocks_per_row,
+            BLOCKSIZE, NESTED_BLOCKSIZE, FLAT, BLOCK_N, BLOCK_K, dtype,
+        )  # fmt: skip
         acc, lost = add_product(acc, lost, x, tl.trans(weight))
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
@@ -245,22 +217,9 @@ def matmul_dx_kernel(
     offs_k = k0.to(tl.int64) + tl.arange(0, BLOCK_K)
     if u_ptr is not None:
         acc = low_rank_term(
-            u_ptr,
-            lora_scaling_ptr,
-            lora_A_ptr,
-            offs_m,
-            offs_k,
-            M,
-            K,
-            r,
-            K,
-            1,
-            scaling,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_R,
-            dtype,
-        )
+            u_ptr, lora_scaling_ptr, lora_A_ptr, offs_m, offs_k, M, K, r, K, 1, scaling,
+            BLOCK_M, BLOCK_K, BLOCK_R, dtype,
+        )  # fmt: skip
         if seed_ptr is not None:
             keep = dropout_keep(seed_ptr, p, offs_m, k0, K, BLOCK_K, ALIGNED)
             acc = tl.where(keep, acc * keep_scale, 0.0)
@@ -271,64 +230,51 @@ def matmul_dx_kernel(
         offs_n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
         mask_dy = (offs_m[:, None] < M) & (offs_n[None, :] < N)
         dy = tl.load(dy_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask_dy, other=0.0)
-        weight = load_weight_tile(
-            qweight_ptr,
-            absmax_ptr,
-            codebook_ptr,
-            nested_absmax_ptr,
-            nested_codebook_ptr,
-            nested_offset_ptr,
-            offs_n,
-            k0,
-            N,
-            K,
-            bytes_per_row,
-            blocks_per_row,
-            BLOCKSIZE,
-            NESTED_BLOCKSIZE,
-            FLAT,
-            BLOCK_N,
-            BLOCK_K,
-            dtype,
-        )  # [BLOCK_N, BLOCK_K]
+        weight = load_weight_tile(  # [BLOCK_N, BLOCK_K]
+            qweight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_codebook_ptr,
+            nested_offset_ptr, offs_n, k0, N, K, bytes_per_row, blocks_per_row,
+            BLOCKSIZE, NESTED_BLOCKSIZE, FLAT, BLOCK_N, BLOCK_K, dtype,
+        )  # fmt: skip
         acc, lost = add_product(acc, lost, dy, weight)
     mask_dx = (offs_m[:, None] < M) & (offs_k[None, :] < K)
     tl.store(dx_ptr + offs_m[:, None] * K + offs_k[None, :], acc.to(dtype), mask=mask_dx)
 
 
-def matmul_fwd(
-    x, weight, bias=None, z=None, lora_B=None, lora_scaling=None, scaling=1.0
-) -> torch.Tensor:
-    """y [M, N] in x's dtype; z None leaves the low-rank term out."""
-    arguments = weight_arguments(weight)
-    M, N = x.shape[0], arguments["N"]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    r = 0 if z is None else z.shape[1]
-    config = choose_config(M, x.dtype, arguments["FLAT"])
-    grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns),)
-    with device_guard(x):
-        matmul_kernel[grid](
-            x_ptr=x,
-            bias_ptr=bias,
-            z_ptr=z,
-            lora_B_ptr=lora_B,
-            lora_scaling_ptr=lora_scaling,
-            y_ptr=y,
+def _launch(kernel, out, factor, columns: str, step: str, **arguments) -> None:
+    """Fill out [M, N or K]: `columns` says which, `step` what the contraction runs along. factor is
+    z or u [M, r], None without the low-rank term.
+    """
+    if out.numel() == 0:
+        return
+    M, r = out.shape[0], 0 if factor is None else factor.shape[1]
+    config = choose_config(M, out.dtype, arguments["FLAT"])
+    tile = {f"BLOCK_{columns}": config.columns, f"BLOCK_{step}": config.step}
+    grid = (triton.cdiv(M, config.rows) * triton.cdiv(out.shape[1], config.columns),)
+    with device_guard(out):
+        kernel[grid](
             M=M,
             r=r,
-            scaling=float(scaling),
             **arguments,
             BLOCK_M=config.rows,
-            BLOCK_N=config.columns,
-            BLOCK_K=config.step,
+            **tile,
             BLOCK_R=block_r(r),
             GROUP=GROUP,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **LAUNCH_OPTIONS,
         )
+
+
+def matmul_fwd(
+    x, weight, bias=None, z=None, lora_B=None, lora_scaling=None, scaling=1.0
+) -> torch.Tensor:
+    """y [M, N] in x's dtype; z None leaves the low-rank term out."""
+    weight = weight_arguments(weight)
+    y = torch.empty((x.shape[0], weight["N"]), dtype=x.dtype, device=x.device)
+    _launch(
+        matmul_kernel, y, z, "N", "K", x_ptr=x, bias_ptr=bias, z_ptr=z, lora_B_ptr=lora_B,
+        lora_scaling_ptr=lora_scaling, y_ptr=y, scaling=float(scaling), **weight,
+    )  # fmt: skip
     return y
 
 
@@ -336,33 +282,11 @@ def matmul_dx(
     dy, weight, u=None, lora_A=None, lora_scaling=None, scaling=1.0, p=0.0, seed=None
 ) -> torch.Tensor:
     """dx [M, K] in dy's dtype; u None leaves the low-rank term out."""
-    arguments = weight_arguments(weight)
-    M, K = dy.shape[0], arguments["K"]
-    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    if dx.numel() == 0:
-        return dx
-    r = 0 if u is None else u.shape[1]
-    config = choose_config(M, dy.dtype, arguments["FLAT"])
-    grid = (triton.cdiv(M, config.rows) * triton.cdiv(K, config.columns),)
-    with device_guard(dy):
-        matmul_dx_kernel[grid](
-            dy_ptr=dy,
-            u_ptr=u,
-            lora_A_ptr=lora_A,
-            lora_scaling_ptr=lora_scaling,
-            dx_ptr=dx,
-            M=M,
-            r=r,
-            scaling=float(scaling),
-            **dropout_arguments(p, seed, K),
-            **arguments,
-            BLOCK_M=config.rows,
-            BLOCK_N=config.step,
-            BLOCK_K=config.columns,
-            BLOCK_R=block_r(r),
-            GROUP=GROUP,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **LAUNCH_OPTIONS,
-        )
+    weight = weight_arguments(weight)
+    dx = torch.empty((dy.shape[0], weight["K"]), dtype=dy.dtype, device=dy.device)
+    _launch(
+        matmul_dx_kernel, dx, u, "K", "N", dy_ptr=dy, u_ptr=u, lora_A_ptr=lora_A,
+        lora_scaling_ptr=lora_scaling, dx_ptr=dx, scaling=float(scaling),
+        **dropout_arguments(p, seed, weight["K"]), **weight,
+    )  # fmt: skip
     return dx
