@@ -308,7 +308,10 @@ def _read_pairs(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def _adapted(name: str, layer: Linear4bit, pair, config, dtype) -> QLoRALinear:
     """A new layer on the storage of `layer` with the adapter of the file."""
     lora_A, lora_B = pair
-    r = _pattern_value(config.get("rank_pattern"), name, config["r"])
+    r = _pattern_value(config, "rank_pattern", name, config["r"])
+    alpha = _pattern_value(config, "alpha_pattern", name, config["lora_alpha"])
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise CheckpointError(f"{CONFIG_NAME} is damaged: the lora_alpha of {name} is {alpha!r}")
     key = f"{_PREFIX}{name}.lora_"
     N, K = layer.out_features, layer.in_features
     for part, tensor, shape in (("A", lora_A, (r, K)), ("B", lora_B, (N, r))):
@@ -322,7 +325,7 @@ def _adapted(name: str, layer: Linear4bit, pair, config, dtype) -> QLoRALinear:
         layer.quantized_weight,
         lora_A=lora_A,
         lora_B=lora_B,
-        alpha=_pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]),
+        alpha=alpha,
         dropout=config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora")),
     )
@@ -330,11 +333,18 @@ def _adapted(name: str, layer: Linear4bit, pair, config, dtype) -> QLoRALinear:
     return adapted.train(layer.training)
 
 
-def _pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def _pattern_value(config: Mapping[str, Any], field: str, name: str, default: Any) -> Any:
     """PEFT's rule: the first key that, as a regular expression, matches the name or its ending; the
     name in the file, for which the key was written, or the model's own.
     """
-    for pattern, value in (patterns or {}).items():
-        if any(re.match(rf"(.*\.)?({pattern})$", n) for n in (name, own_name(name))):
+    for pattern, value in (config.get(field) or {}).items():
+        try:
+            expression = re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise CheckpointError(
+                f"{CONFIG_NAME} is damaged: {field} has the key {pattern!r}, no regular expression "
+                f"({error})"
+            ) from None
+        if any(expression.match(n) for n in (name, own_name(name))):
             return value
     return default

@@ -210,7 +210,9 @@ def test_other_kinds_of_adapters_are_refused(tmp_path, field, value, message):
     ("field", "value"),
     [
         ("rank_pattern", ["1.0"]),
+        ("rank_pattern", {"(": 4}),
         ("alpha_pattern", 5),
+        ("alpha_pattern", {"(": 4}),
         ("lora_dropout", "0.1"),
         ("lora_dropout", 1),
         ("lora_alpha", float("nan")),
@@ -221,6 +223,17 @@ def test_damaged_options_are_named(tmp_path, field, value):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     with pytest.raises(CheckpointError, match=f"is damaged: .*{field}"):
+        adapters.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("alpha", ["8", float("inf")])
+def test_an_alpha_that_is_no_number_is_named(tmp_path, alpha):
+    model = saved_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": {"0": alpha}}))
+    with pytest.raises(
+        CheckpointError, match=r"is damaged: the lora_alpha of (0|1\.0) is (inf|'8')"
+    ):
         adapters.load_adapter(model, tmp_path)
 
 
