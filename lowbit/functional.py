@@ -217,6 +217,8 @@ def _casts(x: torch.Tensor) -> bool:
 def _rows(x: torch.Tensor) -> torch.Tensor:
     if x.dim() == 2 and x.is_contiguous():
         return x
+    if x.layout is not torch.strided:
+        raise TypeError(f"x must be a dense tensor, got {x.layout}")
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 

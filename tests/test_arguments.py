@@ -36,6 +36,11 @@ def test_the_call_is_right_without_a_change():
             ValueError,
             r"x must be \[\.\.\., K\] with K = 64, got \[3, 63\]",
         ),
+        (
+            {"x": torch.randn(5, 64).to_sparse()},
+            TypeError,
+            "x must be a dense tensor, got torch.spa",
+        ),
         ({"w": torch.ones(48, 32, dtype=torch.uint8)}, ValueError, "w must be a floating tensor"),
         ({"w": "nf4"}, TypeError, "w must be a QuantizedWeight or a tensor"),
         ({"w": torch.randn(48, 64).half()}, TypeError, "w must have x's dtype torch.float32"),
