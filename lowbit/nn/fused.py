@@ -63,7 +63,9 @@ class QLoRAGroup(_ByName):
         Computes what the layers compute one by one, through `lowbit.lora_matmul_group`: x is read
         once for all lora_A, saved once, and its gradient accumulated in one buffer. Adapters that
         are switched off or merged are left out, as in the layers. Layers that `lowbit.nn` cannot
-        group (not 4-bit, with hooks, on several devices) are called one by one.
+        group (not 4-bit, with hooks, on several devices) are called one by one. An owner that has
+        the group as an attribute is in a reference cycle with it: its memory goes when Python
+        collects garbage, not with the last reference.
 
     Example:
         >>> attention = torch.nn.Module()
