@@ -189,6 +189,8 @@ def test_unaligned_views(device):
         ({"eps": -1e-8}, "eps must be at least 0"),
         ({"weight_decay": -1}, "weight_decay must be at least 0"),
         ({"amsgrad": True}, "amsgrad is not offered"),
+        ({"seed": 1.5}, "seed must be an integer of 64 bits, got 1.5"),
+        ({"seed": 2**63}, "seed must be an integer of 64 bits, got 9223372036854775808"),
         ({"paging": "disk"}, "paging must be one of auto, managed, pinned, got 'disk'"),
         ({"policy": "fast"}, "policy must be one of auto, resident, prefetch, zero_copy"),
     ],
@@ -196,6 +198,15 @@ def test_unaligned_views(device):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         optim.PagedAdamW([torch.nn.Parameter(torch.zeros(3))], **options)
+
+
+@pytest.mark.parametrize(
+    "option", [{"lr": "0.1"}, {"betas": 0.9}, {"betas": (0.9, "0")}, {"eps": None}]
+)
+def test_options_that_are_no_numbers_are_named(option):
+    for build in (optim.PagedAdamW, optim.PagedLion)[: 1 if "eps" in option else 2]:
+        with pytest.raises(TypeError, match="lr, eps and weight_decay must be numbers and betas"):
+            build([torch.nn.Parameter(torch.zeros(3))], **option)
 
 
 @pytest.mark.parametrize("option", [{"paging": "pinned"}, {"policy": "prefetch"}])

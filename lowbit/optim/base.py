@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -70,6 +71,8 @@ class PackedOptimizer(torch.optim.Optimizer):
                     "of processes: each would round its copy of the parameters in another way"
                 )
             seed = int.from_bytes(os.urandom(7), "little")
+        if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}")
         defaults["seed"] = int(seed)  # in the groups, so that a state dict carries it
         self._paging, self._policy = paging, policy
         self._pagers: dict[torch.device, Pager] = {}
@@ -423,14 +426,21 @@ def _processes() -> int:
 def _check_numbers(group: dict) -> None:
     """torch.optim.AdamW's checks of a group's hyperparameters."""
     lr, betas = group["lr"], group["betas"]
-    if not float(lr) >= 0.0:
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    if not group.get("eps", 0.0) >= 0.0:
-        raise ValueError(f"eps must be at least 0, got {group['eps']}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
+    eps, weight_decay = group.get("eps", 0.0), group["weight_decay"]
+    try:
+        if not lr >= 0.0:
+            raise ValueError(f"lr must be at least 0, got {lr}")
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+        if not eps >= 0.0:
+            raise ValueError(f"eps must be at least 0, got {eps}")
+        if not weight_decay >= 0.0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    except TypeError:
+        raise TypeError(
+            "lr, eps and weight_decay must be numbers and betas two, got "
+            f"{lr!r}, {eps!r}, {weight_decay!r} and {betas!r}"
+        ) from None
     if group.get("amsgrad"):
         raise ValueError("amsgrad is not offered: it keeps a third state; use torch.optim.AdamW")
 
