@@ -30,7 +30,7 @@ from .modules import (
 from .nn import Linear4bit, QLoRALinear
 from .nn.qlora import is_rank
 from .quantization import check_floating
-from .state import CheckpointError
+from .state import CheckpointError, check_entry
 from .tensor_files import TensorSource
 
 
@@ -264,6 +264,7 @@ def check_state_dict(
         entry = state_dict.get(prefix + name)
         if name.rpartition(".")[0] in by_layer or entry is None:
             continue  # checked above, or left to torch's own report of missing keys
+        check_entry(entry, prefix + name)
         if entry.shape != param.shape:
             got, expected = list(entry.shape), list(param.shape)
             problems.append(f"{prefix}{name} has shape {got}, the model has {expected}")

@@ -156,6 +156,12 @@ def entry_keys(keys, prefix: str = "weight") -> list[str]:
     return [key for key in keys if key == prefix or key.startswith(prefix + ".")]
 
 
+def check_entry(entry, key: str) -> None:
+    """Raise CheckpointError for what is no tensor."""
+    if not isinstance(entry, torch.Tensor):
+        raise CheckpointError(f"{key} must be a tensor, got {type(entry).__name__}")
+
+
 def is_complete(entries: Mapping[str, torch.Tensor], prefix: str = "weight") -> bool:
     """Whether entries that arrive one by one are all there."""
     parts = {key[len(prefix) + 1 :] for key in entry_keys(entries, prefix)}
@@ -188,6 +194,8 @@ def from_state_entries(
         >>> lowbit.state.from_state_entries(lowbit.state.state_entries(qw)).shape
         (64, 128)
     """
+    for key in entry_keys(entries, prefix):
+        check_entry(entries[key], key)
     blob_key, fields = _read_blob(entries, prefix)
     nested = "nested_offset" in fields
     required = _TENSOR_PARTS if nested else _TENSOR_PARTS[:2]

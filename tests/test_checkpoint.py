@@ -375,6 +375,10 @@ def test_a_loaded_model_refuses_a_state_dict_that_does_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match=r"second\.weight\.absmax is missing"):
         loaded.load_state_dict(state)
     assert_same_state(loaded, model)
+    for key in [k for k in model.state_dict() if k.endswith("bias")]:
+        with pytest.raises(CheckpointError, match=f"{key} must be a tensor, got list"):
+            loaded.load_state_dict(model.state_dict() | {key: [0.0]})
+    assert_same_state(loaded, model)
 
 
 def test_a_layer_alone(tmp_path):

@@ -563,6 +563,9 @@ def test_strict_names_what_is_missing_or_surplus():
         ("weight", lambda t: t[:-1]),
         ("bias", lambda t: t[:-1]),
         ("lora_A", lambda t: t[:-1]),
+        ("lora_A", lambda t: t.tolist()),
+        ("weight", lambda t: t.tolist()),
+        ("weight.absmax", lambda t: None),
         ("weight.quant_map", None),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..state import CheckpointError, entry_keys, from_state_entries, state_entries
+from ..state import CheckpointError, check_entry, entry_keys, from_state_entries, state_entries
 from ..weight import QuantizedWeight
 
 # Buffer of the module -> attribute of QuantizedWeight. Buffers are not persistent: they are saved
@@ -72,23 +72,21 @@ class StateDict(nn.Module):
     ) -> tuple[QuantizedWeight | None, list[str]]:
         """Read this layer's entries without changing it: (weight or None if absent, problems)."""
         problems = []
-        for name, param in self._parameters.items():
-            entry = state_dict.get(prefix + name)
-            if (
-                name != "weight"
-                and param is not None
-                and entry is not None
-                and entry.shape != param.shape
-            ):
-                got, expected = list(entry.shape), list(param.shape)
-                problems.append(
-                    f"size mismatch for {prefix}{name}: the checkpoint has {got}, "
-                    f"the layer {expected}"
-                )
         weight_key = prefix + "weight"
-        if not entry_keys(state_dict, weight_key):
-            return None, problems
         try:
+            for name, param in self._parameters.items():
+                entry = state_dict.get(prefix + name)
+                if name == "weight" or param is None or entry is None:
+                    continue
+                check_entry(entry, prefix + name)
+                if entry.shape != param.shape:
+                    got, expected = list(entry.shape), list(param.shape)
+                    problems.append(
+                        f"size mismatch for {prefix}{name}: the checkpoint has {got}, "
+                        f"the layer {expected}"
+                    )
+            if not entry_keys(state_dict, weight_key):
+                return None, problems
             qw = from_state_entries(state_dict, weight_key)
         except CheckpointError as error:
             return None, [*problems, str(error)]
