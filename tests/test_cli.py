@@ -16,7 +16,7 @@ from tiny_model import TEXT, make_llama, make_tokenizer, save_tiny_model
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.cli import finetune, source
+from lowbit.cli import checkpoint, finetune, source
 from lowbit.cli.app import app
 from lowbit.cli.app import run as run_command_line
 from lowbit.cli.train import Trainer
@@ -603,3 +603,16 @@ def test_demo_replaces_only_an_earlier_demo(trained, monkeypatch):
     finetune.run({"demo": True, "output": str(trained), "rank": 4})
     assert started[-1].overwrite
     assert (started[-1].rank, started[-1].batch) == (4, finetune.DEMO_SETTINGS["batch"])
+
+
+def test_a_folder_made_at_once_is_an_ordinary_one(tmp_path, monkeypatch):
+    """Without a look at the process's umask, which would set it for other threads."""
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was set"))
+    (tmp_path / "plain").mkdir()
+    with checkpoint.folder_at_once(tmp_path / "deep/out") as new:
+        (new / "file").write_text("x")
+    assert (tmp_path / "deep/out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    with pytest.raises(RuntimeError), checkpoint.folder_at_once(tmp_path / "other/out"):
+        raise RuntimeError
+    assert not (tmp_path / "other").exists()

@@ -81,6 +81,13 @@ def test_loaded_scales_leave_the_padding_of_a_block_at_zero(cls, device):
     assert scales[0] == scales[1]
 
 
+@pytest.mark.parametrize("saved", [{}, {"state": {}}, {"model": 1}], ids=str)
+def test_what_is_no_state_dict_of_an_optimizer_is_refused(saved):
+    optimizer = optim.AdamW8bit(_parameters())
+    with pytest.raises(ValueError, match="no optimizer's: it has no .*param_groups"):
+        optimizer.load_state_dict(saved)
+
+
 _ENDLESS_RUN = """
 import sys, torch, lowbit.optim as optim
 parameter = torch.nn.Parameter(torch.ones(300_000, dtype=torch.bfloat16))

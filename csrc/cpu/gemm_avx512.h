@@ -106,6 +106,7 @@ struct Bf16Words : Avx512Rows {
 
 #endif
 
+// One kind of words, and a 4-bit weight decoded into panels of them.
 template <class Words>
 struct Decoders : Words {
     static void decode_transposed(const WeightView& w, Piece piece, uint32_t* dst) {

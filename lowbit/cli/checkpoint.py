@@ -71,23 +71,20 @@ def folder_at_once(final: Path) -> Iterator[Path]:
     """
     made = [parent for parent in final.absolute().parents if not parent.exists()]
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.new-"))
-    temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is for secrets; this is an ordinary folder
+    # That folder is private; what is made in it is an ordinary one.
+    private = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.new-"))
     try:
+        temporary = private / final.name
+        temporary.mkdir()
         yield temporary
         replace_folder(temporary, final)
+        private.rmdir()
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class Staging:

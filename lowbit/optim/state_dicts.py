@@ -102,6 +102,9 @@ def parse(
     Raises:
         ValueError: they do not fit.
     """
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise ValueError(f"the state dict is no optimizer's: it has no {' and no '.join(missing)}")
     saved = state_dict["param_groups"]
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         raise ValueError(
