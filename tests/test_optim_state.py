@@ -84,7 +84,7 @@ def test_loaded_scales_leave_the_padding_of_a_block_at_zero(cls, device):
 @pytest.mark.parametrize("saved", [{}, {"state": {}}, {"model": 1}], ids=str)
 def test_what_is_no_state_dict_of_an_optimizer_is_refused(saved):
     optimizer = optim.AdamW8bit(_parameters())
-    with pytest.raises(ValueError, match="no optimizer's: it has no .*param_groups"):
+    with pytest.raises(ValueError, match=r"no optimizer's: it has no .*param_groups"):
         optimizer.load_state_dict(saved)
 
 
