@@ -349,7 +349,7 @@ def model(name: str, record: dict) -> str:
         speed = row["batch"] * row["seq"] / row["ms"] * 1e3
         name_of_case = row["config"] + ("" if row["checkpointing"] else ", all activations kept")
         if row.get("image"):
-            name_of_case += f", an image of {row['image']} x {row['image']} pixels"
+            name_of_case += f", images of {row['image']} x {row['image']} pixels"
         case = [name_of_case, str(row["r"]), f"{row['batch']} x {row['seq']}"]
         sizes = [f"{row[key] / 2**30:.1f}" for key in ("peak_bytes", "in_use_bytes")]
         body.append([*case, MODEL_TITLES[row["impl"]], f"{speed:,.0f}", f"{row['ms']:.0f}", *sizes])
