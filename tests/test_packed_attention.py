@@ -69,22 +69,33 @@ def test_grouped_keys():
         torch.testing.assert_close(y[0, begin:end, 3], expected)
 
 
-def test_the_longest_piece_is_looked_up_once_and_again_after_a_change(monkeypatch):
+def test_pieces_are_looked_up_once_and_again_after_a_change(monkeypatch):
     offsets = torch.tensor([0, 8, 24], dtype=torch.int32)
-    assert packed_attention.longest_piece(offsets) == 16
+    assert packed_attention.extent(offsets) == (0, 16, 24)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "diff", lambda *_: pytest.fail("looked up again"))
-        assert packed_attention.longest_piece(offsets) == 16
+        assert packed_attention.extent(offsets) == (0, 16, 24)
     offsets[1] = 4
-    assert packed_attention.longest_piece(offsets) == 20
+    assert packed_attention.extent(offsets) == (0, 20, 24)
 
 
 @torch.inference_mode()
-def test_the_longest_piece_in_inference_mode():
+def test_pieces_in_inference_mode():
     offsets = torch.tensor([0, 8, 24], dtype=torch.int32)
-    assert packed_attention.longest_piece(offsets) == 16
+    assert packed_attention.extent(offsets) == (0, 16, 24)
     offsets[1] = 4
-    assert packed_attention.longest_piece(offsets) == 20
+    assert packed_attention.extent(offsets) == (0, 20, 24)
+
+
+@pytest.mark.parametrize("ends", [(0, 8, 12), (4, 8, 16), (0, 8, 24), (0, 12)], ids=str)
+def test_pieces_that_are_not_all_of_the_tokens(ends):
+    """Those of the first would count as two equal ones by the longest."""
+    q = torch.randn(1, 2, 16, 8)
+    with pytest.raises(ValueError, match=f"pieces from {ends[0]} to {ends[-1]} were given for 16"):
+        packed_attention.attend(
+            None, q, q, q, scaling=1.0, dropout=0.0,
+            cu_seq_lens_q=torch.tensor(ends, dtype=torch.int32),
+        )  # fmt: skip
 
 
 # ---- which modules -------------------------------------------------------------------------------
