@@ -67,14 +67,24 @@ def _one_launch(q, k, cos, sin, heads: int) -> bool:
     """Whether Triton's kernel takes them."""
     return (
         q.is_cuda
-        and (q.dim(), heads) in ((4, 1), (4, 2), (3, 1))
-        and k.dim() == q.dim() == cos.dim() + 1
         and q.dtype == k.dtype
         and {q.dtype, cos.dtype, sin.dtype} <= {*_FLOATS}
-        and q.shape[-1] == cos.shape[-1]
-        and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
+        and _fit(q, k, cos, sin, heads)
         and calls.nothing_intercepts((q, k, cos, sin))
         and dispatch.unavailable("triton") is None
+    )
+
+
+def _fit(q, k, cos, sin, heads: int) -> bool:
+    """Whether they are laid out as the kernel reads them; it looks at the sizes of q alone."""
+    if (q.dim(), heads) not in ((4, 1), (4, 2), (3, 1)):
+        return False
+    rows, rows_of_k = ((*t.shape[:heads], *t.shape[heads + 1 :]) for t in (q, k))
+    return (
+        rows == rows_of_k
+        and cos.shape == sin.shape
+        and (cos.shape == rows or (q.dim() == 4 and cos.shape == (1, *rows[1:])))
+        and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
     )
 
 

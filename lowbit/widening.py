@@ -81,6 +81,7 @@ def _may_be(x: torch.Tensor, mlp: MLP) -> bool:
         and gate.N % 2 == 0  # no row ends within a byte
         and gate.blocksize == up.blocksize == down.blocksize
         and all(weight.row_blocks for weight in mlp.weights)
+        and calls.plain((x, gate.qweight, up.qweight, down.qweight))
     )
 
 

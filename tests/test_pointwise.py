@@ -82,6 +82,29 @@ def test_rotary_kernel(device, shape, forward):
         torch.testing.assert_close(got.double(), true, rtol=1e-6, atol=1e-6)
 
 
+def test_what_the_rotary_kernel_reads():
+    """It goes by the sizes of q, so others must be of them."""
+    q, k, cos = torch.randn(2, 4, 5, 16), torch.randn(2, 3, 5, 16), torch.randn(2, 5, 16)
+    assert pointwise._fit(q, k, cos, cos, 1)
+    assert pointwise._fit(q, k, cos[:1], cos[:1], 1)
+    assert pointwise._fit(q.transpose(1, 2), k.transpose(1, 2), cos, cos, 2)
+    assert pointwise._fit(q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0], cos[0], 1)
+    assert not pointwise._fit(q, k, cos, cos, 2)  # tokens where the heads are
+    assert not pointwise._fit(q, k[:, :, :4], cos, cos, 1)
+    assert not pointwise._fit(q, k[:1], cos, cos, 1)
+    assert not pointwise._fit(q, k, cos[:, :4], cos[:, :4], 1)
+    assert not pointwise._fit(q, k, cos[..., :8], cos[..., :8], 1)  # of a part of each head
+    assert not pointwise._fit(q, k, cos, cos[:1], 1)
+    assert not pointwise._fit(q.mT.contiguous().mT, k, cos, cos, 1)
+    assert not pointwise._fit(q[:, :, None], k[:, :, None], cos[:, None], cos[:, None], 1)
+
+
+def test_a_rotation_for_other_tokens_is_an_error(device):
+    q, cos = torch.randn(1, 2, 5, 16, device=device), torch.randn(1, 6, 16, device=device)
+    with pytest.raises(RuntimeError):
+        pointwise.rotary(q, q, cos, cos)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rotary_with_heads_behind_tokens(device, dtype):
     q, k = (torch.randn(2, 5, h, 16, device=device, dtype=dtype) for h in (4, 2))
