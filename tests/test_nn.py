@@ -2,7 +2,6 @@
 
 import copy
 import fractions
-import gc
 import io
 import math
 import pickle
@@ -11,58 +10,24 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_bitwise_equal, assert_close_to_float64
+from nn_layers import (
+    BUFFERS,
+    DTYPES,
+    K,
+    N,
+    R,
+    all_tensors,
+    assert_same_state,
+    both,
+    expected_output,
+    linear,
+    qlora,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
 from lowbit.nn import Linear4bit, QLoRALinear
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BUFFERS = (
-    "weight_absmax",
-    "weight_codebook",
-    "weight_nested_absmax",
-    "weight_nested_codebook",
-    "weight_nested_offset",
-)
-N, K, R = 48, 96, 4  # K = 96: one and a half blocks of 64, so rows end in a short block
-
-
-def linear(dtype=torch.float32, device="cpu", bias=True):
-    return nn.Linear(K, N, bias=bias, dtype=dtype, device=device)
-
-
-def qlora(dtype=torch.float32, device="cpu", **options):
-    """A layer whose adapter is not zero, so that it takes part."""
-    layer = QLoRALinear.from_linear(linear(dtype, device), r=R, alpha=8, **options)
-    with torch.no_grad():
-        layer.lora_B.normal_()
-    return layer
-
-
-def both(dtype=torch.float32, device="cpu"):
-    return [Linear4bit.from_linear(linear(dtype, device)), qlora(dtype, device)]
-
-
-def expected_output(layer, x):
-    """The formula in x's dtype, from the dequantized weight."""
-    weight = layer.quantized_weight.dequantize(torch.float32).to(x.dtype)
-    y = x @ weight.t() + layer.bias.to(x.dtype)
-    if isinstance(layer, QLoRALinear):
-        y = y + (x @ layer.lora_A.to(x.dtype).t() * layer.scaling) @ layer.lora_B.to(x.dtype).t()
-    return y
-
-
-def all_tensors(module):
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def assert_same_state(actual, expected):
-    actual, expected = actual.state_dict(), expected.state_dict()
-    assert list(actual) == list(expected)
-    for key in expected:
-        assert_bitwise_equal(actual[key], expected[key], key)
-
 
 # ---- what the layers compute ---------------------------------------------------------------------
 
@@ -494,161 +459,6 @@ def test_weight_changed_in_place_is_seen():
     view = layer.quantized_weight
     layer.weight.data.zero_()
     assert not view.qweight.any()
-
-
-# ---- state dict ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("assign", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"double_quant": False},
-        {"blocksize": 32, "quant_type": "fp4"},
-        {"layout": "flat"},
-        {"nested_blocksize": 32},
-    ],
-)
-def test_load_adopts_the_format_of_the_checkpoint(options, assign):
-    source = qlora(torch.bfloat16, **options)
-    target = QLoRALinear(K, N, r=R, dtype=torch.bfloat16)
-    stored = source.state_dict()
-    result = target.load_state_dict(stored, strict=True, assign=assign)
-    assert not result.missing_keys
-    assert not result.unexpected_keys
-    assert_same_state(target, source)
-    assert (target.weight.data_ptr() == stored["weight"].data_ptr()) == assign
-    x = torch.randn(3, K, dtype=torch.bfloat16)
-    target.alpha, target.scaling = source.alpha, source.scaling
-    assert torch.equal(target(x), source(x))
-
-
-def test_plain_load_copies_in_place():
-    source, target = qlora(), qlora()
-    parameter, pointer = target.weight, target.weight.data_ptr()
-    target.load_state_dict(source.state_dict())
-    assert target.weight is parameter
-    assert target.weight.data_ptr() == pointer
-    assert_same_state(target, source)
-
-
-def test_load_into_a_meta_layer():
-    source = qlora()
-    target = QLoRALinear(K, N, r=R, device="meta")
-    with pytest.raises(RuntimeError, match=r"is on the meta device .* assign=True"):
-        target.load_state_dict(source.state_dict())
-    target.load_state_dict(source.state_dict(), assign=True)
-    assert_same_state(target, source)
-
-
-def test_strict_names_what_is_missing_or_surplus():
-    stored = qlora().state_dict()
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"lora_A", "lora_B"'):
-        Linear4bit(K, N).load_state_dict(stored)
-    del stored["lora_A"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"lora_A"'):
-        qlora().load_state_dict(stored)
-    only_adapter = {"lora_A": torch.zeros(R, K), "lora_B": torch.zeros(N, R)}
-    target = qlora()
-    assert "weight" in target.load_state_dict(only_adapter, strict=False).missing_keys
-    assert not target.lora_A.any()
-
-
-@pytest.mark.parametrize(
-    ("key", "change"),
-    [
-        ("weight.absmax", lambda t: t[:-1]),
-        ("weight.quant_state.lowbit__nf4", lambda t: t[:-1]),
-        ("weight", lambda t: t[:-1]),
-        ("bias", lambda t: t[:-1]),
-        ("lora_A", lambda t: t[:-1]),
-        ("lora_A", lambda t: t.tolist()),
-        ("weight", lambda t: t.tolist()),
-        ("weight.absmax", lambda t: None),
-        ("weight.quant_map", None),
-    ],
-)
-def test_damaged_entry_changes_nothing(key, change):
-    stored, target = qlora().state_dict(), qlora()
-    before = {k: v.clone() for k, v in target.state_dict().items()}
-    if change is None:
-        del stored[key]
-    else:
-        stored[key] = change(stored[key])
-    with pytest.raises(RuntimeError, match=key):
-        target.load_state_dict(stored)
-    for name, value in target.state_dict().items():
-        assert_bitwise_equal(value, before[name], name)
-
-
-def test_weight_of_another_shape_is_refused():
-    other = Linear4bit.from_linear(nn.Linear(N, K))  # same number of elements
-    with pytest.raises(RuntimeError, match=r"weight: the checkpoint has \[96, 48\]"):
-        Linear4bit(K, N).load_state_dict(other.state_dict())
-
-
-def test_state_dict_of_codebooks_shares_nothing():
-    """safetensors refuses shared storage, and layers may share their codebook tensors."""
-    layer = Linear4bit.from_linear(linear())
-    twin = Linear4bit.from_quantized(layer.quantized_weight)
-    first, second = layer.state_dict(), twin.state_dict()
-    for key in ("weight.quant_map", "weight.nested_quant_map"):
-        assert first[key].data_ptr() != second[key].data_ptr()
-
-
-# ---- sharding ------------------------------------------------------------------------------------
-
-
-def _sharded(rank, store):
-    """One of two processes."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    _compute_sharded(dist.init_device_mesh("cpu", (2,)))
-    gc.collect()  # models hold the group; ended with the interpreter, its threads abort the process
-    dist.destroy_process_group()
-
-
-def _compute_sharded(mesh):
-    """FSDP2 computes, saves and loads what the plain model does."""
-    from torch.distributed.checkpoint import state_dict as dcp
-    from torch.distributed.fsdp import fully_shard
-
-    def build(seed, shard):
-        torch.manual_seed(seed)
-        model = nn.Sequential(qlora(), nn.ReLU(), Linear4bit(N, 33, blocksize=32))
-        for part in (model[0], model[2], model) if shard else ():
-            fully_shard(part, mesh=mesh)
-        return model
-
-    plain, model, other = build(0, False), build(0, True), build(1, True)
-    x = torch.randn(6, K)
-    expected = plain(x)
-    assert torch.equal(model(x), expected)
-    expected.sum().backward()
-    model(x).sum().backward()
-    torch.testing.assert_close(model[0].lora_A.grad.full_tensor(), plain[0].lora_A.grad)
-    whole = dcp.StateDictOptions(full_state_dict=True)
-    gathered = dcp.get_model_state_dict(model, options=whole)
-    for key, value in plain.state_dict().items():
-        assert_bitwise_equal(gathered.pop(key), value, key)
-    assert not gathered
-    dcp.set_model_state_dict(other, plain.state_dict(), options=whole)
-    assert torch.equal(other(x), expected)
-    again = build(2, True)
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(x), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13),
-    reason="FSDP2 before torch 2.13 refuses integer parameters (seen in 2.11)",
-)
-def test_fsdp2_and_distributed_state_dicts(tmp_path):
-    torch.multiprocessing.spawn(_sharded, (str(tmp_path / "store"),), nprocs=2)
 
 
 # ---- merging -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Attention within the pieces of a packed sequence, as vision towers have it."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -118,55 +119,42 @@ def test_vision_towers_of_transformers_follow_the_pattern(family, name):
     assert not patterns.attends_by_pieces(modeling.Qwen2_5_VLAttention.forward)
 
 
-is_flash_attention_requested = modeling.is_flash_attention_requested
-get_max_seqlen = modeling.get_max_seqlen
-ALL_ATTENTION_FUNCTIONS = modeling.ALL_ATTENTION_FUNCTIONS
+FORWARD = """
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    ALL_ATTENTION_FUNCTIONS, get_max_seqlen, is_flash_attention_requested
+)
 
-
-def causal(self, q, cu_seqlens, attention_interface):
+def forward(self, q, cu_seqlens, attention_interface):
     if is_flash_attention_requested(self.config):
         y = attention_interface(
             self, q, attention_mask=None, scaling=self.scaling, cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens, is_causal=True,
-        )  # fmt: skip
+            cu_seq_lens_k=cu_seqlens, {more}
+        )
     else:
         lengths = cu_seqlens[1:] - cu_seqlens[:-1]
         y = [attention_interface(self, part) for part in q.split(lengths.tolist())]
     return y
+"""
 
 
-def near(self, q, cu_seqlens, attention_interface):
-    if is_flash_attention_requested(self.config):
-        y = attention_interface(
-            self, q, attention_mask=None, scaling=self.scaling, cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens, is_causal=False, sliding_window=8,
-        )  # fmt: skip
-    else:
-        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-        y = [attention_interface(self, part) for part in q.split(lengths.tolist())]
-    return y
-
-
-def plain(self, q, cu_seqlens, attention_interface):
-    if is_flash_attention_requested(self.config):
-        y = attention_interface(
-            self, q, attention_mask=None, scaling=self.scaling, cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens, is_causal=False,
-        )  # fmt: skip
-    else:
-        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-        y = [attention_interface(self, part) for part in q.split(lengths.tolist())]
-    return y
-
-
-def test_what_the_call_asks_for_besides_is_another_pattern(monkeypatch):
-    assert patterns.attends_by_pieces(plain)
-    assert not patterns.attends_by_pieces(causal)
-    assert not patterns.attends_by_pieces(near)
+@pytest.mark.parametrize(
+    ("more", "follows"),
+    [
+        ("is_causal=False", True),
+        ("is_causal=True", False),
+        ("is_causal=False, sliding_window=8", False),
+    ],
+)
+def test_what_the_call_asks_for_besides_is_another_pattern(more, follows, tmp_path):
+    path = tmp_path / "towers.py"
+    path.write_text(FORWARD.replace("{more}", more))
+    spec = importlib.util.spec_from_file_location("towers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert patterns.attends_by_pieces(module.forward) == follows
     patterns.attends_by_pieces.cache_clear()
-    monkeypatch.setitem(globals(), "get_max_seqlen", lambda *_: 1)
-    assert not patterns.attends_by_pieces(plain)
-    patterns.attends_by_pieces.cache_clear()
+    module.get_max_seqlen = lambda *_: 1  # no longer transformers' own
+    assert not patterns.attends_by_pieces(module.forward)
 
 
 def prepared(device="cpu", dtype=torch.float32):
