@@ -269,7 +269,9 @@ class _FusedPieces(_Fused):
     def forward(self, hidden_states, *args, **kwargs):
         forward = self.unfused.forward
         usual = getattr(self.config, "_attn_implementation", None) == "sdpa"
-        if usual and hidden_states.is_cuda and not torch.compiler.is_compiling():
+        separate = torch.compiler.is_compiling() or not hidden_states.is_cuda
+        # A graph would keep the lengths that it was recorded with.
+        if usual and not separate and not torch.cuda.is_current_stream_capturing():
             forward = _by_pieces(forward)
         return forward(self, hidden_states, *args, **kwargs)
 
@@ -334,9 +336,22 @@ class _Packed:
         return packed_attention.attend
 
 
-@functools.cache
 def _by_pieces(forward: Callable) -> Callable:
-    """A forward that takes its way for flash attention, and comes to lowbit's function there."""
+    """A forward that takes its way for flash attention, and comes to lowbit's function there; the
+    forward itself where somebody has replaced a name that this takes, or the function for "sdpa".
+    """
+    copy, own = _copy_by_pieces(forward)
+    names = forward.__globals__
+    if any(names.get(name) is not value for name, value in own.items()):
+        return forward
+    function = own[patterns.FUNCTIONS].get("sdpa")
+    usual = getattr(function, "__module__", None) == "transformers.integrations.sdpa_attention"
+    return copy if usual else forward
+
+
+@functools.cache
+def _copy_by_pieces(forward: Callable) -> tuple[Callable, dict[str, Any]]:
+    """The copy, and what it was made from."""
     others = {
         patterns.FLASH: lambda config: True,
         patterns.LONGEST: lambda *_, **__: None,
@@ -344,7 +359,8 @@ def _by_pieces(forward: Callable) -> Callable:
     }
     if patterns.uses_vision_rotary(forward):
         others[patterns.VISION_ROTARY] = pointwise.vision_rotary
-    return _with_others(forward, others)
+    own = (patterns.FLASH, patterns.LONGEST, patterns.FUNCTIONS)
+    return _with_others(forward, others), {name: forward.__globals__[name] for name in own}
 
 
 class _StandIn:

@@ -4,8 +4,9 @@
 
 transformers' vision towers take "sdpa" once for every piece: 81 calls for the windows of an
 image of 1008 x 1008 pixels, forward, in each of 28 blocks of Qwen2.5-VL, and the host waits for the
-lengths of the pieces three times in each block. Here lengths stay on the GPU, but for the longest,
-which is asked for once for all blocks.
+lengths of the pieces three times in each block. Here the host asks once for all blocks for the
+extremes; pieces of several lengths in fp32, or with fewer heads of k than of q, still go one by
+one.
 """
 
 from __future__ import annotations
@@ -47,9 +48,14 @@ def attend(
     """
     offsets, tokens = cu_seq_lens_q, query.shape[2]
     pieces, qkv = offsets.shape[0] - 1, (query, key, value)
-    first, longest, end = extent(offsets)
-    if (first, end) != (0, tokens):
-        raise ValueError(f"pieces from {first} to {end} were given for {tokens} tokens")
+    if pieces < 1:
+        raise ValueError("pieces must have a beginning and an end")
+    first, shortest, longest, end = extent(offsets)
+    if (first, end) != (0, tokens) or shortest < 0:
+        raise ValueError(
+            f"pieces from {first} to {end}, the shortest of {shortest}, were given for {tokens} "
+            "tokens"
+        )
 
     def attention(q, k, v):
         grouped = k.shape[1] != q.shape[1]
@@ -85,22 +91,24 @@ def _varying(query, key, value, scaling, dropout, offsets) -> bool:
         and offsets.dtype == torch.int32
         and offsets.device == query.device
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and torch.backends.cuda.flash_sdp_enabled()
     )
 
 
-def extent(offsets: torch.Tensor) -> tuple[int, int, int]:
-    """(Where the first piece begins, the greatest length, where the last one ends); blocks that
-    share the offsets wait for it once, but in inference mode, whose tensors do not tell that they
-    were changed.
+def extent(offsets: torch.Tensor) -> tuple[int, int, int, int]:
+    """(Where the first piece begins, the least and the greatest length, where the last one ends);
+    blocks that share the offsets wait for it once, but in inference mode, whose tensors do not tell
+    that they were changed.
     """
     if offsets.is_inference():
         return _look(offsets)
-    version, found = _known.get(offsets, (None, (0, 0, 0)))
+    version, found = _known.get(offsets, (None, (0, 0, 0, 0)))
     if version != offsets._version:
         found = _look(offsets)
         _known[offsets] = (offsets._version, found)
     return found
 
 
-def _look(offsets: torch.Tensor) -> tuple[int, int, int]:
-    return tuple(torch.stack([offsets[0], offsets.diff().max(), offsets[-1]]).tolist())
+def _look(offsets: torch.Tensor) -> tuple[int, int, int, int]:
+    lengths = offsets.diff()
+    return tuple(torch.stack([offsets[0], lengths.min(), lengths.max(), offsets[-1]]).tolist())

@@ -82,6 +82,8 @@ def _fit(q, k, cos, sin, heads: int) -> bool:
     rows, rows_of_k = ((*t.shape[:heads], *t.shape[heads + 1 :]) for t in (q, k))
     return (
         rows == rows_of_k
+        and q.shape[-1] % 2 == 0
+        and q.device == k.device == cos.device == sin.device
         and cos.shape == sin.shape
         and (cos.shape == rows or (q.dim() == 4 and cos.shape == (1, *rows[1:])))
         and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1

@@ -72,31 +72,62 @@ def test_grouped_keys():
 
 def test_pieces_are_looked_up_once_and_again_after_a_change(monkeypatch):
     offsets = torch.tensor([0, 8, 24], dtype=torch.int32)
-    assert packed_attention.extent(offsets) == (0, 16, 24)
+    assert packed_attention.extent(offsets) == (0, 8, 16, 24)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "diff", lambda *_: pytest.fail("looked up again"))
-        assert packed_attention.extent(offsets) == (0, 16, 24)
+        assert packed_attention.extent(offsets) == (0, 8, 16, 24)
     offsets[1] = 4
-    assert packed_attention.extent(offsets) == (0, 20, 24)
+    assert packed_attention.extent(offsets) == (0, 4, 20, 24)
 
 
 @torch.inference_mode()
 def test_pieces_in_inference_mode():
     offsets = torch.tensor([0, 8, 24], dtype=torch.int32)
-    assert packed_attention.extent(offsets) == (0, 16, 24)
+    assert packed_attention.extent(offsets) == (0, 8, 16, 24)
     offsets[1] = 4
-    assert packed_attention.extent(offsets) == (0, 20, 24)
+    assert packed_attention.extent(offsets) == (0, 4, 20, 24)
 
 
-@pytest.mark.parametrize("ends", [(0, 8, 12), (4, 8, 16), (0, 8, 24), (0, 12)], ids=str)
+@pytest.mark.parametrize(
+    "ends", [(0, 8, 12), (4, 8, 16), (0, 8, 24), (0, 12), (0, 12, 4, 16)], ids=str
+)
 def test_pieces_that_are_not_all_of_the_tokens(ends):
     """Those of the first would count as two equal ones by the longest."""
     q = torch.randn(1, 2, 16, 8)
-    with pytest.raises(ValueError, match=f"pieces from {ends[0]} to {ends[-1]} were given for 16"):
+    with pytest.raises(
+        ValueError, match=f"pieces from {ends[0]} to {ends[-1]}, .* were given for 16"
+    ):
         packed_attention.attend(
             None, q, q, q, scaling=1.0, dropout=0.0,
             cu_seq_lens_q=torch.tensor(ends, dtype=torch.int32),
         )  # fmt: skip
+
+
+def test_names_that_somebody_replaces_later(monkeypatch):
+    """The way for flash attention and the function found there go together, or not at all."""
+    module, call = make_attention(), make_call(WINDOWS["ragged"])
+    expected = with_gradients(ATTENTION.forward, module, *call)
+    forward = fusing._by_pieces(ATTENTION.forward)
+    assert forward is not ATTENTION.forward
+    requested = modeling.is_flash_attention_requested
+    for name, value in (
+        ("ALL_ATTENTION_FUNCTIONS", type(modeling.ALL_ATTENTION_FUNCTIONS)()),
+        ("is_flash_attention_requested", lambda config: requested(config)),
+        ("get_max_seqlen", lambda *_, **__: None),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling, name, value)
+            assert fusing._by_pieces(ATTENTION.forward) is ATTENTION.forward
+            for got, true in zip(
+                with_gradients(fusing._by_pieces(ATTENTION.forward), module, *call), expected,
+                strict=True,
+            ):  # fmt: skip
+                assert torch.equal(got, true)
+    own = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with monkeypatch.context() as patch:
+        patch.setitem(modeling.ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *a, **k: own(*a, **k))
+        assert fusing._by_pieces(ATTENTION.forward) is ATTENTION.forward
+    assert fusing._by_pieces(ATTENTION.forward) is forward
 
 
 # ---- which modules -------------------------------------------------------------------------------
@@ -201,7 +232,7 @@ def test_as_near_to_float64_as_the_module(windows, dtype):
 def test_nobody_waits_for_the_gpu():
     model = prepared("cuda", torch.bfloat16)
     lowbit.fuse(model)
-    call = make_call((16,) * 64, "cuda", torch.bfloat16)
+    call = make_call((*(16,) * 63, 8), "cuda", torch.bfloat16)
     with_gradients(type(model[0]).forward, model[0], *call)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -216,7 +247,7 @@ def test_as_many_launches_for_64_pieces_as_for_two():
     model = prepared("cuda", torch.bfloat16)
     lowbit.fuse(model)
     launches = []
-    for windows in ((512, 512), (16,) * 64):
+    for windows in ((512, 504), (*(16,) * 63, 8)):
         call = make_call(windows, "cuda", torch.bfloat16)
         with_gradients(type(model[0]).forward, model[0], *call)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -231,7 +262,6 @@ def test_another_attention_function_is_left_alone(monkeypatch):
     model = prepared("cuda", torch.bfloat16)
     lowbit.fuse(model)
     monkeypatch.setattr(packed_attention, "attend", lambda *_, **__: pytest.fail("called"))
-    fusing._by_pieces.cache_clear()
     x, offsets, positions = make_call((16,) * 4, "cuda", torch.bfloat16)
     model[0].config._attn_implementation = "eager"
     model[0](x, cu_seqlens=offsets, position_embeddings=positions)

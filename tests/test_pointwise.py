@@ -95,6 +95,8 @@ def test_what_the_rotary_kernel_reads():
     assert not pointwise._fit(q, k, cos[:, :4], cos[:, :4], 1)
     assert not pointwise._fit(q, k, cos[..., :8], cos[..., :8], 1)  # of a part of each head
     assert not pointwise._fit(q, k, cos, cos[:1], 1)
+    assert not pointwise._fit(q, k, cos.to("meta"), cos, 1)
+    assert not pointwise._fit(q[..., :15], k[..., :15], cos[..., :15], cos[..., :15], 1)
     assert not pointwise._fit(q.mT.contiguous().mT, k, cos, cos, 1)
     assert not pointwise._fit(q[:, :, None], k[:, :, None], cos[:, None], cos[:, None], 1)
 

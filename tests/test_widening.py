@@ -69,6 +69,20 @@ def test_hidden_units_of_zeros_change_nothing(H, options):
         assert relative_rms(got, true) <= 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_casts_none_of_what_is_wider(dtype):
+    """Trainers run models in one 16-bit type under autocast to the other."""
+    mlp = make_mlp(172)
+    mlp = mlp._replace(
+        biases=[b.detach().to(dtype) for b in mlp.biases],
+        lora_Bs=[B.detach().to(dtype) for B in mlp.lora_Bs],
+    )
+    other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+    with torch.autocast("cpu", dtype=other):
+        wide = widening.widened(mlp, 20, [7] * 3)
+    assert [t.dtype for t in (*wide.biases, *wide.lora_Bs)] == [dtype] * 6
+
+
 def test_codes_of_zero():
     for kind in ("nf4", "fp4", "nf3"):
         code = widening._code_of_zero(kind)

@@ -9,7 +9,7 @@ import torch
 
 # The first class with a word that occurs in the kernel's name; what matches none is elementwise.
 CLASSES = {
-    "lowbit": ("lowbit::", "nf4_", "_lora_"),
+    "lowbit": ("lowbit::", "nf4_", "_lora_", "silu_mul_", "rotary_kernel"),
     "bitsandbytes": ("kdequantizeblockwise", "kquantizeblockwise", "kgemm_4bit", "optimizer32bit"),
     "attention": ("flash", "fmha", "attention", "cudnn_generated", "sdpa"),
     "GEMM": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas"),
